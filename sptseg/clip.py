@@ -1,0 +1,215 @@
+"""CLIP models by (name, weights): open_clip's, and the tiny one that the package embeds. Text embeddings with a cache."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+TINY = "tiny"
+TEMPLATES = ("a photo of a {}",)
+TINY_CONFIG = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64},
+    "text_cfg": {"context_length": 40, "width": 128, "heads": 2, "layers": 2},
+}
+
+
+def data_file(name: str) -> Path:
+    """Path of an embedded file: `sptseg/data/` in an installed wheel, `data/` in a clone."""
+    here = Path(__file__).parent
+    for folder in (here / "data", here.parent / "data"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"the embedded file {name} is missing from {here.parent / 'data'}; reinstall sptseg")
+
+
+@dataclass(frozen=True)
+class WordTokenizer:
+    """A closed-vocabulary tokenizer: one id a word, 0 pads, and the end token has the highest id, as CLIP pools there."""
+
+    words: tuple[str, ...]
+    context_length: int
+    ids: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", {word: i for i, word in enumerate(self.words, start=1)})
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.words) + 3
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (n, context_length). Refuses words outside the vocabulary and texts that do not fit."""
+        rows = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        start, end = len(self.words) + 1, len(self.words) + 2
+        for row, text in zip(rows, texts, strict=True):
+            words = text.lower().replace(",", " ").split()
+            unknown = [word for word in words if word not in self.ids]
+            if unknown:
+                raise ValueError(
+                    f"the tiny CLIP does not know {', '.join(map(repr, unknown))} (in {text!r}); it knows the words "
+                    f"{', '.join(self.words)}; use these, or a CLIP that knows any word, such as ViT-B-16-quickgelu"
+                )
+            if len(words) > self.context_length - 2:
+                raise ValueError(f"{text!r} has {len(words)} words; this CLIP reads at most {self.context_length - 2}")
+            row[: len(words) + 2] = torch.tensor([start, *(self.ids[word] for word in words), end])
+        return rows
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model with its name, weights and tokenizer."""
+
+    name: str
+    weights: str | None
+    model: open_clip.CLIP
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    cache: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def visual(self) -> VisionTransformer:
+        return self.model.visual
+
+    @torch.no_grad()
+    def class_embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        """Unit text embeddings (C, E), float32, on the CPU: per class, each template's unit embedding averaged, made unit again.
+
+        Source: ZegCLIP (one template for VOC, the average of several for COCO-Stuff).
+        """
+        names, templates = tuple(names), tuple(templates)
+        if not names:
+            raise ValueError("the list of classes is empty; name at least one class")
+        blank = [i for i, name in enumerate(names) if not name.strip()]
+        if blank:
+            raise ValueError(f"the class name at position {blank[0]} is blank; give every class a name")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"class names given twice: {', '.join(duplicates)}; name each class once")
+        key = (names, templates)
+        if key not in self.cache:
+            device = next(self.model.parameters()).device
+            prompts = [template.format(name) for name in names for template in templates]
+            tokens = self.tokenizer(prompts).to(device)
+            embedded = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in tokens.split(256)]
+            per_class = torch.cat(embedded).unflatten(0, (len(names), len(templates)))  # (C, templates, E)
+            self.cache[key] = F.normalize(per_class.mean(dim=1), dim=-1).cpu()
+        return self.cache[key]
+
+
+def tiny_tokenizer(words: Sequence[str]) -> WordTokenizer:
+    return WordTokenizer(tuple(words), TINY_CONFIG["text_cfg"]["context_length"])
+
+
+def new_tiny_clip(words: Sequence[str]) -> Clip:
+    """The tiny CLIP with random weights (torch's global seed), for a vocabulary of words."""
+    tokenizer = tiny_tokenizer(words)
+    text_config = {**TINY_CONFIG["text_cfg"], "vocab_size": tokenizer.vocabulary_size}
+    model = open_clip.CLIP(TINY_CONFIG["embed_dim"], TINY_CONFIG["vision_cfg"], text_config)
+    return Clip(TINY, None, model, tokenizer)
+
+
+def save_tiny_clip(clip: Clip, path: str | Path) -> None:
+    """Weights in float16 and the vocabulary, in one safetensors file."""
+    assert isinstance(clip.tokenizer, WordTokenizer)
+    tensors = {name: value.detach().half().contiguous().cpu() for name, value in clip.model.state_dict().items()}
+    save_file(tensors, path, metadata={"words": json.dumps(clip.tokenizer.words)})
+
+
+def load_tiny_clip(path: str | Path) -> Clip:
+    with safe_open(path, "pt") as file:
+        clip = new_tiny_clip(json.loads(file.metadata()["words"]))
+        clip.model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    return Clip(TINY, str(path), clip.model.eval().requires_grad_(False), clip.tokenizer)
+
+
+def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
+    """A frozen CLIP in evaluation mode.
+
+    `name`: "tiny" (embedded; `weights` is None or a file made by `sptseg pretrain`) or an open_clip model name with a
+    standard VisionTransformer. `weights`: an open_clip tag such as "openai", a file, or None for random weights (from
+    torch's global seed).
+    """
+    if name == TINY:
+        return load_tiny_clip(weights or data_file("tiny_clip.safetensors"))
+    if name not in open_clip.list_models():
+        raise ValueError(f"open_clip has no model {name!r}; it has {TINY}, {', '.join(usable_models())}")
+    if weights == "openai" and "quickgelu" not in name and f"{name}-quickgelu" in open_clip.list_models():
+        raise ValueError(f"OpenAI's weights were trained with QuickGELU, which {name!r} lacks; use {name + '-quickgelu'!r}")
+    try:
+        model = open_clip.create_model(name, pretrained=weights, precision="fp32")
+    except (OSError, RuntimeError) as error:
+        if weights is None:
+            raise
+        raise RuntimeError(
+            f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads them "
+            f"once where there is a network, or give the path of a file that holds them"
+        ) from error
+    check_visual(name, model.visual)
+    return Clip(name, weights, model.eval().requires_grad_(False), open_clip.get_tokenizer(name))
+
+
+def usable_models() -> list[str]:
+    """Names of the open_clip models whose image tower is a standard VisionTransformer."""
+    return [name for name in open_clip.list_models() if standard_vision_config(open_clip.get_model_config(name))]
+
+
+def standard_vision_config(config: dict | None) -> bool:
+    """Whether an open_clip model configuration builds the VisionTransformer that the prompted encoder drives."""
+    if not config or "multimodal_cfg" in config:
+        return False
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    odd = ("timm_model_name", "attentional_pool", "no_ln_pre", "final_ln_after_pool", "block_type", "qk_norm")
+    return (
+        isinstance(vision.get("layers"), int)
+        and not any(vision.get(key) for key in odd)
+        and vision.get("pool_type", "tok") == "tok"
+        and not any(text.get(key) for key in ("hf_model_name", "hf_tokenizer_name"))
+    )
+
+
+def check_visual(name: str, visual: object) -> None:
+    """Refuses image towers that are not open_clip's standard VisionTransformer with a class token."""
+    standard = (
+        isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and not visual.final_ln_after_pool
+        and isinstance(visual.ln_pre, torch.nn.LayerNorm)
+        and all(isinstance(block, ResidualAttentionBlock) for block in visual.transformer.resblocks)
+    )
+    if not standard:
+        raise ValueError(
+            f"the image tower of {name!r} is {type(visual).__name__}, not a standard VisionTransformer with a class token; "
+            f"use one of {', '.join(usable_models())}"
+        )
+
+
+def run_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """open_clip's residual attention block on tokens (B, N, D), equal to `block(x)`.
+
+    On the CPU, for short sequences under autograd, attention as two batched matrix products trains about twice as fast
+    as the fused kernel, whose backward pass is slow there.
+    """
+    if x.device.type != "cpu" or x.shape[1] > 512 or not torch.is_grad_enabled():
+        return block(x)
+    attention, (batch, tokens, width) = block.attn, x.shape
+    heads = attention.num_heads
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = (  # each (B * heads, N, head width)
+        qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, -1)
+    )
+    weights = torch.bmm(query * math.sqrt(heads / width), key.transpose(1, 2)).softmax(dim=-1).to(value.dtype)
+    mixed = torch.bmm(weights, value).view(batch, heads, tokens, -1).transpose(1, 2).reshape(batch, tokens, width)
+    x = x + block.ls_1(attention.out_proj(mixed))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))

@@ -1,0 +1,155 @@
+"""`ModelConfig`, `SptSeg` and `build_model`: parts in, model out. What is trained is chosen by module, never by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sptseg.clip import TEMPLATES, TINY, Clip, load_clip
+from sptseg.decoder import Decoder, DecoderKind, DecoderStart
+from sptseg.encoder import PromptedEncoder
+from sptseg.losses import LossKind
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that defines a model; stored in its checkpoint. The defaults are the released SPT-SEG on the tiny CLIP.
+
+    Attributes:
+        clip, clip_weights: an open_clip name and tag; see `sptseg.clip.load_clip`.
+        image_size: height and width in pixels that the spectral filter is made for (the training crop).
+        prompt_tokens: K deep prompts a block (paper: 10 for VOC, 100 for COCO-Stuff); 0 for none.
+        prompt_depth: blocks after the first that get prompts of their own; None for all.
+        spectral_layers: blocks before which the spectral prompt is added; () for none.
+        class_embedding_twice: the released code's class token (see `PromptedEncoder`).
+        decoder: "spectral" (SPT-SEG), "cross_attention" (ZegCLIP) or "none" (dense CLIP: cosine of patch and text).
+        selection: the spectral decoder's top-down selection.
+        start: the decoder's first weights, see `Decoder`.
+        loss: "spt" (focal + SSIM) or "zegclip" (focal + dice).
+        templates: prompt templates of the class names.
+        normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip".
+    """
+
+    clip: str = TINY
+    clip_weights: str | None = None
+    image_size: tuple[int, int] = (128, 128)
+    prompt_tokens: int = 10
+    prompt_depth: int | None = None
+    spectral_layers: tuple[int, ...] = (0, 1)
+    class_embedding_twice: bool = True
+    decoder: DecoderKind | Literal["none"] = "spectral"
+    decoder_layers: int = 3
+    decoder_heads: int = 8
+    decoder_window: int = 3
+    selection: bool = True
+    start: DecoderStart = "random"
+    dropout: float = 0.1
+    loss: LossKind = "spt"
+    templates: tuple[str, ...] = TEMPLATES
+    normalization: Literal["imagenet", "clip"] = "imagenet"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "decoder": ("spectral", "cross_attention", "none"),
+            "start": ("random", "dense_clip"),
+            "loss": ("spt", "zegclip"),
+            "normalization": ("imagenet", "clip"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        for name in ("decoder_layers", "decoder_heads", "decoder_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        if self.prompt_tokens < 0:
+            raise ValueError(f"prompt_tokens is {self.prompt_tokens}; wanted 0 (none) or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; wanted 0 <= dropout < 1")
+        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
+            raise ValueError(f"templates is {self.templates!r}; wanted one or more texts with one {{}} each")
+
+
+SPT_RELEASED = ModelConfig()
+ZEGCLIP = ModelConfig(spectral_layers=(), decoder="cross_attention", loss="zegclip")
+DENSE_CLIP = ModelConfig(prompt_tokens=0, spectral_layers=(), class_embedding_twice=False, decoder="none")
+
+
+class SptSeg(nn.Module):
+    """A prompted encoder and a decoder: `model(images, text) -> mask logits (B, C, H, W)`.
+
+    `clip` gives text embeddings (`model.class_embeddings`); it is no part of the trained model. Without a decoder the
+    logits are dense CLIP's: cosine times CLIP's logit scale.
+    """
+
+    def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.decoder = decoder
+        self.clip = clip
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S'), unit text embeddings (C, E) -> mask logits (B, C, H, W) at token resolution."""
+        patches, image = self.encoder(images)
+        if self.decoder is not None:
+            return self.decoder(patches, image, text)
+        return self.clip.model.logit_scale.exp() * torch.einsum("behw,ce->bchw", patches, text.to(patches.dtype))
+
+    def class_embeddings(self, names: list[str] | tuple[str, ...]) -> Tensor:
+        """Unit text embeddings (C, E) of class names, on the model's device."""
+        return self.clip.class_embeddings(names, self.config.templates).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.prompt_norm.weight.device
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The trained parts only: everything but CLIP."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.visual.")}
+
+
+def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
+    """A new model with weights from torch's global seed; `clip` saves loading it again."""
+    clip = load_clip(config.clip, config.clip_weights) if clip is None else clip
+    visual = clip.visual
+    patch_height, patch_width = visual.patch_size
+    if config.image_size[0] % patch_height or config.image_size[1] % patch_width or min(config.image_size) <= 0:
+        raise ValueError(
+            f"image_size is {config.image_size}; {config.clip} needs positive multiples of its patch size {visual.patch_size}"
+        )
+    layers = len(visual.transformer.resblocks)
+    encoder = PromptedEncoder(
+        visual,
+        grid=(config.image_size[0] // patch_height, config.image_size[1] // patch_width),
+        prompt_tokens=config.prompt_tokens,
+        prompt_depth=layers - 1 if config.prompt_depth is None else config.prompt_depth,
+        spectral_layers=config.spectral_layers,
+        class_embedding_twice=config.class_embedding_twice,
+        dropout=config.dropout,
+    )
+    decoder = None
+    if config.decoder != "none":
+        decoder = Decoder(
+            visual.output_dim,
+            kind=config.decoder,
+            layers=config.decoder_layers,
+            heads=config.decoder_heads,
+            window=config.decoder_window,
+            selection=config.selection,
+            start=config.start,
+            clip_scale=float(clip.model.logit_scale.exp()),
+            dropout=config.dropout,
+        )
+    model = SptSeg(config, encoder, decoder, clip)
+    if decoder is None and config.prompt_tokens == 0 and not config.spectral_layers:
+        model.encoder.prompt_norm.requires_grad_(False)  # dense CLIP has nothing to train
+    return model
+
+
+def upsample(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits (B, C, h, w) to a size in pixels, bilinear, `align_corners=False`."""
+    return F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,127 @@
+"""Pure tensor functions: tokens and grids, windows with explicit padding, Fourier filtering, frequency bands, resizing.
+
+Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def tokens_to_grid(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, N, C) -> (B, C, H, W), rows first."""
+    height, width = grid
+    if tokens.shape[1] != height * width:
+        raise ValueError(f"{tokens.shape[1]} tokens do not fill a {height} x {width} grid ({height * width} positions)")
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def grid_to_tokens(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C), rows first."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def pad_to_multiple(features: Tensor, multiple: int) -> Tensor:
+    """Zero-pads (B, H, W, C) below and on the right until H and W are multiples of `multiple`."""
+    height, width = features.shape[1:3]
+    return F.pad(features, (0, 0, 0, -width % multiple, 0, -height % multiple))
+
+
+def to_windows(features: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) -> (B, H/size * W/size, size², C): non-overlapping windows, rows first, H and W multiples of `size`."""
+    batch, height, width, channels = features.shape
+    windows = features.view(batch, height // size, size, width // size, size, channels)
+    return windows.transpose(2, 3).reshape(batch, -1, size * size, channels)
+
+
+def from_windows(windows: Tensor, size: int, grid: Grid) -> Tensor:
+    """The inverse of `to_windows`: (B, H/size * W/size, size², C) -> (B, H, W, C)."""
+    height, width = grid
+    batch, _, _, channels = windows.shape
+    features = windows.view(batch, height // size, width // size, size, size, channels)
+    return features.transpose(2, 3).reshape(batch, height, width, channels)
+
+
+def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
+    """Filters a grid per channel in the frequency domain: irfft2(rfft2(features) * weight), both orthonormal.
+
+    features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the features'
+    type. Source: paper section "Spectral Prompt Tuning"; `method.md` there is 1.3 (GFNet's global filter).
+    """
+    height, width, channels = features.shape[1:]
+    if weight.shape != (height, width // 2 + 1, channels):
+        raise ValueError(
+            f"the filter has shape {tuple(weight.shape)}; a {height} x {width} grid of {channels} channels needs "
+            f"{(height, width // 2 + 1, channels)}; resample it with resample_filter"
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        spectrum = torch.fft.rfft2(features.float(), dim=(1, 2), norm="ortho")
+        filtered = torch.fft.irfft2(spectrum * weight, s=(height, width), dim=(1, 2), norm="ortho")
+    return filtered.to(features.dtype)
+
+
+def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resamples a complex filter (H, W//2+1, C) from one grid to another over normalised frequency.
+
+    Frequencies are in cycles per token, so the new filter treats a pattern of a given wavelength as the old one did;
+    low frequencies stay aligned. Linear between samples, the identity on its own grid. The vertical axis is periodic; the
+    horizontal one is half of a Hermitian spectrum, and ends at its last sample.
+    """
+    if source == target:
+        return weight
+    (rows, columns), (new_rows, new_columns) = source, target
+    if weight.shape[:2] != (rows, columns // 2 + 1):
+        raise ValueError(f"a filter of a {rows} x {columns} grid has {(rows, columns // 2 + 1)} frequencies, got {tuple(weight.shape[:2])}")
+    vertical = torch.fft.fftfreq(new_rows, device=weight.device) * rows  # position on the old, periodic axis
+    horizontal = torch.fft.rfftfreq(new_columns, device=weight.device) * columns
+    weight = _lerp(weight, vertical, 0, periodic=True)
+    return _lerp(weight, horizontal, 1, periodic=False)
+
+
+def _lerp(values: Tensor, position: Tensor, dim: int, periodic: bool) -> Tensor:
+    """Linear interpolation of `values` along `dim` at fractional `position`s."""
+    length = values.shape[dim]
+    below = position.floor()
+    share = (position - below).view([-1 if d == dim else 1 for d in range(values.ndim)])
+    low, high = below.long(), below.long() + 1
+    low, high = (low % length, high % length) if periodic else (low.clamp(max=length - 1), high.clamp(max=length - 1))
+    return values.index_select(dim, low) * (1 - share) + values.index_select(dim, high) * share
+
+
+def radial_frequency(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """Radius of every rfft2 frequency of a grid, in cycles per sample: (H, W//2+1), 0 to sqrt(0.5)."""
+    height, width = grid
+    vertical = torch.fft.fftfreq(height, device=device)[:, None]
+    return torch.hypot(vertical, torch.fft.rfftfreq(width, device=device)[None])
+
+
+def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -> Tensor:
+    """Keeps (or, with `reject`, removes) radial frequencies low <= r < high of images (..., H, W); the mean always stays.
+
+    Frequencies are in cycles per sample, 0 to sqrt(0.5); a filter that keeps everything is the identity.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"a band needs 0 <= low <= high in cycles per sample, got {low} to {high}")
+    radius = radial_frequency((images.shape[-2], images.shape[-1]), images.device)
+    inside = (radius >= low) & (radius < high)
+    keep = (~inside if reject else inside) | (radius == 0)
+    spectrum = torch.fft.rfft2(images.float())
+    return torch.fft.irfft2(spectrum * keep, s=images.shape[-2:]).to(images.dtype)
+
+
+def resize_positions(embedding: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resizes the patch part of a position embedding (1 + H*W, D) bilinearly to another grid; the class token's stays.
+
+    Source: released code; `align_corners=False`, no antialiasing.
+    """
+    if embedding.shape[0] != 1 + source[0] * source[1]:
+        raise ValueError(f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid")
+    if source == tuple(target):
+        return embedding
+    patches = tokens_to_grid(embedding[None, 1:], source)
+    resized = F.interpolate(patches.float(), size=target, mode="bilinear", align_corners=False)
+    return torch.cat([embedding[:1], grid_to_tokens(resized)[0].to(embedding.dtype)])

@@ -1,0 +1,34 @@
+"""Spectral Prompt Tuning: zero-shot semantic segmentation with a frozen CLIP."""
+
+from sptseg import clip, datasets, losses, metrics, scenes, splits, training, transforms
+from sptseg.checkpoints import import_research_checkpoint, load_model, save_model
+from sptseg.inference import Segmentation, segment
+from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, SptSeg, build_model
+from sptseg.training import TrainConfig, evaluate, fit
+
+__version__ = "0.1.0"
+__all__ = [
+    "DENSE_CLIP",
+    "EMBEDDED_CONFIG",
+    "SPT_RELEASED",
+    "ZEGCLIP",
+    "ModelConfig",
+    "Segmentation",
+    "SptSeg",
+    "TrainConfig",
+    "build_model",
+    "clip",
+    "datasets",
+    "evaluate",
+    "fit",
+    "import_research_checkpoint",
+    "load_model",
+    "losses",
+    "metrics",
+    "save_model",
+    "scenes",
+    "segment",
+    "splits",
+    "training",
+    "transforms",
+]

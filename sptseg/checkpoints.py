@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if set(values) - known:
         raise ValueError(f"unknown ModelConfig fields: {', '.join(sorted(set(values) - known))}; known are {', '.join(sorted(known))}")
+    if known - set(values):
+        raise ValueError(f"missing ModelConfig fields: {', '.join(sorted(known - set(values)))}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ModelConfig(**{**values, **lists})
 
@@ -76,24 +77,33 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> Spt
             f"there is no checkpoint {path}; wanted {', '.join(EMBEDDED)}, dense-clip, or a file or folder written by sptseg train"
         )
     header = read_header(path)
-    config = config_from_dict(header["config"])
     state = load_file(path)
-    if config.clip == IMPORTED:
-        clip = clip_from_architecture(header["architecture"])
-        clip.model.load_state_dict({k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")})
-        state = {k: v for k, v in state.items() if not k.startswith("clip.")}
-    model = build_model(config, clip)
+    try:
+        config = config_from_dict(header["config"])
+        if config.clip == IMPORTED:
+            clip = clip_from_architecture(header["architecture"])
+            tower = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+            check_fit(clip.model.state_dict(), tower, path)
+            clip.model.load_state_dict(tower)
+            state = {k: v for k, v in state.items() if not k.startswith("clip.")}
+        model = build_model(config, clip)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a wrong configuration: {error}") from error
     load_trained_state(model, state, path)
     return model.eval()
 
 
 def load_trained_state(model: SptSeg, state: Mapping[str, Tensor], path: Path) -> None:
     """Loads the trained parts; names and shapes must be exactly the model's."""
-    own = model.trained_state()
+    check_fit(model.trained_state(), state, path)
+    model.load_state_dict(dict(state), strict=False)
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses a state whose names or shapes are not a model's own."""
     wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         raise ValueError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} differ; the file was changed or is of another version")
-    model.load_state_dict(dict(state), strict=False)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -204,17 +214,18 @@ def read_research_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, 
         state = dict(source)
     elif not Path(source).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {source}")
-    elif Path(source).suffix == ".safetensors":
-        state = load_file(source)
     else:
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            if Path(source).suffix == ".safetensors":
+                state = load_file(source)
+            else:
+                state = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # on bytes that are no checkpoint the readers raise nearly anything
             raise ValueError(
                 f"{source} cannot be read as a checkpoint of tensors only; it is damaged or holds other Python objects, which could "
                 f"run code; save it again with torch.save({{'state_dict': model.state_dict()}}, ...)"
             ) from error
-    state = state.get("state_dict", state)
+    state = (state.get("state_dict", state) or {}) if isinstance(state, Mapping) else {}
     tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if "backbone.conv1.weight" not in tensors:
         raise ValueError("the checkpoint has no backbone.conv1.weight; wanted one of SPT-SEG's or ZegCLIP's research code")
@@ -243,7 +254,10 @@ def import_research(
     state = read_research_state(source)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     spectral_decoder = any(".hlfs." in name for name in state)
-    clip = imported_clip(state, size, heads)
+    try:
+        clip = imported_clip(state, size, heads)
+    except KeyError as error:
+        raise ValueError(f"the checkpoint lacks {error}, a parameter of CLIP; is it complete?") from error
     prompts = state.get("backbone.prompt_embeddings")
     deep = state.get("backbone.deep_prompt_embeddings")
     config = ModelConfig(

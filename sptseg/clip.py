@@ -104,7 +104,7 @@ class Clip:
             embedded = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in tokens.split(256)]
             per_class = torch.cat(embedded).unflatten(0, (len(names), len(templates)))  # (C, templates, E)
             self.cache[key] = F.normalize(per_class.mean(dim=1), dim=-1).cpu()
-        return self.cache[key]
+        return self.cache[key].clone()
 
 
 def tiny_tokenizer(words: Sequence[str]) -> WordTokenizer:
@@ -142,8 +142,9 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """
     if name == TINY:
         return load_tiny_clip(weights or data_file("tiny_clip.safetensors"))
-    if name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {name!r}; it has {TINY}, {', '.join(usable_models())}")
+    if name not in usable_models():
+        usable = ", ".join((TINY, *usable_models()))
+        raise ValueError(f"{name!r} is no open_clip model with a standard VisionTransformer; use {usable}")
     if weights == "openai" and "quickgelu" not in name and f"{name}-quickgelu" in open_clip.list_models():
         raise ValueError(f"OpenAI's weights were trained with QuickGELU, which {name!r} lacks; use {name + '-quickgelu'!r}")
     try:

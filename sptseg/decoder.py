@@ -18,6 +18,7 @@ from sptseg.ops import Grid, from_windows, grid_to_tokens, pad_to_multiple, to_w
 DecoderKind = Literal["spectral", "cross_attention"]
 DecoderStart = Literal["random", "dense_clip"]
 LOW_FREQUENCY_SHARE = 0.9
+START_THRESHOLD = 0.35  # cosine of patch and text at which a dense start says "maybe"; learned from there
 
 
 def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:
@@ -75,15 +76,19 @@ class HighLowAttention(nn.Module):
 
 
 class QueryUpdate(nn.Module):
-    """q <- LN(q + dropout(U)); q <- LN(q + dropout(FFN(q))), the FFN E -> 4E -> E with ReLU."""
+    """q <- LN(q + dropout(U)); q <- LN(q + dropout(FFN(q))), the FFN E -> 4E -> E with ReLU.
 
-    def __init__(self, width: int, dropout: float) -> None:
+    With `keep_direction` (ours), RMS norms stand for the layer norms: these would take the mean out of a query.
+    """
+
+    def __init__(self, width: int, dropout: float, keep_direction: bool) -> None:
         super().__init__()
+        norm = nn.RMSNorm if keep_direction else nn.LayerNorm
         self.feedforward = nn.Sequential(
             nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
         )
-        self.norm_attention = nn.LayerNorm(width)
-        self.norm_feedforward = nn.LayerNorm(width)
+        self.norm_attention = norm(width)
+        self.norm_feedforward = norm(width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, update: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ class SpectralGuidedLayer(nn.Module):
         self.residual = residual
         self.attention_dropout = nn.Dropout(dropout)
         self.update_projection = None if last else nn.Linear(width, width)
-        self.update = None if last else QueryUpdate(width, dropout)
+        self.update = None if last else QueryUpdate(width, dropout, keep_direction=residual)
 
     def features(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Y (B, N, E): what the mask logits are read from."""
@@ -134,14 +139,14 @@ class CrossAttentionLayer(nn.Module):
     """One layer of ZegCLIP's decoder: cross-attention from queries to patches; mask logits are its scaled dot products,
     averaged over the heads. The last layer gives logits only."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float, last: bool) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float, last: bool, keep_direction: bool) -> None:
         super().__init__()
         self.head_width = width // heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = None if last else nn.Linear(width, width)
         self.update_projection = None if last else nn.Linear(width, width)
-        self.update = None if last else QueryUpdate(width, dropout)
+        self.update = None if last else QueryUpdate(width, dropout, keep_direction)
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Queries (B, C, E), tokens (B, N, E) -> queries for the next layer (B, C, E), mask logits (B, C, N)."""
@@ -166,7 +171,8 @@ class Decoder(nn.Module):
         selection: the spectral decoder's top-down selection (paper: on).
         start: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours): at the first step the
             decoder gives dense CLIP's logits, the cosine of patch and text times `clip_scale`: queries start as T_c,
-            residual branches at zero, and the logits get a learned scale and bias.
+            residual branches at zero, and a learned scale and threshold turn logits A into scale * (A * unit - threshold),
+            A * unit being a cosine.
     """
 
     def __init__(
@@ -198,21 +204,23 @@ class Decoder(nn.Module):
                 for end in last
             ]
         else:
-            made = [CrossAttentionLayer(width, heads, dropout=dropout, last=end) for end in last]
+            made = [
+                CrossAttentionLayer(width, heads, dropout=dropout, last=end, keep_direction=dense) for end in last
+            ]
         self.layers = nn.ModuleList(made)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.log_scale = self.bias = None
+        self.log_scale = self.threshold = None
         if dense:
             self.start_as_dense_clip(width, heads, clip_scale)
 
     @torch.no_grad()
     def start_as_dense_clip(self, width: int, heads: int, clip_scale: float) -> None:
         self.query_map.weight.copy_(torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1))
-        scale = clip_scale / math.sqrt(width) if len(self.layers) > 1 else clip_scale  # layer norms give |q| = sqrt(E)
+        self.unit = 1 / math.sqrt(width) if len(self.layers) > 1 else 1.0  # the norms give queries the length sqrt(E)
         for layer in self.layers:
             if isinstance(layer, CrossAttentionLayer):
                 layer.query.weight.copy_(torch.eye(width))
@@ -221,9 +229,9 @@ class Decoder(nn.Module):
                 nn.init.zeros_(layer.update_projection.weight)
                 nn.init.zeros_(layer.update.feedforward[-1].weight)
         if isinstance(self.layers[-1], CrossAttentionLayer):
-            scale *= heads * math.sqrt(width / heads)  # its logits are mean dot products over heads, scaled
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(-clip_scale / 2))
+            self.unit *= heads * math.sqrt(width / heads)  # its logits are mean dot products over heads, scaled
+        self.log_scale = nn.Parameter(torch.tensor(math.log(clip_scale)))
+        self.threshold = nn.Parameter(torch.tensor(START_THRESHOLD))
 
     def queries(self, image: Tensor, text: Tensor) -> Tensor:
         """Image embeddings (B, E), text (C, E) -> class queries (B, C, E)."""
@@ -242,6 +250,6 @@ class Decoder(nn.Module):
         """Patches (B, E, H, W), image (B, E), text (C, E) -> mask logits of the last layer (B, C, H, W)."""
         for _, mask_logits in self.states(patches, image, text):
             pass
-        if self.log_scale is not None and self.bias is not None:
-            mask_logits = mask_logits * self.log_scale.exp() + self.bias
+        if self.log_scale is not None:
+            mask_logits = self.log_scale.exp() * (mask_logits * self.unit - self.threshold)
         return tokens_to_grid(mask_logits.transpose(1, 2), (patches.shape[2], patches.shape[3]))

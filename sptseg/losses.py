@@ -2,97 +2,66 @@
 
 Logits are upsampled bilinearly (`align_corners=False`) to the labels' size. Targets are one-hot per class; ignored pixels
 (255) are zeros for every class: negatives, not left out (released code, kept).
+
+Values and exact gradients are computed together, a few maps at a time: no map of all classes exists at full size, and no
+graph is kept. `tests/plain.py` holds the straightforward twin.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
+from torch.autograd.function import once_differentiable
 
 from sptseg.splits import IGNORE
 
 LossKind = Literal["spt", "zegclip"]
 FOCAL_WEIGHT, SSIM_WEIGHT, DICE_WEIGHT = 100.0, 1.0, 1.0
-
-
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Labels (B, S, S') -> float targets (B, C, S, S'), zeros where the label is 255."""
-    wanted = torch.arange(classes, device=labels.device).view(1, -1, 1, 1)
-    return (labels[:, None] == wanted).float()
-
-
-def present_pairs(labels: Tensor, classes: int) -> Tensor:
-    """Which classes each label map holds: (B, C) bool."""
-    wanted = torch.arange(classes, device=labels.device)
-    return torch.stack([torch.isin(wanted, label) for label in labels])
-
-
-def focal_loss(logits: Tensor, target: Tensor, pairs: Tensor) -> Tensor:
-    """Sigmoid focal loss (alpha 0.25, gamma 2): mean over pixels, summed over (image, class), divided by `pairs`."""
-    loss = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0)
-    return loss.mean(dim=(2, 3)).sum() / pairs
-
-
-def gaussian_blur(maps: Tensor) -> Tensor:
-    """An 11 x 11 Gaussian window, sigma 1.5, with 5 zeros of padding, on every map of (B, C, S, S')."""
-    offset = torch.arange(11, dtype=maps.dtype, device=maps.device) - 5
-    window = torch.exp(-(offset**2) / (2 * 1.5**2))
-    window = window / window.sum()
-    flat = maps.flatten(0, 1)[:, None]
-    flat = F.conv2d(flat, window.view(1, 1, 11, 1), padding=(5, 0))
-    return F.conv2d(flat, window.view(1, 1, 1, 11), padding=(0, 5)).view_as(maps)
-
-
-def ssim_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - mean structural similarity of logits and target, over all classes and pixels.
-
-    On raw logits, not probabilities: odd, in the released code, and kept. C1 = 0.01², C2 = 0.03².
-    """
-    c1, c2 = 0.01**2, 0.03**2
-    mean_x, mean_y = gaussian_blur(logits), gaussian_blur(target)
-    variance_x = gaussian_blur(logits * logits) - mean_x**2
-    variance_y = gaussian_blur(target * target) - mean_y**2
-    covariance = gaussian_blur(logits * target) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return 1 - (luminance * structure).mean()
-
-
-def dice_loss(logits: Tensor, target: Tensor, present: Tensor, pairs: Tensor) -> Tensor:
-    """1 - (2 sum(p t) + 1) / (sum p + sum t + 1) on present (image, class) pairs, summed, divided by `pairs`."""
-    p, t = logits.sigmoid().flatten(2), target.flatten(2)
-    overlap = (2 * (p * t).sum(dim=-1) + 1) / (p.sum(dim=-1) + t.sum(dim=-1) + 1)
-    return ((1 - overlap) * present).sum() / pairs
+ALPHA = 0.25  # focal: weight of positives; 1 - ALPHA of negatives
+C1, C2 = 0.01**2, 0.03**2  # SSIM
+SIGMA, RADIUS = 1.5, 5
+PIXELS_AT_ONCE = 2**19
 
 
 def segmentation_loss(
-    logits: Tensor, labels: Tensor, kind: LossKind = "spt", *, pairs: Tensor | float | None = None
+    logits: Tensor, labels: Tensor, kind: LossKind = "spt", *, pairs: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Weighted loss terms: `focal` and `ssim` (SPT-SEG) or `dice` (ZegCLIP), and their sum `total`.
+
+    With target t, p = sigmoid(logits), and n pairs (image, class) present:
+        focal = 100 / n * sum over pairs of mean over pixels of alpha_t (1 - p_t)² (-log p_t)
+        ssim  = 1 - mean over pairs and pixels of SSIM(logits, t): raw logits, odd but released, and kept
+        dice  = 1 / n * sum over present pairs of 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
 
     Args:
         logits: mask logits (B, C, h, w) at token resolution.
         labels: (B, S, S'), 0 to C-1, 255 ignored.
-        pairs: the number of (image, class) pairs present, where it is counted over more than this batch (averaged over
-            processes, or over accumulated micro-batches); counted here if None. At least 1 is used.
+        pairs: n, where it is counted over more than this batch (averaged over processes and accumulated micro-batches);
+            None counts it here, at least 1.
     """
     if kind not in ("spt", "zegclip"):
         raise ValueError(f"loss kind is {kind!r}; wanted 'spt' or 'zegclip'")
-    classes = logits.shape[1]
-    check_labels(labels, classes, len(logits))
-    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    target, present = one_hot(labels, classes), present_pairs(labels, classes)
-    count = torch.as_tensor(present.sum() if pairs is None else pairs, device=logits.device).float().clamp(min=1)
-    terms = {"focal": FOCAL_WEIGHT * focal_loss(logits, target, count)}
-    if kind == "spt":
-        terms["ssim"] = SSIM_WEIGHT * ssim_loss(logits, target)
-    else:
-        terms["dice"] = DICE_WEIGHT * dice_loss(logits, target, present, count)
+    check_labels(labels, logits.shape[1], len(logits))
+    if pairs is None:
+        pairs = present_pairs(labels, logits.shape[1]).sum().clamp(min=1)
+    with torch.autocast(logits.device.type, enabled=False):
+        focal, second = _MaskLosses.apply(logits.float(), labels, pairs.to(logits.device), kind == "spt")
+    second_name, second_weight = ("ssim", SSIM_WEIGHT) if kind == "spt" else ("dice", DICE_WEIGHT)
+    terms = {"focal": FOCAL_WEIGHT * focal, second_name: second_weight * second}
     return {**terms, "total": torch.stack(list(terms.values())).sum()}
+
+
+def present_pairs(labels: Tensor, classes: int) -> Tensor:
+    """Which classes each label map (B, S, S') holds: (B, C) bool."""
+    counts = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
+    counts.scatter_(1, labels.flatten(1).long(), torch.ones_like(labels.flatten(1), dtype=torch.bool))
+    return counts[:, :classes]
 
 
 def check_labels(labels: Tensor, classes: int, batch: int) -> None:
@@ -102,6 +71,159 @@ def check_labels(labels: Tensor, classes: int, batch: int) -> None:
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
     if wrong.any():
         raise ValueError(
-            f"labels hold the value {int(labels[wrong][0])}; with {classes} classes 0 to {classes - 1} and {IGNORE} (ignored) "
-            f"are valid; map unseen classes to {IGNORE} first"
+            f"labels hold the value {int(labels[wrong][0])}; with {classes} classes 0 to {classes - 1} and {IGNORE} "
+            f"(ignored) are valid; map unseen classes to {IGNORE} first"
         )
+
+
+class _MaskLosses(torch.autograd.Function):
+    """(focal, ssim or dice) of low-resolution logits, with their gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, pairs: Tensor, ssim: bool) -> tuple[Tensor, Tensor]:
+        (batch, classes), size = logits.shape[:2], labels.shape[-2:]
+        up = Upsampling.between(logits.shape[-2:], size, logits.device)
+        values = logits.new_zeros(2)
+        gradients = torch.zeros(2, *logits.shape, device=logits.device)
+        for image, chunk, absent in chunks(present_pairs(labels, classes), size):
+            low = logits[image, chunk]
+            x = up(low)
+            target = None if absent else (labels[image] == chunk[:, None, None]).float()
+            terms = [focal_term(x, target, up), ssim_term(low, x, target, up) if ssim else dice_term(x, target, up)]
+            for i, (value, gradient) in enumerate(terms):
+                values[i] += value
+                gradients[i, image, chunk] = gradient
+        pixels = size[0] * size[1]
+        focal_scale = 1 / (pixels * pairs)
+        second_scale = values.new_tensor(-1 / (pixels * batch * classes)) if ssim else 1 / pairs
+        ctx.save_for_backward(gradients[0] * focal_scale, gradients[1] * second_scale)
+        return values[0] * focal_scale, values[1] * second_scale + float(ssim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        focal, second = ctx.saved_tensors
+        return outer[0] * focal + outer[1] * second, None, None, None
+
+
+def chunks(present: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor, bool]]:
+    """(image, classes, whether they are absent from it), in pieces of about PIXELS_AT_ONCE pixels.
+
+    Absent classes have an empty target, which takes a third of the work.
+    """
+    at_once = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+    for image, here in enumerate(present):
+        for absent in (False, True):
+            for chunk in (here != absent).nonzero().flatten().split(at_once):
+                if len(chunk):
+                    yield image, chunk, absent
+
+
+@dataclass(frozen=True)
+class Upsampling:
+    """Bilinear upsampling of maps as a matrix product per axis, its transpose, and both with the SSIM window on top.
+
+    rows (S, h), columns (S', w); `blurred_rows`, `blurred_columns` are these after the Gaussian window.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    blurred_rows: Tensor
+    blurred_columns: Tensor
+
+    @classmethod
+    def between(cls, source: Sequence[int], target: Sequence[int], device: torch.device) -> Upsampling:
+        rows, columns = (interpolation(a, b, device) for a, b in zip(source, target, strict=True))
+        return cls(rows, columns, gaussian_band(target[0], device) @ rows, gaussian_band(target[1], device) @ columns)
+
+    def __call__(self, low: Tensor) -> Tensor:
+        """(n, h, w) -> (n, S, S')."""
+        return self.rows @ low @ self.columns.T
+
+    def blurred(self, low: Tensor) -> Tensor:
+        """Upsampled, then blurred."""
+        return self.blurred_rows @ low @ self.blurred_columns.T
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """Transpose of `__call__`: (n, S, S') -> (n, h, w)."""
+        return self.rows.T @ gradient @ self.columns
+
+    def blurred_back(self, gradient: Tensor) -> Tensor:
+        """Transpose of `blurred`."""
+        return self.blurred_rows.T @ gradient @ self.blurred_columns
+
+
+def focal_term(x: Tensor, target: Tensor | None, up: Upsampling) -> tuple[Tensor, Tensor]:
+    """Sum of the focal loss over maps (n, S, S'), and its gradient (n, h, w).
+
+    With z = x for negatives and -x for positives, q = sigmoid(z): loss = a q² softplus(z),
+    d loss / dz = a q² (2 (1 - q) softplus(z) + q).
+    """
+    z = x if target is None else x * (1 - 2 * target)
+    weight = 1 - ALPHA if target is None else 1 - ALPHA + (2 * ALPHA - 1) * target
+    q, cost = z.sigmoid(), F.softplus(z)
+    weighted = q * q * weight
+    gradient = weighted * (2 * (1 - q) * cost + q)
+    return (weighted * cost).sum(), up.back(gradient if target is None else gradient * (1 - 2 * target))
+
+
+def dice_term(x: Tensor, target: Tensor | None, up: Upsampling) -> tuple[Tensor, Tensor]:
+    """Sum of 1 - dice over maps that hold their class, and its gradient (n, h, w); absent classes do not count."""
+    if target is None:
+        return x.new_zeros(()), x.new_zeros(len(x), up.rows.shape[1], up.columns.shape[1])
+    p = x.sigmoid()
+    overlap = 2 * (p * target).sum(dim=(1, 2), keepdim=True) + 1
+    total = p.sum(dim=(1, 2), keepdim=True) + target.sum(dim=(1, 2), keepdim=True) + 1
+    return (1 - overlap / total).sum(), up.back((overlap / total - 2 * target) / total * p * (1 - p))
+
+
+def ssim_term(low: Tensor, x: Tensor, target: Tensor | None, up: Upsampling) -> tuple[Tensor, Tensor]:
+    """Sum of the structural similarity of logits and target over maps and pixels, and its gradient (n, h, w).
+
+    With means a, b, and moments E[x²], E[xt] in the window: l = (2ab + C1) / (a² + b² + C1),
+    s = (2 (E[xt] - ab) + C2) / (var x + var t + C2), SSIM = l s. As t is 0 or 1, E[t²] = b.
+    """
+    a, second_moment = up.blurred(low), blur(x * x)
+    if target is None:
+        d1 = a * a + C1
+        d2 = second_moment - a * a + C2
+        value = (C1 * C2) / (d1 * d2)
+        by_moment = -value / d2
+        by_mean = 2 * a * (-value / d1 - by_moment)
+        return value.sum(), up.blurred_back(by_mean) + up.back(2 * x * blur(by_moment))
+    b, product = blur(target), blur(x * target)
+    d1 = a * a + b * b + C1
+    d2 = second_moment - a * a + b - b * b + C2
+    luminance, structure = (2 * a * b + C1) / d1, (2 * (product - a * b) + C2) / d2
+    value = luminance * structure
+    by_moment = -value / d2
+    by_product = 2 * luminance / d2
+    by_mean = 2 * b * structure / d1 - 2 * a * value / d1 - b * by_product - 2 * a * by_moment
+    return value.sum(), up.blurred_back(by_mean) + up.back(2 * x * blur(by_moment) + target * blur(by_product))
+
+
+def blur(maps: Tensor) -> Tensor:
+    """The 11 x 11 Gaussian window (sigma 1.5, 5 zeros of padding) on maps (n, S, S'): two banded matrix products.
+
+    It is its own transpose, so gradients go through it as values do.
+    """
+    rows, columns = (gaussian_band(length, maps.device) for length in maps.shape[-2:])
+    return rows @ maps @ columns
+
+
+@lru_cache(maxsize=16)
+def gaussian_band(length: int, device: torch.device) -> Tensor:
+    """Symmetric (length, length) matrix that applies the one-dimensional window, zeros beyond the border."""
+    offset = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float32)
+    window = torch.exp(-(offset**2) / (2 * SIGMA**2))
+    position = torch.arange(length)
+    distance = (position[:, None] - position[None]).abs()
+    band = (window / window.sum())[RADIUS:][distance.clamp(max=RADIUS)]
+    return torch.where(distance <= RADIUS, band, 0.0).to(device)
+
+
+@lru_cache(maxsize=16)
+def interpolation(source: int, target: int, device: torch.device) -> Tensor:
+    """Matrix (target, source) of one-dimensional linear interpolation, `align_corners=False`."""
+    identity = torch.eye(source)[None]
+    return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T.contiguous().to(device)

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,8 +50,8 @@ class PretrainConfig:
     seed: int = 0
     stages: tuple[Stage, ...] = (
         Stage(("thumbnail",), 64, 400_000, 256, 0.5),
-        Stage(("scene", "scene", "scene", "closeup"), 128, 260_000, 64, 0.5),
-        Stage(("scene", "scene", "scene", "closeup"), 128, 32_000, 64, 0.0),
+        Stage(("scene", "scene", "scene", "closeup"), 128, 160_000, 64, 0.5),
+        Stage(("scene", "scene", "scene", "closeup"), 128, 20_000, 64, 0.0),
     )
     pool: int = 40_000
     learning_rate: float = 1.5e-3
@@ -59,6 +59,15 @@ class PretrainConfig:
     coverage: float = 0.07
     dense_losses: bool = True
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+    def scaled(self, images: int) -> PretrainConfig:
+        """The same stages with about so many pictures in all."""
+        if images < 1000:
+            raise ValueError(f"{images} pictures are too few to pre-train on; wanted at least 1000")
+        share = images / sum(stage.images for stage in self.stages)
+        stages = tuple(replace(stage, images=max(stage.batch, round(stage.images * share))) for stage in self.stages)
+        return replace(self, stages=stages)
 
 
 def noun(phrase: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import dist
@@ -17,7 +17,8 @@ Colour = tuple[int, int, int]
 class Split:
     """The classes of a data set and which of them are unseen in training.
 
-    `classes[i]` is the name of label value `i`; `unseen` holds label values; 255 is always "ignore".
+    `classes[i]` is the name of label value `i`; `unseen` holds label values; 255 is always "ignore". `prompts` holds
+    (name, words) pairs: what CLIP is told where it is not the name.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Split:
     unseen: tuple[int, ...]
     palette: tuple[Colour, ...]
     source: str
+    prompts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.classes) <= IGNORE:
@@ -48,12 +50,26 @@ class Split:
             raise ValueError(
                 f"split {self.name!r}: {len(self.palette)} colours for {len(self.classes)} classes; wanted one each"
             )
+        strangers = [name for name, _ in self.prompts if name not in self.classes]
+        if strangers:
+            raise ValueError(
+                f"split {self.name!r} has prompts for {', '.join(strangers)}, no classes of it; it has {', '.join(self.classes)}"
+            )
 
     @classmethod
     def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Split:
         """A split with unseen classes given by name, coloured by `spread_palette`."""
         palette = spread_palette(len(classes)) if 1 <= len(classes) <= IGNORE else ()
         return cls(name, tuple(classes), (), palette, source).with_unseen(unseen)
+
+    def with_prompts(self, prompts: Mapping[str, str]) -> Split:
+        """The same classes, some told to CLIP in other words: {"tv monitor": "television"}."""
+        return replace(self, prompts=tuple(prompts.items()))
+
+    def texts(self, labels: Iterable[int] | None = None) -> tuple[str, ...]:
+        """What CLIP is told of some label values (None: of all), in the order given."""
+        words = dict(self.prompts)
+        return tuple(words.get(name, name) for name in (self.classes if labels is None else self.names(labels)))
 
     @property
     def seen(self) -> tuple[int, ...]:

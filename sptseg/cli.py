@@ -1,0 +1,300 @@
+"""The command line: `sptseg demo, train, evaluate, segment, pretrain, import`. Options come from the dataclasses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch.utils.data import Dataset
+
+from sptseg import datasets, splits
+from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
+from sptseg.clip import load_clip
+from sptseg.datasets import IMAGE_SUFFIXES, Sample
+from sptseg.demo import demo
+from sptseg.inference import segment
+from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, SptSeg, build_model
+from sptseg.pretraining import PretrainConfig, pretrain
+from sptseg.splits import IGNORE, Split
+from sptseg.training import TrainConfig, evaluate, fit
+
+PRESETS = {"embedded": EMBEDDED_CONFIG, "spt": SPT_RELEASED, "zegclip": ZEGCLIP}
+Layout = Literal["folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "camvid"]
+NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
+    "voc2012": lambda root, subset: datasets.voc2012(root, subset or "val"),  # type: ignore[arg-type]
+    "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset or "val"),  # type: ignore[arg-type]
+    "context-otseg": lambda root, subset: datasets.context(root, subset or "val", "otseg"),  # type: ignore[arg-type]
+    "context-cascade": lambda root, subset: datasets.context(root, subset or "val", "cascade"),  # type: ignore[arg-type]
+    "ade20k": lambda root, subset: datasets.ade20k(root, subset or "validation"),  # type: ignore[arg-type]
+    "camvid": lambda root, subset: datasets.camvid(root),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pictures and classes.
+
+    Attributes:
+        data: "scenes" (the picture-book world) or a folder.
+        layout: how the folder is laid out: "folder" for images/, masks/ and classes.txt, or a data set's own layout.
+        subset: of a data set that has several, such as train, trainaug or val.
+        images: how many scenes to draw (data "scenes" only).
+        seed: of the scenes.
+        unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
+        prompts: other words for CLIP, comma-separated, such as "tv monitor=television".
+    """
+
+    data: str = "scenes"
+    layout: Layout = "folder"
+    subset: str = ""
+    images: int = 300
+    seed: int = 0
+    unseen: str = ""
+    prompts: str = ""
+
+    def load(self, stream: Literal["evaluation", "training"]) -> tuple[Dataset[Sample], Split]:
+        """The data set and its split."""
+        if self.data == "scenes":
+            dataset = datasets.Scenes(self.images, self.seed, stream)
+        elif self.layout == "folder":
+            dataset = datasets.ImageMaskFolder(self.data)
+        else:
+            dataset = NamedLayouts[self.layout](Path(self.data), self.subset)
+        split: Split = dataset.split  # type: ignore[attr-defined]
+        if self.unseen:
+            split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
+        if self.prompts:
+            pairs = [pair.partition("=") for pair in names(self.prompts)]
+            split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
+        return dataset, split
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which model.
+
+    Attributes:
+        model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "untrained"
+            (SPT-SEG with random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or
+            "dense-clip" if `clip` is given.
+        clip: for "dense-clip" and "untrained": "tiny" or an open_clip model, such as ViT-B-16-quickgelu.
+        clip_weights: its weights: an open_clip tag such as openai (downloaded once), a file, or "none" for random ones.
+    """
+
+    model: str = ""
+    clip: str = ""
+    clip_weights: str = ""
+
+    def load(self) -> SptSeg:
+        if not self.clip:
+            if self.clip_weights:
+                raise ValueError(f"clip_weights {self.clip_weights!r} needs the name of a model; add --clip ViT-B-16-quickgelu")
+            return build_model(SPT_RELEASED).eval() if self.model == "untrained" else load_model(self.model or "embedded")
+        presets = {"": DENSE_CLIP, "dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
+        if self.model not in presets:
+            raise ValueError(f"model {self.model!r} brings its own CLIP; leave out --clip, or choose dense-clip or untrained")
+        weights = clip_weights(self.clip, self.clip_weights)
+        size = (128, 128) if self.clip == "tiny" else (512, 512)
+        return build_model(replace(presets[self.model], clip=self.clip, clip_weights=weights, image_size=size)).eval()
+
+
+def clip_weights(clip: str, weights: str) -> str | None:
+    """The weights asked for; a real CLIP must name them, so that nobody trains on random ones unawares."""
+    if clip != "tiny" and not weights:
+        raise ValueError(f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights")
+    return None if weights in ("", "none") else weights
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def evaluate_command(
+    data: Annotated[Data, tyro.conf.arg(name="")],
+    which: Annotated[Which, tyro.conf.arg(name="")],
+    seen_offset: float | None = None,
+    limit: int | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Scores of a model on a data set: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean.
+
+    Args:
+        data: the pictures.
+        which: the model.
+        seen_offset: what the scores of seen classes are lowered by; the model's own by default.
+        limit: look at the first pictures only.
+        json_file: write the scores there, each class's IoU too.
+    """
+    dataset, split = data.load("evaluation")
+    scores = evaluate(which.load(), dataset, split, seen_offset=seen_offset, limit=limit)
+    print(scores.table())
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on a data set; writes the trained parts, the history and the settings to a folder.
+
+    Attributes:
+        output: the folder.
+        preset: what the model's options start from: "embedded" (SPT-SEG as it transfers best to the tiny CLIP), "spt" (as
+            released) or "zegclip".
+        start_from: a checkpoint to continue from, for transductive training; its configuration counts.
+        resume: go on from the state in `output`.
+        data: the pictures.
+        model: the model's options.
+        train: the training's options.
+    """
+
+    output: Path
+    preset: Literal["embedded", "spt", "zegclip"] = "embedded"
+    start_from: str = ""
+    resume: bool = False
+    data: Annotated[Data, tyro.conf.arg(name="")] = field(default_factory=lambda: Data(images=5000))
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = EMBEDDED_CONFIG
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        dataset, split = self.data.load("training")
+        torch.manual_seed(self.train.seed)
+        if self.start_from:
+            model = load_model(self.start_from)
+        else:
+            weights = clip_weights(self.model.clip, self.model.clip_weights or "")
+            model = build_model(replace(self.model, clip_weights=weights))
+        fit(model, dataset, split, self.train, output=self.output, resume=self.resume)
+        print(f"the trained model is in {self.output}; score it with: sptseg evaluate --model {self.output}")
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """Parses `train` with the preset's values as defaults."""
+    chooser = tyro.cli(Preset, args=list(arguments), return_unknown_args=True, add_help=False)[0]
+    default = Train(output=tyro.MISSING, preset=chooser.preset, model=PRESETS[chooser.preset])
+    tyro.cli(Train, args=list(arguments), default=default, prog="sptseg train", description=Train.__doc__.splitlines()[0]).run()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Only the option that decides the defaults of the others."""
+
+    preset: Literal["embedded", "spt", "zegclip"] = "embedded"
+
+
+def segment_command(
+    pictures: tyro.conf.Positional[tuple[Path, ...]],
+    classes: str,
+    which: Annotated[Which, tyro.conf.arg(name="")],
+    out: Path = Path("segmentation.png"),
+    full_resolution: bool = False,
+) -> None:
+    """Segments photographs into classes given by name.
+
+    Args:
+        pictures: image files, or folders of them.
+        classes: names, comma-separated: "road, tree, car".
+        which: the model.
+        out: the picture to write; for several pictures a folder, which gets overlays, label PNGs and areas.csv.
+        full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
+    """
+    files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
+    model = which.load()
+    if len(files) == 1 and out.suffix:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = segment(model, files[0], names(classes), full_resolution=full_resolution)
+        result.save(out)
+        print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
+        print(f"wrote {out}")
+        return
+    if out.suffix:
+        raise ValueError(f"{len(files)} pictures do not fit into one file {out}; give a folder, such as --out {out.with_suffix('')}")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "areas.csv").open("w", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerow(["picture", *names(classes)])
+        for file in files:
+            result = segment(model, file, names(classes), full_resolution=full_resolution)
+            result.save(out / f"{file.stem}.png")
+            result.save_labels(out / f"{file.stem}-labels.png")
+            writer.writerow([file.name, *(f"{share:.4f}" for share in result.areas().values())])
+            print(f"wrote {out / file.stem}.png")
+
+
+def sorted_images(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no pictures; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return files
+
+
+def pretrain_command(
+    output: Path = Path("tiny_clip.safetensors"), seed: int = 0, dense_losses: bool = True, images: int | None = None
+) -> None:
+    """Pre-trains the tiny CLIP on drawn pictures and their captions, on the CPU; goes on where a run stopped.
+
+    Args:
+        output: the file to write; the state and the history go beside it.
+        seed: of the weights and the pictures.
+        dense_losses: with the losses that make patches speak; without them CLIP's own contrast only, as a control.
+        images: about how many pictures in all; by default as the embedded file was made.
+    """
+    config = PretrainConfig(seed=seed, dense_losses=dense_losses)
+    if images is not None:
+        config = config.scaled(images)
+    pretrain(config, output)
+    print(f"wrote {output}; use it with --clip tiny --clip-weights {output}")
+
+
+def import_command(
+    checkpoint: tyro.conf.Positional[Path], output: Path, image_size: int = 512, heads: int = 12, decoder_heads: int = 8
+) -> None:
+    """Imports a checkpoint of SPT-SEG's or ZegCLIP's research code (.pth or .safetensors) and says what it left out.
+
+    Args:
+        checkpoint: the file.
+        output: the checkpoint to write.
+        image_size: side of the training crop.
+        heads: attention heads of the image encoder.
+        decoder_heads: attention heads of the decoder.
+    """
+    imported = import_research(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
+    print(imported.report())
+    print(f"wrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")
+
+
+COMMANDS = {
+    "demo": demo,
+    "evaluate": evaluate_command,
+    "segment": segment_command,
+    "pretrain": pretrain_command,
+    "import": import_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["train"]:
+            train_command(given[1:])
+        else:
+            everything = {**COMMANDS, "train": Train}
+            tyro.extras.subcommand_cli_from_dict(everything, args=given, prog="sptseg", description=__doc__, sort_subcommands=True)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"sptseg: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

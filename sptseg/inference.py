@@ -1,0 +1,214 @@
+"""From a model and a picture of any size to labels: sliding windows, scores, `segment`.
+
+Window logits are kept at token resolution; scores at full size exist for a few classes at a time only, so memory does not
+grow with classes x height x width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from sptseg import plots
+from sptseg.datasets import open_image
+from sptseg.model import ModelConfig, SptSeg, upsample
+from sptseg.splits import Colour, spread_palette
+from sptseg.transforms import CLIP_MEAN, CLIP_STD, Augmentation, test_transform
+
+STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
+Box = tuple[int, int, int, int]
+
+
+def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
+    """The protocol's crop and test size for a model, in proportion to its `image_size` (512: fitted into (2048, 512))."""
+    side = min(config.image_size)
+    statistics = {"mean": CLIP_MEAN, "std": CLIP_STD} if config.normalization == "clip" else {}
+    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), **statistics)
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one axis: every `stride`, the last one flush with the end."""
+    if length <= window:
+        return [0]
+    return [*range(0, length - window, stride), length - window]
+
+
+def windows_of(size: tuple[int, int], window: tuple[int, int]) -> list[Box]:
+    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is."""
+    (height, width), (window_height, window_width) = size, window
+    return [
+        (top, left, min(window_height, height), min(window_width, width))
+        for top in window_starts(height, window_height, max(1, round(STRIDE_SHARE * window_height)))
+        for left in window_starts(width, window_width, max(1, round(STRIDE_SHARE * window_width)))
+    ]
+
+
+def pad_to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Pads (B, 3, H, W) with zeros (the mean colour) below and on the right to multiples of the patch size."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % patch[1], 0, -height % patch[0]))
+
+
+@dataclass(frozen=True)
+class WindowLogits:
+    """Mask logits of every window at token resolution, from which scores of any class are drawn at any size.
+
+    logits (windows, C, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of `size`.
+    `offset` (C,) is subtracted from the scores.
+    """
+
+    logits: Tensor
+    boxes: list[Box]
+    window: tuple[int, int]
+    size: tuple[int, int]
+    offset: Tensor
+
+    def scores(self, classes: slice, size: tuple[int, int]) -> Tensor:
+        """Sigmoid scores of some classes (c, *size): averaged where windows overlap, lowered by the offset, resized."""
+        logits = self.logits[:, classes]
+        if len(self.boxes) == 1:
+            _, _, height, width = self.boxes[0]
+            total = upsample(logits, self.window)[0, :, :height, :width].sigmoid_()
+        else:
+            total = logits.new_zeros(logits.shape[1], *self.size, dtype=torch.float32)
+            count = logits.new_zeros(self.size, dtype=torch.float32)
+            for window, (top, left, height, width) in zip(logits, self.boxes, strict=True):
+                here = slice(top, top + height), slice(left, left + width)
+                total[:, *here] += upsample(window[None], self.window)[0, :, :height, :width].sigmoid_()
+                count[here] += 1
+            total /= count
+        total -= self.offset[classes, None, None]
+        return total if size == self.size else upsample(total[None], size)[0]
+
+    def labels(self, size: tuple[int, int], classes_at_once: int = 8) -> Tensor:
+        """Position of the highest score per pixel: (*size) int64, first of equals; classes in chunks."""
+        best: Tensor | None = None
+        labels = torch.zeros(size, dtype=torch.long, device=self.logits.device)
+        for start in range(0, self.logits.shape[1], classes_at_once):
+            value, index = self.scores(slice(start, start + classes_at_once), size).max(dim=0)
+            if best is None:
+                best, labels = value, index
+            else:
+                higher = value > best
+                best[higher] = value[higher]
+                labels[higher] = index[higher] + start
+        return labels
+
+
+@torch.inference_mode()
+def window_logits(
+    model: SptSeg, images: Tensor, text: Tensor, *, offset: Tensor | None = None, window_batch: int = 8
+) -> list[WindowLogits]:
+    """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
+
+    images (B, 3, H, W) normalised, text (C, E), offset (C,) or None -> one `WindowLogits` per picture.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    boxes = windows_of(size, model.config.image_size)
+    crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
+    parts = []
+    for start in range(0, len(crops), window_batch):
+        batch = pad_to_patches(torch.stack(crops[start : start + window_batch]), model.encoder.patch_size)
+        parts.append(model(batch.to(model.device), text).float())
+    logits = torch.cat(parts).unflatten(0, (len(images), len(boxes)))
+    patch_height, patch_width = model.encoder.patch_size
+    window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
+    offset = torch.zeros(len(text)) if offset is None else offset
+    return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device)) for per_image in logits]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A picture, the class of each of its pixels, and what it takes to look at them.
+
+    image (H, W, 3) uint8; labels (H, W) int64, positions in `classes`.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    logits: WindowLogits = field(repr=False)
+
+    def scores(self, name: str) -> np.ndarray:
+        """Score of a class at each pixel: (H, W) float32 in 0..1."""
+        if name not in self.classes:
+            raise ValueError(f"{name!r} was not among the classes; they were {', '.join(self.classes)}")
+        position = self.classes.index(name)
+        return self.logits.scores(slice(position, position + 1), self.labels.shape)[0].cpu().numpy()
+
+    def areas(self) -> dict[str, float]:
+        """Share of the picture, 0..1, per class."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+        return dict(zip(self.classes, (counts / self.labels.size).tolist(), strict=True))
+
+    def overlay(self) -> np.ndarray:
+        """The picture with the classes' colours over it: (H, W, 3) uint8."""
+        return plots.overlay(self.image, self.labels, self.palette)
+
+    def show(self) -> Figure:
+        """Picture, mask and legend."""
+        return plots.show_segmentation(self.image, self.labels, self.classes, self.palette)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the overlay with its legend (PNG, or another format that matplotlib knows by its suffix)."""
+        self.show().savefig(path, dpi=150, bbox_inches="tight")
+
+    def save_labels(self, path: str | PathLike[str]) -> None:
+        """Writes the labels as an 8-bit palette PNG."""
+        if len(self.classes) > 256:
+            raise ValueError(f"{len(self.classes)} classes do not fit an 8-bit PNG; save `labels` with numpy instead")
+        picture = Image.fromarray(self.labels.astype(np.uint8), mode="P")
+        picture.putpalette([value for colour in self.palette for value in colour])
+        picture.save(path)
+
+
+def as_array(image: np.ndarray | Image.Image | str | PathLike[str]) -> np.ndarray:
+    """A picture as (H, W, 3) uint8, from an array, a PIL image or a file."""
+    if isinstance(image, str | PathLike):
+        return np.asarray(open_image(Path(image)))
+    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(f"the image is {array.dtype} of shape {array.shape}; wanted uint8 of shape (height, width, 3)")
+    return array
+
+
+def segment(
+    model: SptSeg,
+    image: np.ndarray | Image.Image | str | PathLike[str],
+    classes: Sequence[str],
+    *,
+    full_resolution: bool = False,
+    palette: Sequence[Colour] | None = None,
+) -> Segmentation:
+    """Segments a picture into classes given by name.
+
+    Args:
+        image: (H, W, 3) uint8, a PIL image or a file.
+        classes: names or phrases, each once; every pixel gets one of them.
+        full_resolution: look at the picture pixel by pixel in many windows, instead of resizing its short side to the
+            model's window as in the protocol: finer, slower, and with less context. Labels have the picture's size in
+            either case; a picture smaller than the window is enlarged.
+        palette: a colour per class.
+    """
+    if isinstance(classes, str):
+        raise ValueError(f"classes is the text {classes!r}; wanted a list of names, such as ['tree', 'car']")
+    classes = tuple(classes)
+    pixels = as_array(image)
+    text = model.class_embeddings(classes)
+    prepare = test_transform(augmentation(model.config, full_resolution=full_resolution))
+    prepared = prepare(tv_tensors.Image(torch.tensor(pixels).permute(2, 0, 1)))
+    (logits,) = window_logits(model, prepared[None], text)
+    size = (pixels.shape[0], pixels.shape[1])
+    colours = spread_palette(len(classes)) if palette is None else tuple(palette)
+    return Segmentation(pixels, logits.labels(size).cpu().numpy(), classes, colours, logits)

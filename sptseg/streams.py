@@ -1,0 +1,92 @@
+"""What a training run reads, in which order: targets of a setting, and a seeded, endless stream of augmented pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sptseg.datasets import Sample
+from sptseg.splits import IGNORE, Split
+from sptseg.transforms import Augmentation, train_transform
+
+Setting = Literal["inductive", "transductive", "supervised"]
+UNSEEN_PIXEL = -1
+
+
+def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor]:
+    """Which classes are queries, and a table (256,) from label values to training targets.
+
+    Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as they are.
+    """
+    table = torch.full((256,), IGNORE)
+    if setting == "inductive":
+        table[list(split.seen)] = torch.arange(len(split.seen))
+        return split.seen, table
+    table[: len(split.classes)] = torch.arange(len(split.classes))
+    if setting == "transductive":
+        table[list(split.unseen)] = UNSEEN_PIXEL
+    return tuple(range(len(split.classes))), table
+
+
+class TrainingStream(Dataset[tuple[Tensor, Tensor]]):
+    """An endless, seeded sequence of augmented pictures and targets: position p is the same whatever came before.
+
+    Every epoch is a new permutation; the augmentation's randomness depends on seed and position alone. So a run goes on
+    exactly where it stopped, and does not depend on the number of workers or processes.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = train_transform(augment)
+        self.table = table
+        self.seed = seed
+        self.epoch = -1
+        self.order = torch.empty(0)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        length = len(self.dataset)  # type: ignore[arg-type]
+        epoch, offset = divmod(position, length)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(length, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
+        sample = self.dataset[int(self.order[offset])]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self.seed, position, 1))
+            image, label = self.transform(sample["image"], sample["label"])
+        return torch.as_tensor(image), self.table[torch.as_tensor(label)]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    state = 0
+    for number in numbers:
+        state = (state * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return state
+
+
+class Positions:
+    """Batch sampler: the positions that one process reads, from a first iteration on, micro-batch by micro-batch."""
+
+    def __init__(self, iterations: range, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
+        parts = processes * accumulation
+        if batch_size % parts:
+            raise ValueError(
+                f"batch_size {batch_size} cannot be shared by {processes} processes x {accumulation} micro-batches; "
+                f"choose a multiple of {parts}"
+            )
+        self.iterations, self.batch_size, self.accumulation = iterations, batch_size, accumulation
+        self.rank, self.processes = rank, processes
+        self.micro = batch_size // parts
+
+    def __len__(self) -> int:
+        return len(self.iterations) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for iteration in self.iterations:
+            for part in range(self.accumulation):
+                start = iteration * self.batch_size + (part * self.processes + self.rank) * self.micro
+                yield list(range(start, start + self.micro))

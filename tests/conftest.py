@@ -1,0 +1,80 @@
+"""Reference tensors of the released code, and a CLIP small enough for tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sptseg.checkpoints import Imported, import_research
+from sptseg.clip import Clip, WordTokenizer
+
+REFERENCE = Path(__file__).parent / "reference"
+WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference set (see reference/reduce.py): tensors by name, sizes, and the model imported from its state."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+    config: dict
+    imported: Imported
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {k.removeprefix("state/"): v for k, v in self.tensors.items() if k.startswith("state/")}
+
+
+@cache
+def load_reference(kind: str) -> Reference:
+    with safe_open(REFERENCE / f"{kind}_small.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        config = json.loads(file.metadata()["config"])
+    state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+    sizes = {key: config[key] for key in ("image_size", "heads", "decoder_heads")}
+    return Reference(kind, tensors, config, import_research(state, **sizes))
+
+
+@pytest.fixture(scope="session", params=["spt", "zegclip"])
+def reference(request: pytest.FixtureRequest) -> Reference:
+    """Both reference sets, one after the other."""
+    return load_reference(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums in the same order everywhere, and tests that run side by side do not fight for cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def small_clip(**vision: object) -> Clip:
+    """A CLIP of 3 blocks of width 32, 8 x 8 patches of 4 x 4 pixels, embeddings of 32; random, always the same."""
+    tokenizer = WordTokenizer(WORDS, context_length=12)
+    text = {"context_length": 12, "vocab_size": tokenizer.vocabulary_size, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "patch_size": 4, "width": 32, "layers": 3, "head_width": 16, **vision}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = open_clip.CLIP(32, vision, text)
+    return Clip("small", None, model.eval().requires_grad_(False), tokenizer)
+
+
+@pytest.fixture
+def clip() -> Clip:
+    return small_clip()

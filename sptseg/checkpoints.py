@@ -1,12 +1,14 @@
-"""Checkpoints: trained parts in safetensors with the configuration as JSON beside them; import of research-code files."""
+"""Checkpoints: trained parts in safetensors with the configuration as JSON beside them; research-code files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sptseg.clip import Clip, data_file, load_clip
+from sptseg.clip import Clip, data_file, fingerprint, load_clip
 from sptseg.model import DENSE_CLIP, ModelConfig, SptSeg, build_model
 
 FORMAT = "sptseg-1"
@@ -29,24 +31,30 @@ WEIGHTS_FILE = "model.safetensors"
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     """A validated `ModelConfig` from JSON values; unknown or missing fields are refused by name."""
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    if set(values) - known:
-        raise ValueError(f"unknown ModelConfig fields: {', '.join(sorted(set(values) - known))}; known are {', '.join(sorted(known))}")
-    if known - set(values):
-        raise ValueError(f"missing ModelConfig fields: {', '.join(sorted(known - set(values)))}")
+    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+    if unknown:
+        raise ValueError(f"unknown ModelConfig fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if missing:
+        raise ValueError(f"missing ModelConfig fields: {', '.join(missing)}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ModelConfig(**{**values, **lists})
 
 
 def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Writes the trained parts and the configuration to one safetensors file (or into a folder, as `model.safetensors`).
+    """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`).
 
-    `about` (JSON values: data, seed, figures) is kept beside the configuration. The file is written whole or not at all.
+    `about` (JSON values: data, seed, figures) is kept with the configuration. The file is written whole or not at all.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / WEIGHTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "config": dataclasses.asdict(model.config), "about": dict(about or {})}
+    header = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(model.config),
+        "clip": fingerprint(model.clip),
+        "about": dict(about or {}),
+    }
     state = model.trained_state()
     if model.config.clip == IMPORTED:
         state |= {f"clip.{name}": value for name, value in model.clip.model.state_dict().items()}
@@ -74,11 +82,11 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> Spt
     path = path / WEIGHTS_FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no checkpoint {path}; wanted {', '.join(EMBEDDED)}, dense-clip, or a file or folder written by sptseg train"
+            f"there is no checkpoint {path}; wanted {', '.join(EMBEDDED)}, dense-clip, or a file or folder "
+            f"written by sptseg train"
         )
-    header = read_header(path)
-    state = load_file(path)
-    try:
+    header, state = read_header(path), load_file(path)
+    with refusals_naming(path):
         config = config_from_dict(header["config"])
         if config.clip == IMPORTED:
             clip = clip_from_architecture(header["architecture"])
@@ -86,11 +94,25 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> Spt
             check_fit(clip.model.state_dict(), tower, path)
             clip.model.load_state_dict(tower)
             state = {k: v for k, v in state.items() if not k.startswith("clip.")}
+    clip = load_clip(config.clip, config.clip_weights) if clip is None else clip
+    with refusals_naming(path):
         model = build_model(config, clip)
+    load_trained_state(model, state, path)
+    if header.get("clip") != fingerprint(model.clip):
+        raise ValueError(
+            f"{path} was trained on another CLIP than {config.clip} with weights {config.clip_weights}: fingerprint "
+            f"{header.get('clip')}, this one's {fingerprint(model.clip)}; give the CLIP that it was trained on"
+        )
+    return model.eval()
+
+
+@contextmanager
+def refusals_naming(path: Path) -> Iterator[None]:
+    """Turns what a wrong configuration raises into one sentence that names the file."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a wrong configuration: {error}") from error
-    load_trained_state(model, state, path)
-    return model.eval()
 
 
 def load_trained_state(model: SptSeg, state: Mapping[str, Tensor], path: Path) -> None:
@@ -103,7 +125,10 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path
     """Refuses a state whose names or shapes are not a model's own."""
     wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
-        raise ValueError(f"{path} does not fit its configuration: {', '.join(wrong[:5])} differ; the file was changed or is of another version")
+        raise ValueError(
+            f"{path} does not fit its configuration: {', '.join(wrong[:5])} differ; "
+            f"the file was changed or is of another version"
+        )
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -113,21 +138,25 @@ def read_header(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); a checkpoint of the research code goes through sptseg import"
+            f"{path} is not a readable safetensors file ({error}); "
+            f"a checkpoint of the research code goes through sptseg import"
         ) from error
     try:
         header = json.loads(metadata["sptseg"])
     except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no sptseg configuration; wanted a checkpoint written by sptseg train or sptseg import") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {header.get('format')!r}; this version reads {FORMAT!r}")
+        raise ValueError(
+            f"{path} holds no sptseg configuration; wanted a checkpoint written by sptseg train or sptseg import"
+        ) from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
     return header
 
 
 def clip_architecture(clip: Clip) -> dict[str, Any]:
     """Sizes from which `clip_from_architecture` builds an imported CLIP again."""
-    visual, model = clip.visual, clip.model
-    block = visual.transformer.resblocks[0]
+    visual: Any = clip.visual
+    model: Any = clip.model
     return {
         "embed_dim": visual.output_dim,
         "vision_cfg": {
@@ -135,7 +164,7 @@ def clip_architecture(clip: Clip) -> dict[str, Any]:
             "patch_size": list(visual.patch_size),
             "width": visual.ln_pre.normalized_shape[0],
             "layers": len(visual.transformer.resblocks),
-            "head_width": block.attn.head_dim,
+            "head_width": visual.transformer.resblocks[0].attn.head_dim,
         },
         "text_cfg": {
             "context_length": model.context_length,
@@ -149,7 +178,7 @@ def clip_architecture(clip: Clip) -> dict[str, Any]:
 
 def clip_from_architecture(architecture: Mapping[str, Any]) -> Clip:
     """A frozen CLIP with QuickGELU (as in OpenAI's and the research code) of the given sizes, weights random."""
-    vision = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture["vision_cfg"].items()}
+    vision: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture["vision_cfg"].items()}
     model = open_clip.CLIP(architecture["embed_dim"], vision, architecture["text_cfg"], quick_gelu=True)
     no_text = architecture["text_cfg"]["vocab_size"] == NO_TEXT["vocab_size"]
     tokenizer = refuse_text if no_text else open_clip.SimpleTokenizer(context_length=model.context_length)
@@ -157,7 +186,7 @@ def clip_from_architecture(architecture: Mapping[str, Any]) -> Clip:
 
 
 def refuse_text(texts: object) -> Tensor:
-    raise ValueError("this model was imported from a checkpoint without a text encoder; call it with text embeddings (C, E)")
+    raise ValueError("this model was imported without a text encoder; call it with text embeddings (C, E)")
 
 
 # Names in the research code's checkpoints -> ours. Encoder names that are not listed belong to CLIP's image tower.
@@ -189,13 +218,13 @@ ZEGCLIP_NAMES = {
     LAYER + r"multihead_attn\.v\.(weight|bias)": r"decoder.layers.\1.value.\2",
     LAYER + r"multihead_attn\.proj\.(weight|bias)": r"decoder.layers.\1.update_projection.\2",
 }
-NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # stands in for a missing text tower
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # in place of a missing tower
 TEXT_TOWER = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import read, and the parameters that it left out since no forward pass of the research code reads them."""
+    """What an import read, and the parameters that it left out: no forward pass of the research code reads them."""
 
     model: SptSeg
     left_out: tuple[str, ...]
@@ -204,14 +233,16 @@ class Imported:
         config = self.model.config
         kind = "SPT-SEG" if config.decoder == "spectral" else "ZegCLIP"
         text = "with" if self.model.clip.tokenizer is not refuse_text else "without"
-        lines = [f"{kind} checkpoint, {config.prompt_tokens} prompt tokens, {text} a text encoder; left out, as no forward pass reads them:"]
-        return "\n".join([*lines, *(f"  {name}" for name in self.left_out or ("nothing",))])
+        head = f"{kind} checkpoint, {config.prompt_tokens} prompt tokens, {text} a text encoder"
+        names = [f"  {name}" for name in self.left_out or ("nothing",)]
+        return "\n".join([f"{head}; left out, as no forward pass reads them:", *names])
 
 
 def read_research_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
     """A flat state dictionary from a mapping, a safetensors file or a `.pth` file (read with `weights_only=True`)."""
+    state: Any
     if isinstance(source, Mapping):
-        state = dict(source)
+        state = source
     elif not Path(source).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {source}")
     else:
@@ -222,29 +253,34 @@ def read_research_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, 
                 state = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # on bytes that are no checkpoint the readers raise nearly anything
             raise ValueError(
-                f"{source} cannot be read as a checkpoint of tensors only; it is damaged or holds other Python objects, which could "
-                f"run code; save it again with torch.save({{'state_dict': model.state_dict()}}, ...)"
+                f"{source} cannot be read as a checkpoint of tensors only; it is damaged or holds other Python "
+                f"objects, which could run code; save it again with "
+                f"torch.save({{'state_dict': model.state_dict()}}, ...)"
             ) from error
     state = (state.get("state_dict", state) or {}) if isinstance(state, Mapping) else {}
     tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if "backbone.conv1.weight" not in tensors:
-        raise ValueError("the checkpoint has no backbone.conv1.weight; wanted one of SPT-SEG's or ZegCLIP's research code")
+        raise ValueError(
+            "the checkpoint has no backbone.conv1.weight; wanted one of SPT-SEG's or ZegCLIP's research code"
+        )
     return tensors
 
 
 def import_research_checkpoint(
     source: Mapping[str, Tensor] | str | Path, *, image_size: int | tuple[int, int], heads: int, decoder_heads: int = 8
 ) -> SptSeg:
-    """A model from a checkpoint of SPT-SEG's or ZegCLIP's research code; `import_research` also says what was left out.
+    """A model from a checkpoint of SPT-SEG's or ZegCLIP's research code; what was left out goes to the log.
 
     Args:
-        source: a state dictionary with `backbone.` and `decode_head.` names (`text_encoder.` is read if it is there), or
-            the path of a file that holds one.
+        source: a state dictionary with `backbone.` and `decode_head.` names (`text_encoder.` is read if it is there),
+            or the path of a file that holds one.
         image_size: pixels of the training crop, one number or (height, width); the spectral filter belongs to it.
         heads: attention heads of the image encoder (12 for ViT-B/16); no tensor tells.
         decoder_heads: attention heads of the decoder.
     """
-    return import_research(source, image_size=image_size, heads=heads, decoder_heads=decoder_heads).model
+    imported = import_research(source, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
+    logging.getLogger("sptseg").info(imported.report())
+    return imported.model
 
 
 def import_research(
@@ -252,7 +288,7 @@ def import_research(
 ) -> Imported:
     """As `import_research_checkpoint`, with the names of what it left out."""
     state = read_research_state(source)
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     spectral_decoder = any(".hlfs." in name for name in state)
     try:
         clip = imported_clip(state, size, heads)
@@ -281,9 +317,13 @@ def import_research(
     missing = sorted(set(wanted) - set(new))
     if missing:
         raise ValueError(f"the checkpoint lacks what {', '.join(missing[:5])} would be read from; is it complete?")
-    misfits = [f"{name} {tuple(new[name].shape)}, wanted {tuple(wanted[name].shape)}" for name in wanted if new[name].shape != wanted[name].shape]
+    misfits = [name for name in wanted if new[name].shape != wanted[name].shape]
     if misfits:
-        raise ValueError(f"the checkpoint does not fit image_size {size}, heads {heads}, decoder_heads {decoder_heads}: {'; '.join(misfits[:3])}")
+        shapes = [f"{name} {tuple(new[name].shape)}, wanted {tuple(wanted[name].shape)}" for name in misfits[:3]]
+        raise ValueError(
+            f"the checkpoint does not fit image_size {size}, heads {heads}, decoder_heads {decoder_heads}: "
+            f"{'; '.join(shapes)}"
+        )
     model.load_state_dict({name: value.float() for name, value in new.items()}, strict=False)
     read = {ours[name] for name in new if name in ours}
     left_out = sorted(name for name in state if name not in read and not read_elsewhere(name, clip))
@@ -305,9 +345,9 @@ def read_elsewhere(name: str, clip: Clip) -> bool:
 
 
 def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], heads: int) -> Clip:
-    """The frozen CLIP of a research checkpoint, sized by its tensors; its text tower only if the checkpoint holds one."""
-    visual = {name.removeprefix("backbone."): value.float() for name, value in state.items() if name.startswith("backbone.")}
-    text = {name.removeprefix("text_encoder."): value.float() for name, value in state.items() if name.startswith("text_encoder.")}
+    """The frozen CLIP of a research checkpoint, sized by its tensors; with a text tower only if one is there."""
+    visual = {k.removeprefix("backbone."): v.float() for k, v in state.items() if k.startswith("backbone.")}
+    text = {k.removeprefix("text_encoder."): v.float() for k, v in state.items() if k.startswith("text_encoder.")}
     width, _, *patch = visual["conv1.weight"].shape
     if width % heads:
         raise ValueError(f"heads is {heads}; the encoder's width {width} is no multiple of it")
@@ -316,7 +356,10 @@ def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], head
     if math.prod(grid) != positions:  # learned on another, square grid, as CLIP's own is
         grid = (math.isqrt(positions),) * 2
     if math.prod(grid) != positions:
-        raise ValueError(f"the position embedding has {positions} patches, which fit neither image_size {image_size} nor a square grid")
+        raise ValueError(
+            f"the position embedding has {positions} patches, which fit neither image_size {image_size} "
+            f"nor a square grid"
+        )
     whole_text = all(name in text for name in TEXT_TOWER)
     text_config = NO_TEXT
     if whole_text:

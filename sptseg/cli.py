@@ -1,4 +1,4 @@
-"""The command line: `sptseg demo, train, evaluate, segment, pretrain, import`. Options come from the dataclasses."""
+"""The command line of sptseg. Options come from the dataclasses; every command explains itself with --help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,27 +14,31 @@ import torch
 import tyro
 from torch.utils.data import Dataset
 
-from sptseg import datasets, splits
-from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
-from sptseg.clip import load_clip
+from sptseg import datasets
+from sptseg.ablation import CONFIGURATIONS, ablate
+from sptseg.checkpoints import import_research, save_model
+from sptseg.datacheck import check, contact_sheet
 from sptseg.datasets import IMAGE_SUFFIXES, Sample
 from sptseg.demo import demo
+from sptseg.hub import load_model
 from sptseg.inference import segment
 from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, SptSeg, build_model
+from sptseg.preflight import preflight
 from sptseg.pretraining import PretrainConfig, pretrain
-from sptseg.splits import IGNORE, Split
-from sptseg.training import TrainConfig, evaluate, fit
+from sptseg.splits import Split
+from sptseg.training import EMBEDDED_TRAINING, TrainConfig, evaluate, fit
 
 PRESETS = {"embedded": EMBEDDED_CONFIG, "spt": SPT_RELEASED, "zegclip": ZEGCLIP}
 Layout = Literal["folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "camvid"]
 NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
-    "voc2012": lambda root, subset: datasets.voc2012(root, subset or "val"),  # type: ignore[arg-type]
-    "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset or "val"),  # type: ignore[arg-type]
-    "context-otseg": lambda root, subset: datasets.context(root, subset or "val", "otseg"),  # type: ignore[arg-type]
-    "context-cascade": lambda root, subset: datasets.context(root, subset or "val", "cascade"),  # type: ignore[arg-type]
-    "ade20k": lambda root, subset: datasets.ade20k(root, subset or "validation"),  # type: ignore[arg-type]
+    "voc2012": lambda root, subset: datasets.voc2012(root, subset),  # type: ignore[arg-type]
+    "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset),  # type: ignore[arg-type]
+    "context-otseg": lambda root, subset: datasets.context(root, subset, "otseg"),  # type: ignore[arg-type]
+    "context-cascade": lambda root, subset: datasets.context(root, subset, "cascade"),  # type: ignore[arg-type]
+    "ade20k": lambda root, subset: datasets.ade20k(root, subset),  # type: ignore[arg-type]
     "camvid": lambda root, subset: datasets.camvid(root),
 }
+SUBSETS = {"voc2012": ("trainaug", "val"), "ade20k": ("training", "validation")}  # for training, for evaluation
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Data:
     Attributes:
         data: "scenes" (the picture-book world) or a folder.
         layout: how the folder is laid out: "folder" for images/, masks/ and classes.txt, or a data set's own layout.
-        subset: of a data set that has several, such as train, trainaug or val.
+        subset: of a data set that has several, such as train, trainaug or val; by default the layout's usual one.
         images: how many scenes to draw (data "scenes" only).
         seed: of the scenes.
         unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
@@ -66,7 +70,8 @@ class Data:
         elif self.layout == "folder":
             dataset = datasets.ImageMaskFolder(self.data)
         else:
-            dataset = NamedLayouts[self.layout](Path(self.data), self.subset)
+            subset = SUBSETS.get(self.layout, ("train", "val"))[stream == "evaluation"]
+            dataset = NamedLayouts[self.layout](Path(self.data), self.subset or subset)
         split: Split = dataset.split  # type: ignore[attr-defined]
         if self.unseen:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
@@ -74,6 +79,9 @@ class Data:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
             split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
         return dataset, split
+
+
+SCENES_TO_TRAIN = Data(images=5000)
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,13 @@ class Which:
     def load(self) -> SptSeg:
         if not self.clip:
             if self.clip_weights:
-                raise ValueError(f"clip_weights {self.clip_weights!r} needs the name of a model; add --clip ViT-B-16-quickgelu")
-            return build_model(SPT_RELEASED).eval() if self.model == "untrained" else load_model(self.model or "embedded")
+                raise ValueError(f"--clip-weights {self.clip_weights} needs --clip, such as ViT-B-16-quickgelu")
+            if self.model == "untrained":
+                return build_model(SPT_RELEASED).eval()
+            return load_model(self.model or "embedded")
         presets = {"": DENSE_CLIP, "dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
         if self.model not in presets:
-            raise ValueError(f"model {self.model!r} brings its own CLIP; leave out --clip, or choose dense-clip or untrained")
+            raise ValueError(f"model {self.model} has its own CLIP: leave out --clip, or take dense-clip or untrained")
         weights = clip_weights(self.clip, self.clip_weights)
         size = (128, 128) if self.clip == "tiny" else (512, 512)
         return build_model(replace(presets[self.model], clip=self.clip, clip_weights=weights, image_size=size)).eval()
@@ -108,7 +118,9 @@ class Which:
 def clip_weights(clip: str, weights: str) -> str | None:
     """The weights asked for; a real CLIP must name them, so that nobody trains on random ones unawares."""
     if clip != "tiny" and not weights:
-        raise ValueError(f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights")
+        raise ValueError(
+            f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights"
+        )
     return None if weights in ("", "none") else weights
 
 
@@ -147,11 +159,12 @@ class Train:
 
     Attributes:
         output: the folder.
-        preset: what the model's options start from: "embedded" (SPT-SEG as it transfers best to the tiny CLIP), "spt" (as
-            released) or "zegclip".
+        preset: what the model's options start from: "embedded" (SPT-SEG as it transfers best to the tiny CLIP), "spt"
+            (as released) or "zegclip".
         start_from: a checkpoint to continue from, for transductive training; its configuration counts.
         resume: go on from the state in `output`.
-        data: the pictures.
+        preflight_only: check data, classes, targets and one step, write the first batch as a picture, and stop.
+        data: the pictures; validation looks at the layout's validation subset, or in a plain folder at the same ones.
         model: the model's options.
         train: the training's options.
     """
@@ -160,19 +173,26 @@ class Train:
     preset: Literal["embedded", "spt", "zegclip"] = "embedded"
     start_from: str = ""
     resume: bool = False
-    data: Annotated[Data, tyro.conf.arg(name="")] = field(default_factory=lambda: Data(images=5000))
+    preflight_only: bool = False
+    data: Annotated[Data, tyro.conf.arg(name="")] = SCENES_TO_TRAIN
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = EMBEDDED_CONFIG
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = EMBEDDED_TRAINING
 
     def run(self) -> None:
         dataset, split = self.data.load("training")
+        validation = replace(self.data, subset="").load("evaluation")[0] if self.train.validate_every else None
         torch.manual_seed(self.train.seed)
         if self.start_from:
             model = load_model(self.start_from)
         else:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
-        fit(model, dataset, split, self.train, output=self.output, resume=self.resume)
+        report = preflight(model, dataset, split, self.train, folder=self.output)
+        print(report.text())
+        report.raise_on_fault()
+        if self.preflight_only:
+            return
+        fit(model, dataset, split, self.train, output=self.output, validation=validation, resume=self.resume)
         print(f"the trained model is in {self.output}; score it with: sptseg evaluate --model {self.output}")
 
 
@@ -180,7 +200,7 @@ def train_command(arguments: Sequence[str]) -> None:
     """Parses `train` with the preset's values as defaults."""
     chooser = tyro.cli(Preset, args=list(arguments), return_unknown_args=True, add_help=False)[0]
     default = Train(output=tyro.MISSING, preset=chooser.preset, model=PRESETS[chooser.preset])
-    tyro.cli(Train, args=list(arguments), default=default, prog="sptseg train", description=Train.__doc__.splitlines()[0]).run()
+    tyro.cli(Train, args=list(arguments), default=default, prog="sptseg train").run()
 
 
 @dataclass(frozen=True)
@@ -207,6 +227,10 @@ def segment_command(
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
     """
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
+    results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
+    taken = [path.resolve() for path in (*files, *results)]
+    if len(set(taken)) < len(taken):
+        raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     model = which.load()
     if len(files) == 1 and out.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +240,9 @@ def segment_command(
         print(f"wrote {out}")
         return
     if out.suffix:
-        raise ValueError(f"{len(files)} pictures do not fit into one file {out}; give a folder, such as --out {out.with_suffix('')}")
+        raise ValueError(
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with (out / "areas.csv").open("w", newline="") as table:
         writer = csv.writer(table)
@@ -234,6 +260,76 @@ def sorted_images(folder: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{folder} holds no pictures; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
     return files
+
+
+def check_command(
+    root: tyro.conf.Positional[str],
+    data: Annotated[Data, tyro.conf.arg(name="")],
+    limit: int | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Counts the pictures, sizes and classes of a data set, and names its faulty files.
+
+    Args:
+        root: the folder.
+        data: how to read it.
+        limit: look at the first pictures only.
+        json_file: write the report there.
+    """
+    dataset, _ = replace(data, data=root).load("evaluation")
+    report = check(dataset, limit=limit)
+    print(report.table())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    if report.faults:
+        raise ValueError(f"{len(report.faults)} files are faulty: {report.faults[0]}")
+
+
+def show_command(
+    root: tyro.conf.Positional[str],
+    data: Annotated[Data, tyro.conf.arg(name="")],
+    out: Path = Path("contact-sheet.png"),
+    count: int = 12,
+) -> None:
+    """Writes a sheet of pictures beside their masks, with class names.
+
+    Args:
+        root: the folder.
+        data: how to read it.
+        out: the picture to write.
+        count: how many pictures.
+    """
+    dataset, _ = replace(data, data=root).load("evaluation")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(dataset, count, data.seed).savefig(out)
+    print(f"wrote {out}")
+
+
+def ablate_command(
+    output: Path = Path("runs/ablation"),
+    configurations: str = ",".join(CONFIGURATIONS),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    data: Data = SCENES_TO_TRAIN,
+    validation: Data = Data(seed=1000),
+    train: TrainConfig = EMBEDDED_TRAINING,
+) -> None:
+    """Trains several configurations with several seeds for equal steps, and prints a table: mean ± sd.
+
+    Args:
+        output: the folder; finished runs found there are not run again.
+        configurations: names, comma-separated.
+        seeds: training seeds.
+        data: what to train on.
+        validation: what to score on; its classes and unseen classes count.
+        train: the training's options; its seed is replaced.
+    """
+    unknown = [name for name in names(configurations) if name not in CONFIGURATIONS]
+    if unknown:
+        raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+    chosen = {name: CONFIGURATIONS[name] for name in names(configurations)}
+    dataset, _ = data.load("training")
+    scored, split = validation.load("evaluation")
+    print(ablate(chosen, dataset, scored, split, train, seeds, output))
 
 
 def pretrain_command(
@@ -273,7 +369,10 @@ def import_command(
 
 COMMANDS = {
     "demo": demo,
+    "data check": check_command,
+    "data show": show_command,
     "evaluate": evaluate_command,
+    "ablate": ablate_command,
     "segment": segment_command,
     "pretrain": pretrain_command,
     "import": import_command,
@@ -283,13 +382,14 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    given[:2] = [" ".join(given[:2])] if given[:1] == ["data"] else given[:2]  # "data check" is one name to tyro
     try:
         if given[:1] == ["train"]:
             train_command(given[1:])
         else:
-            everything = {**COMMANDS, "train": Train}
-            tyro.extras.subcommand_cli_from_dict(everything, args=given, prog="sptseg", description=__doc__, sort_subcommands=True)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+            commands = {**COMMANDS, "train": Train}
+            tyro.extras.subcommand_cli_from_dict(commands, args=given, prog="sptseg", description=__doc__)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"sptseg: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:

@@ -1,12 +1,14 @@
-"""CLIP models by (name, weights): open_clip's, and the tiny one that the package embeds. Text embeddings with a cache."""
+"""CLIP models by (name, weights): open_clip's, and the tiny one that the package embeds; their text embeddings."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -14,11 +16,11 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 TINY = "tiny"
 TEMPLATES = ("a photo of a {}",)
-TINY_CONFIG = {
+TINY_CONFIG: dict[str, Any] = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64},
     "text_cfg": {"context_length": 40, "width": 128, "heads": 2, "layers": 2},
@@ -36,7 +38,7 @@ def data_file(name: str) -> Path:
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """A closed-vocabulary tokenizer: one id a word, 0 pads, and the end token has the highest id, as CLIP pools there."""
+    """A closed-vocabulary tokenizer: one id a word, 0 pads, and the end token has the highest id: CLIP pools there."""
 
     words: tuple[str, ...]
     context_length: int
@@ -74,16 +76,16 @@ class Clip:
     name: str
     weights: str | None
     model: open_clip.CLIP
-    tokenizer: Callable[[Sequence[str]], Tensor]
-    cache: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    tokenizer: Callable[[list[str]], Tensor]
+    cache: dict[tuple[tuple[str, ...], ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def visual(self) -> VisionTransformer:
-        return self.model.visual
+        return cast(VisionTransformer, self.model.visual)  # see check_visual
 
     @torch.no_grad()
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-        """Unit text embeddings (C, E), float32, on the CPU: per class, each template's unit embedding averaged, made unit again.
+        """Unit text embeddings (C, E), float32, on the CPU: the templates' unit embeddings averaged, made unit again.
 
         Source: ZegCLIP (one template for VOC, the average of several for COCO-Stuff).
         """
@@ -107,6 +109,14 @@ class Clip:
         return self.cache[key].clone()
 
 
+def fingerprint(clip: Clip) -> str:
+    """A short hash of a CLIP's image tower, by which a checkpoint knows the CLIP that it was trained on."""
+    state, digest = clip.visual.state_dict(), hashlib.sha256()
+    for name in ("conv1.weight", "positional_embedding", "ln_post.weight", "proj"):
+        digest.update(state[name].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def tiny_tokenizer(words: Sequence[str]) -> WordTokenizer:
     return WordTokenizer(tuple(words), TINY_CONFIG["text_cfg"]["context_length"])
 
@@ -114,7 +124,7 @@ def tiny_tokenizer(words: Sequence[str]) -> WordTokenizer:
 def new_tiny_clip(words: Sequence[str]) -> Clip:
     """The tiny CLIP with random weights (torch's global seed), for a vocabulary of words."""
     tokenizer = tiny_tokenizer(words)
-    text_config = {**TINY_CONFIG["text_cfg"], "vocab_size": tokenizer.vocabulary_size}
+    text_config: Any = {**TINY_CONFIG["text_cfg"], "vocab_size": tokenizer.vocabulary_size}
     model = open_clip.CLIP(TINY_CONFIG["embed_dim"], TINY_CONFIG["vision_cfg"], text_config)
     return Clip(TINY, None, model, tokenizer)
 
@@ -146,13 +156,15 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
         usable = ", ".join((TINY, *usable_models()))
         raise ValueError(f"{name!r} is no open_clip model with a standard VisionTransformer; use {usable}")
     if weights == "openai" and "quickgelu" not in name and f"{name}-quickgelu" in open_clip.list_models():
-        raise ValueError(f"OpenAI's weights were trained with QuickGELU, which {name!r} lacks; use {name + '-quickgelu'!r}")
+        raise ValueError(
+            f"OpenAI's weights were trained with QuickGELU, which {name!r} lacks; use {name + '-quickgelu'!r}"
+        )
     try:
-        model = open_clip.create_model(name, pretrained=weights, precision="fp32")
+        model: Any = open_clip.create_model(name, pretrained=weights, precision="fp32")
     except (OSError, RuntimeError) as error:
         if weights is None:
             raise
-        raise RuntimeError(
+        raise ValueError(
             f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads them "
             f"once where there is a network, or give the path of a file that holds them"
         ) from error
@@ -191,17 +203,18 @@ def check_visual(name: str, visual: object) -> None:
     )
     if not standard:
         raise ValueError(
-            f"the image tower of {name!r} is {type(visual).__name__}, not a standard VisionTransformer with a class token; "
-            f"use one of {', '.join(usable_models())}"
+            f"the image tower of {name!r} is {type(visual).__name__}, not a standard VisionTransformer with a class "
+            f"token; use one of {', '.join(usable_models())}"
         )
 
 
-def run_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
     """open_clip's residual attention block on tokens (B, N, D), equal to `block(x)`.
 
     On the CPU, for short sequences under autograd, attention as two batched matrix products trains about twice as fast
     as the fused kernel, whose backward pass is slow there.
     """
+    assert isinstance(block, ResidualAttentionBlock)
     if x.device.type != "cpu" or x.shape[1] > 512 or not torch.is_grad_enabled():
         return block(x)
     attention, (batch, tokens, width) = block.attn, x.shape

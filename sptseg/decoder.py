@@ -6,8 +6,9 @@ Symbols: B batch, N = H * W tokens, E embedding width, C classes, h heads of wid
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class HighLowAttention(nn.Module):
 
     High: h_hi heads attend inside s x s windows, where neighbours differ in fine detail. Low: h_lo heads attend from
     every token to the average-pooled grid, where only slow changes are left. Source: paper, "Spectral Guided Decode
-    Layer", after LITv2's HiLo attention; released code: h_lo = floor(0.9 h), s = 3, zero padding takes part in the pooling.
+    Layer", after LITv2's HiLo attention; released code: h_lo = floor(0.9 h), s = 3, zero padding is pooled as well.
     """
 
     def __init__(self, width: int, heads: int, window: int) -> None:
@@ -92,8 +93,9 @@ class QueryUpdate(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, update: Tensor) -> Tensor:
-        queries = self.norm_attention(queries + self.dropout(update))
-        return self.norm_feedforward(queries + self.dropout(self.feedforward(queries)))
+        kept = self.norm_attention.weight.dtype  # autocast would hand the norms another
+        queries = self.norm_attention((queries + self.dropout(update)).to(kept))
+        return self.norm_feedforward((queries + self.dropout(self.feedforward(queries))).to(kept))
 
 
 class SpectralGuidedLayer(nn.Module):
@@ -163,17 +165,21 @@ class CrossAttentionLayer(nn.Module):
 class Decoder(nn.Module):
     """Class queries from text, then layers that turn queries and patch embeddings into mask logits.
 
-    Query of class c ("relationship descriptor", ZegCLIP): q_c = Linear_{2E->E}([g * T_c, T_c]) with the image embedding g
-    and the text embedding T_c.
+    Query of class c ("relationship descriptor", ZegCLIP): q_c = Linear_{2E->E}([g * T_c, T_c]) with the image embedding
+    g and the text embedding T_c.
 
     Args:
         kind: "spectral" (SPT-SEG) or "cross_attention" (ZegCLIP).
         selection: the spectral decoder's top-down selection (paper: on).
         start: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours): at the first step the
             decoder gives dense CLIP's logits, the cosine of patch and text times `clip_scale`: queries start as T_c,
-            residual branches at zero, and a learned scale and threshold turn logits A into scale * (A * unit - threshold),
-            A * unit being a cosine.
+            residual branches at zero, and a learned scale and threshold turn logits A into
+            scale * (A * unit - threshold), A * unit being a cosine.
     """
+
+    log_scale: nn.Parameter | None
+    threshold: nn.Parameter  # this and `unit` only with a dense start
+    unit: float
 
     def __init__(
         self,
@@ -204,16 +210,14 @@ class Decoder(nn.Module):
                 for end in last
             ]
         else:
-            made = [
-                CrossAttentionLayer(width, heads, dropout=dropout, last=end, keep_direction=dense) for end in last
-            ]
+            made = [CrossAttentionLayer(width, heads, dropout=dropout, last=end, keep_direction=dense) for end in last]
         self.layers = nn.ModuleList(made)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.log_scale = self.threshold = None
+        self.log_scale = None
         if dense:
             self.start_as_dense_clip(width, heads, clip_scale)
 
@@ -221,13 +225,14 @@ class Decoder(nn.Module):
     def start_as_dense_clip(self, width: int, heads: int, clip_scale: float) -> None:
         self.query_map.weight.copy_(torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1))
         self.unit = 1 / math.sqrt(width) if len(self.layers) > 1 else 1.0  # the norms give queries the length sqrt(E)
+        layer: Any
+        for layer in self.layers[:-1]:  # the last has no query update
+            nn.init.zeros_(layer.update_projection.weight)
+            nn.init.zeros_(layer.update.feedforward[-1].weight)
         for layer in self.layers:
             if isinstance(layer, CrossAttentionLayer):
                 layer.query.weight.copy_(torch.eye(width))
                 layer.key.weight.copy_(torch.eye(width))
-            if layer.update is not None:
-                nn.init.zeros_(layer.update_projection.weight)
-                nn.init.zeros_(layer.update.feedforward[-1].weight)
         if isinstance(self.layers[-1], CrossAttentionLayer):
             self.unit *= heads * math.sqrt(width / heads)  # its logits are mean dot products over heads, scaled
         self.log_scale = nn.Parameter(torch.tensor(math.log(clip_scale)))
@@ -248,8 +253,7 @@ class Decoder(nn.Module):
 
     def forward(self, patches: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """Patches (B, E, H, W), image (B, E), text (C, E) -> mask logits of the last layer (B, C, H, W)."""
-        for _, mask_logits in self.states(patches, image, text):
-            pass
+        ((_, mask_logits),) = deque(self.states(patches, image, text), maxlen=1)
         if self.log_scale is not None:
             mask_logits = self.log_scale.exp() * (mask_logits * self.unit - self.threshold)
         return tokens_to_grid(mask_logits.transpose(1, 2), (patches.shape[2], patches.shape[3]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from sptseg.ops import Grid, fourier_filter, resample_filter, resize_positions, 
 
 
 class SpectralPrompt(nn.Module):
-    """Adds to the patch tokens X (B, H, W, D) a filtered version of themselves, gated by the class token c (B, 1, 1, D):
+    """Adds to the patch tokens X (B, H, W, D) a filtered version of them, gated by the class token c (B, 1, 1, D):
 
         S = irfft2( rfft2(X * c) * F ),   X <- X + S
 
@@ -42,8 +44,8 @@ class SpectralPrompt(nn.Module):
 class PromptedEncoder(nn.Module):
     """A frozen VisionTransformer whose blocks see learned prompts.
 
-    Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`. Everything
-    in `visual` is frozen and stays in evaluation mode.
+    Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`.
+    Everything in `visual` is frozen and stays in evaluation mode.
 
     Args:
         visual: open_clip's image tower, of L blocks, width D, patch size P.
@@ -54,6 +56,9 @@ class PromptedEncoder(nn.Module):
         class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
             otherwise CLIP's own class token.
     """
+
+    prompts: nn.Parameter | None
+    spectral_prompt: SpectralPrompt | None
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class PromptedEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.visual = visual.requires_grad_(False).eval()
-        width, layers = visual.ln_pre.normalized_shape[0], len(visual.transformer.resblocks)
+        width, layers = visual.positional_embedding.shape[1], len(visual.transformer.resblocks)
         if not 0 <= prompt_depth < layers:
             raise ValueError(f"prompt_depth is {prompt_depth}; this CLIP has {layers} blocks, so 0 to {layers - 1} go")
         if not set(spectral_layers) <= set(range(layers)):
@@ -76,7 +81,7 @@ class PromptedEncoder(nn.Module):
         self.prompt_depth = prompt_depth
         self.spectral_layers = frozenset(spectral_layers)
         self.class_embedding_twice = class_embedding_twice
-        self.prompts = self.prompt_projection = self.spectral_prompt = None
+        self.prompts = self.spectral_prompt = None
         if prompt_tokens:
             bound = math.sqrt(6 / (3 * math.prod(visual.patch_size) + width))
             self.prompts = nn.Parameter(torch.empty(1 + prompt_depth, prompt_tokens, width).uniform_(-bound, bound))
@@ -94,7 +99,7 @@ class PromptedEncoder(nn.Module):
 
     @property
     def patch_size(self) -> Grid:
-        return self.visual.patch_size
+        return cast(Grid, self.visual.patch_size)
 
     def grid_of(self, images: Tensor) -> Grid:
         """The token grid of images (B, 3, height, width), whose sides must be multiples of the patch size."""
@@ -124,7 +129,7 @@ class PromptedEncoder(nn.Module):
         class_token, patches = x[:, :1], x[:, 1:]
         weight = self.spectral_prompt.filter(grid) if self.spectral_prompt is not None else None
         for i, block in enumerate(self.visual.transformer.resblocks):
-            if weight is not None and i in self.spectral_layers:
+            if self.spectral_prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
                 patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
             parts = [class_token, patches]
@@ -138,8 +143,7 @@ class PromptedEncoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
-        for x in self.states(images):
-            pass
+        (x,) = deque(self.states(images), maxlen=1)  # (B, ..., D) after the last block
         tokens = torch.cat([x[:, :1], x[:, -grid[0] * grid[1] :]], dim=1)
         embedded = self.visual.ln_post(self.prompt_norm(tokens)) @ self.visual.proj
         embedded = F.normalize(embedded, dim=-1)

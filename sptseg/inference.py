@@ -1,7 +1,7 @@
 """From a model and a picture of any size to labels: sliding windows, scores, `segment`.
 
-Window logits are kept at token resolution; scores at full size exist for a few classes at a time only, so memory does not
-grow with classes x height x width.
+Window logits are kept at token resolution; scores at full size exist for a few classes at a time only, so memory does
+not grow with classes x height x width.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from sptseg import plots
 from sptseg.datasets import open_image
 from sptseg.model import ModelConfig, SptSeg, upsample
 from sptseg.splits import Colour, spread_palette
-from sptseg.transforms import CLIP_MEAN, CLIP_STD, Augmentation, test_transform
+from sptseg.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, test_transform
 
 STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
 Box = tuple[int, int, int, int]
 
 
 def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
-    """The protocol's crop and test size for a model, in proportion to its `image_size` (512: fitted into (2048, 512))."""
+    """The protocol's crop and test size for a model, in proportion to its `image_size` (512: into 2048 x 512)."""
     side = min(config.image_size)
-    statistics = {"mean": CLIP_MEAN, "std": CLIP_STD} if config.normalization == "clip" else {}
-    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), **statistics)
+    mean, std = (CLIP_MEAN, CLIP_STD) if config.normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), mean=mean, std=std)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -63,8 +63,8 @@ def pad_to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
 class WindowLogits:
     """Mask logits of every window at token resolution, from which scores of any class are drawn at any size.
 
-    logits (windows, C, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of `size`.
-    `offset` (C,) is subtracted from the scores.
+    logits (windows, C, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
+    `size`. `offset` (C,) is subtracted from the scores.
     """
 
     logits: Tensor
@@ -180,7 +180,7 @@ def as_array(image: np.ndarray | Image.Image | str | PathLike[str]) -> np.ndarra
     array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"the image is {array.dtype} of shape {array.shape}; wanted uint8 of shape (height, width, 3)")
-    return array
+    return np.ascontiguousarray(array)  # torch takes no negative strides, as mirrored and BGR views have
 
 
 def segment(
@@ -204,6 +204,8 @@ def segment(
     if isinstance(classes, str):
         raise ValueError(f"classes is the text {classes!r}; wanted a list of names, such as ['tree', 'car']")
     classes = tuple(classes)
+    if palette is not None and len(palette) != len(classes):
+        raise ValueError(f"the palette has {len(palette)} colours for {len(classes)} classes; wanted one each")
     pixels = as_array(image)
     text = model.class_embeddings(classes)
     prepare = test_transform(augmentation(model.config, full_resolution=full_resolution))

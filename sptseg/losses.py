@@ -1,10 +1,10 @@
 """The loss terms of SPT-SEG and ZegCLIP, on mask logits at token resolution.
 
-Logits are upsampled bilinearly (`align_corners=False`) to the labels' size. Targets are one-hot per class; ignored pixels
-(255) are zeros for every class: negatives, not left out (released code, kept).
+Logits are upsampled bilinearly (`align_corners=False`) to the labels' size. Targets are one-hot per class; ignored
+pixels (255) are zeros for every class: negatives, not left out (released code, kept).
 
-Values and exact gradients are computed together, a few maps at a time: no map of all classes exists at full size, and no
-graph is kept. `tests/plain.py` holds the straightforward twin.
+Values and exact gradients are computed together, a few maps at a time: no map of all classes exists at full size, and
+no graph is kept. `tests/plain.py` holds the straightforward twin.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _MaskLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, pairs: Tensor, ssim: bool) -> tuple[Tensor, Tensor]:
-        (batch, classes), size = logits.shape[:2], labels.shape[-2:]
+        (batch, classes), size = logits.shape[:2], (labels.shape[-2], labels.shape[-1])
         up = Upsampling.between(logits.shape[-2:], size, logits.device)
         values = logits.new_zeros(2)
         gradients = torch.zeros(2, *logits.shape, device=logits.device)

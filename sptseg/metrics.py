@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,13 @@ class Scores:
     hiou: float
     iou: dict[str, float]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """JSON-ready: nan becomes None."""
 
-        def clean(value):
-            return {k: clean(v) for k, v in value.items()} if isinstance(value, dict) else None if value != value else value
+        def clean(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: clean(each) for name, each in value.items()}
+            return None if value != value else value
 
         return clean(asdict(self))
 
@@ -66,18 +69,21 @@ class SegmentationMetrics:
 
     def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
         self.split = split
-        self.counter = MulticlassConfusionMatrix(len(split.classes), ignore_index=IGNORE, validate_args=False).to(device)
+        counter = MulticlassConfusionMatrix(len(split.classes), ignore_index=IGNORE, validate_args=False)
+        self.counter = counter.to(device)
 
     def update(self, predicted: Tensor, label: Tensor) -> None:
         """Adds predictions and labels of equal shape (..., H, W); pixels labelled 255 do not count."""
         if predicted.shape != label.shape:
-            raise ValueError(f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}; wanted equal sizes")
+            raise ValueError(
+                f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}; wanted equal sizes"
+            )
         for name, values in (("prediction", predicted), ("label", label)):
             kept = values[label != IGNORE]
             if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < len(self.split.classes):
                 raise ValueError(
-                    f"the {name} holds values {int(kept.min())} to {int(kept.max())}; split {self.split.name!r} has the "
-                    f"labels 0 to {len(self.split.classes) - 1}, and {IGNORE} for ignored pixels"
+                    f"the {name} holds values {int(kept.min())} to {int(kept.max())}; split {self.split.name!r} has "
+                    f"the labels 0 to {len(self.split.classes) - 1}, and {IGNORE} for ignored pixels"
                 )
         self.counter.update(predicted.long(), label.long())
 

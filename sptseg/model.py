@@ -1,4 +1,4 @@
-"""`ModelConfig`, `SptSeg` and `build_model`: parts in, model out. What is trained is chosen by module, never by name."""
+"""`ModelConfig`, `SptSeg`, `build_model`: parts in, model out. What is trained is chosen by module, never by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sptseg.losses import LossKind
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that defines a model; stored in its checkpoint. The defaults are the released SPT-SEG on the tiny CLIP.
+    """Everything that defines a model; stored in its checkpoint. The defaults: the released SPT-SEG on the tiny CLIP.
 
     Attributes:
         clip, clip_weights: an open_clip name and tag; see `sptseg.clip.load_clip`.
@@ -88,7 +88,8 @@ class SptSeg(nn.Module):
     """A prompted encoder and a decoder: `model(images, text) -> mask logits (B, C, H, W)`.
 
     `clip` gives text embeddings (`model.class_embeddings`); it is no part of the trained model. Without a decoder the
-    logits are dense CLIP's: log-probabilities among the given classes (cosine times CLIP's logit scale, softmax).
+    logits are dense CLIP's: those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine
+    times CLIP's logit scale.
     """
 
     def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
@@ -99,12 +100,12 @@ class SptSeg(nn.Module):
         self.clip = clip
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S'), unit text embeddings (C, E) -> mask logits (B, C, H, W) at token resolution."""
+        """Normalised images (B, 3, S, S'), unit text embeddings (C, E) -> mask logits (B, C, H, W) per token."""
         patches, image = self.encoder(images)
         if self.decoder is not None:
             return self.decoder(patches, image, text)
         similarity = torch.einsum("behw,ce->bchw", patches.float(), text.float())
-        return (self.clip.model.logit_scale.exp() * similarity).log_softmax(dim=1)
+        return (self.clip.model.logit_scale.exp() * similarity).softmax(dim=1).logit(eps=1e-6)
 
     def class_embeddings(self, names: list[str] | tuple[str, ...]) -> Tensor:
         """Unit text embeddings (C, E) of class names, on the model's device."""
@@ -130,7 +131,8 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
     patch_height, patch_width = visual.patch_size
     if config.image_size[0] % patch_height or config.image_size[1] % patch_width or min(config.image_size) <= 0:
         raise ValueError(
-            f"image_size is {config.image_size}; {config.clip} needs positive multiples of its patch size {visual.patch_size}"
+            f"image_size is {config.image_size}; {config.clip} needs positive multiples of its patch size "
+            f"{visual.patch_size}"
         )
     layers = len(visual.transformer.resblocks)
     encoder = PromptedEncoder(

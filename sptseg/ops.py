@@ -32,7 +32,7 @@ def pad_to_multiple(features: Tensor, multiple: int) -> Tensor:
 
 
 def to_windows(features: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) -> (B, H/size * W/size, size², C): non-overlapping windows, rows first, H and W multiples of `size`."""
+    """(B, H, W, C) -> (B, H/size * W/size, size², C): windows side by side, rows first, H and W multiples of `size`."""
     batch, height, width, channels = features.shape
     windows = features.view(batch, height // size, size, width // size, size, channels)
     return windows.transpose(2, 3).reshape(batch, -1, size * size, channels)
@@ -49,8 +49,8 @@ def from_windows(windows: Tensor, size: int, grid: Grid) -> Tensor:
 def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
     """Filters a grid per channel in the frequency domain: irfft2(rfft2(features) * weight), both orthonormal.
 
-    features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the features'
-    type. Source: paper section "Spectral Prompt Tuning"; `method.md` there is 1.3 (GFNet's global filter).
+    features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the
+    features' type. Source: paper section "Spectral Prompt Tuning"; `method.md` there is 1.3 (GFNet's global filter).
     """
     height, width, channels = features.shape[1:]
     if weight.shape != (height, width // 2 + 1, channels):
@@ -68,14 +68,17 @@ def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:
     """Resamples a complex filter (H, W//2+1, C) from one grid to another over normalised frequency.
 
     Frequencies are in cycles per token, so the new filter treats a pattern of a given wavelength as the old one did;
-    low frequencies stay aligned. Linear between samples, the identity on its own grid. The vertical axis is periodic; the
-    horizontal one is half of a Hermitian spectrum, and ends at its last sample.
+    low frequencies stay aligned. Linear between samples, the identity on its own grid. The vertical axis is periodic;
+    the horizontal one is half of a Hermitian spectrum, and ends at its last sample.
     """
     if source == target:
         return weight
     (rows, columns), (new_rows, new_columns) = source, target
     if weight.shape[:2] != (rows, columns // 2 + 1):
-        raise ValueError(f"a filter of a {rows} x {columns} grid has {(rows, columns // 2 + 1)} frequencies, got {tuple(weight.shape[:2])}")
+        raise ValueError(
+            f"a filter of a {rows} x {columns} grid has {(rows, columns // 2 + 1)} frequencies, "
+            f"got {tuple(weight.shape[:2])}"
+        )
     vertical = torch.fft.fftfreq(new_rows, device=weight.device) * rows  # position on the old, periodic axis
     horizontal = torch.fft.rfftfreq(new_columns, device=weight.device) * columns
     weight = _lerp(weight, vertical, 0, periodic=True)
@@ -100,7 +103,7 @@ def radial_frequency(grid: Grid, device: torch.device | None = None) -> Tensor:
 
 
 def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -> Tensor:
-    """Keeps (or, with `reject`, removes) radial frequencies low <= r < high of images (..., H, W); the mean always stays.
+    """Keeps (or, with `reject`, removes) radial frequencies low <= r < high of images (..., H, W); the mean stays.
 
     Frequencies are in cycles per sample, 0 to sqrt(0.5); a filter that keeps everything is the identity.
     """
@@ -119,7 +122,9 @@ def resize_positions(embedding: Tensor, source: Grid, target: Grid) -> Tensor:
     Source: released code; `align_corners=False`, no antialiasing.
     """
     if embedding.shape[0] != 1 + source[0] * source[1]:
-        raise ValueError(f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid")
+        raise ValueError(
+            f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid"
+        )
     if source == tuple(target):
         return embedding
     patches = tokens_to_grid(embedding[None, 1:], source)

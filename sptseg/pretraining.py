@@ -1,7 +1,8 @@
 """Pre-training of the tiny CLIP on drawn pictures and their captions. No pixel label is read here.
 
 Unlike OpenAI's CLIP, this one is trained to be dense: next to the usual contrast of image and caption, every patch must
-choose among the nouns of its own caption, and every noun of the caption must win some patches.
+choose among the nouns of its own caption, every noun of the caption must win some patches, and in the end each patch
+must stand by what it says in a small window.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,22 +27,43 @@ from tqdm import tqdm
 
 from sptseg import scenes
 from sptseg.clip import Clip, new_tiny_clip, run_block, save_tiny_clip
-from sptseg.ops import resize_positions
+from sptseg.ops import from_windows, resize_positions, to_windows
 from sptseg.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 MODIFIERS = {"a", "an", "big", "small", "bright", "dark", *scenes.COLOURS}
+Job = tuple[scenes.Kind, tuple[int, ...]]  # a picture to draw: its kind and seed
 STREAM = 2  # first number of every pre-training picture's seed; evaluation and training pictures have others
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of pre-training: which pictures, how many, and which share of their patches is dropped."""
+    """A part of pre-training.
 
-    kinds: tuple[str, ...]
+    Attributes:
+        kinds, size, images, batch: which pictures, how large, and how many.
+        rates: learning rate at the beginning and the end, a half cosine between.
+        patch_dropout: share of the patches left out.
+        coverage: share of the patches that each noun of the caption must win.
+        local_window: if set, patches also look at themselves in windows of that many patches a side, and what they say
+            there teaches what they say in the whole picture (see `local_losses`).
+    """
+
+    kinds: tuple[scenes.Kind, ...]
     size: int
     images: int
     batch: int
-    patch_dropout: float
+    rates: tuple[float, float]
+    patch_dropout: float = 0.5
+    coverage: float = 0.07
+    local_window: int = 0
+
+    def rate(self, progress: float) -> float:
+        """Learning rate at `progress`, 0 to 1."""
+        first, last = self.rates
+        return last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+MIXED: tuple[scenes.Kind, ...] = ("scene", "scene", "scene", "closeup")
 
 
 @dataclass(frozen=True)
@@ -49,17 +72,15 @@ class PretrainConfig:
 
     seed: int = 0
     stages: tuple[Stage, ...] = (
-        Stage(("thumbnail",), 64, 400_000, 256, 0.5),
-        Stage(("scene", "scene", "scene", "closeup"), 128, 160_000, 64, 0.5),
-        Stage(("scene", "scene", "scene", "closeup"), 128, 20_000, 64, 0.0),
+        Stage(("thumbnail",), 64, 400_000, 256, (1.5e-3, 1.1e-3)),
+        Stage(MIXED, 128, 160_000, 64, (1.1e-3, 1e-4)),
+        Stage(MIXED, 128, 20_000, 64, (1e-4, 0.0), patch_dropout=0.0),
+        Stage(MIXED, 128, 16_000, 32, (6e-4, 0.0), patch_dropout=0.0, coverage=0.02, local_window=4),
     )
     pool: int = 40_000
-    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    coverage: float = 0.07
     dense_losses: bool = True
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
-
 
     def scaled(self, images: int) -> PretrainConfig:
         """The same stages with about so many pictures in all."""
@@ -86,7 +107,7 @@ class Pool:
     phrases: list[tuple[str, ...]]
 
 
-def draw_one(size: int, job: tuple[str, tuple[int, ...]]) -> tuple[np.ndarray, tuple[str, ...]]:
+def draw_one(size: int, job: Job) -> tuple[np.ndarray, tuple[str, ...]]:
     kind, seed = job
     scene = scenes.compose(seed, size, kind)
     return scene.image, scene.phrases
@@ -95,7 +116,7 @@ def draw_one(size: int, job: tuple[str, tuple[int, ...]]) -> tuple[np.ndarray, t
 def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> Pool:
     """The pictures of one stage, drawn by all cores."""
     count = min(config.pool, stage.images)
-    jobs = [(stage.kinds[i % len(stage.kinds)], (STREAM, config.seed, number, i)) for i in range(count)]
+    jobs: list[Job] = [(stage.kinds[i % len(stage.kinds)], (STREAM, config.seed, number, i)) for i in range(count)]
     images, phrases = np.empty((count, stage.size, stage.size, 3), np.uint8), []
     with multiprocessing.get_context("spawn").Pool(config.threads) as workers:
         drawn = workers.imap(partial(draw_one, stage.size), jobs, chunksize=256)
@@ -119,27 +140,40 @@ def batches(pool: Pool, stage: Stage, rng: np.random.Generator) -> Iterator[tupl
             yield (images - mean) / std, phrases
 
 
-def embed_images(clip: Clip, images: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-    """Unit patch embeddings (B, N', E) and image embeddings (B, E); a share `dropout` of the patches is left out."""
+def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit patch embeddings (B, N', E) and image embeddings (B, E) of square images.
+
+    A share `dropout` of the patches is left out. With `window`, patches attend only inside windows of that many patches
+    a side, each with a class token of its own (so B * windows image embeddings): what they say of themselves, without
+    the rest of the picture.
+    """
     visual = clip.visual
-    patch, size = visual.patch_size[0], images.shape[-1]
+    patch, size = visual.conv1.kernel_size[0], images.shape[-1]
     grid = (size // patch, size // patch)
     x = images.view(len(images), 3, grid[0], patch, grid[1], patch).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     x = F.linear(x, visual.conv1.weight.flatten(1))  # the patch convolution as one matrix product: faster to train
-    token = visual.class_embedding.expand(len(x), 1, -1).to(x.dtype)
-    x = torch.cat([token, x], dim=1) + resize_positions(visual.positional_embedding, visual.grid_size, grid)
+    positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
+    x = x + positions[1:]
+    if window:
+        x = to_windows(x.unflatten(1, grid), window).flatten(0, 1)  # (B * windows, window², D)
+    token = (visual.class_embedding + positions[0]).expand(len(x), 1, -1).to(x.dtype)
+    x = torch.cat([token, x], dim=1)
     x = visual.ln_pre(PatchDropout(dropout)(x) if dropout else x)
     for block in visual.transformer.resblocks:
         x = run_block(block, x)
     x = F.normalize((visual.ln_post(x) @ visual.proj).float(), dim=-1)
-    return x[:, 1:], x[:, 0]
+    patches = x[:, 1:]
+    if window:
+        patches = from_windows(patches.unflatten(0, (len(images), -1)), window, grid).flatten(1, 2)
+    return patches, x[:, 0]
 
 
-def embed_texts(clip: Clip, texts: Sequence[str]) -> Tensor:
+def embed_texts(clip: Clip, texts: list[str]) -> Tensor:
     """Unit text embeddings (n, E); open_clip's `encode_text` on sequences cut to the longest text."""
+    model: Any = clip.model
     tokens = clip.tokenizer(texts)
     length = int((tokens != 0).sum(dim=1).max())
-    tokens, model = tokens[:, :length], clip.model
+    tokens = tokens[:, :length]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
     x = x[torch.arange(len(x)), tokens.argmax(dim=1)] @ model.text_projection
@@ -152,28 +186,48 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def dense_loss(patches: Tensor, nouns: Tensor, present: Tensor, scale: Tensor, coverage: float) -> Tensor:
+def dense_loss(log_p: Tensor, present: Tensor, coverage: float) -> Tensor:
     """Patches choose among their caption's nouns, and each noun of the caption wins its best `coverage` of patches.
 
-    patches (B, N, E), nouns (V, E), present (B, V) bool.
+    log_p (B, N, V): log-probabilities of V nouns; present (B, V) bool.
     """
-    log_p = (scale * patches @ nouns.T).log_softmax(dim=-1)  # (B, N, V)
     own = log_p.masked_fill(~present[:, None], -torch.inf).logsumexp(dim=-1)
-    best = log_p.topk(math.ceil(coverage * patches.shape[1]), dim=1).values.mean(dim=1)  # (B, V)
+    best = log_p.topk(math.ceil(coverage * log_p.shape[1]), dim=1).values.mean(dim=1)  # (B, V)
     return -own.mean() - best[present].mean()
 
 
+def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: float) -> dict[str, Tensor]:
+    """What patches say of themselves in a small window teaches what they say in the whole picture.
+
+    A patch that sees the whole picture knows the whole caption, and may say "boat" anywhere near one: its caption
+    forgives it. In a small window it cannot know of a boat outside. So the window's choice among the caption's nouns is
+    the target. log_p, local_log_p (B, N, V), present (B, V) bool.
+    """
+    own = local_log_p.detach().masked_fill(~present[:, None], -torch.inf).softmax(dim=-1)
+    return {"local": dense_loss(local_log_p, present, coverage), "taught": -(own * log_p).sum(dim=-1).mean()}
+
+
 def phrase_loss(patches: Tensor, phrases: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """Each phrase picks the pictures whose captions hold it, by its soft-best patch. phrases (P, E), owner (P, B) bool."""
+    """Each phrase picks the pictures whose captions hold it, by its soft-best patch.
+
+    patches (B, N, E), phrases (P, E), owner (P, B) bool.
+    """
     similarity = scale * torch.einsum("bne,pe->pbn", patches, phrases)
     scores = (similarity.softmax(dim=-1) * similarity).sum(dim=-1)  # (P, B)
     return -(scores.masked_fill(~owner, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)).mean()
 
 
 def caption_losses(
-    clip: Clip, patches: Tensor, image: Tensor, phrases: Sequence[tuple[str, ...]], rng: np.random.Generator, config: PretrainConfig
+    clip: Clip,
+    stage: Stage,
+    images: Tensor,
+    phrases: Sequence[tuple[str, ...]],
+    rng: np.random.Generator,
+    config: PretrainConfig,
 ) -> dict[str, Tensor]:
-    """All loss terms of a batch of embedded pictures and their captions' phrases."""
+    """All loss terms of a batch of pictures and their captions' phrases."""
+    with torch.autocast("cpu", torch.bfloat16):
+        patches, image = embed_images(clip, images, dropout=stage.patch_dropout)
     scale = clip.model.logit_scale.exp().clamp(max=100)
     captions = embed_texts(clip, [", ".join(words) for words in phrases])
     losses = {"image": contrast(image, captions, scale)}
@@ -186,7 +240,14 @@ def caption_losses(
     for row, words in zip(present, phrases, strict=True):
         row[[position[noun(phrase)] for phrase in words]] = True
     template = scenes.TEMPLATES[rng.integers(len(scenes.TEMPLATES))]
-    losses["dense"] = dense_loss(patches, embed_texts(clip, [template.format(n) for n in nouns]), present, scale, config.coverage)
+    noun_texts = embed_texts(clip, [template.format(name) for name in nouns])
+    log_p = (scale * patches @ noun_texts.T).log_softmax(dim=-1)
+    losses["dense"] = dense_loss(log_p, present, stage.coverage)
+    if stage.local_window:
+        with torch.autocast("cpu", torch.bfloat16):
+            local, _ = embed_images(clip, images, window=stage.local_window)
+        local_log_p = (scale * local @ noun_texts.T).log_softmax(dim=-1)
+        losses |= local_losses(log_p, local_log_p, present, stage.coverage)
     unique = sorted({phrase for words in phrases for phrase in words})
     unique = [unique[i] for i in rng.permutation(len(unique))[:96]]
     owner = torch.tensor([[phrase in words for words in phrases] for phrase in unique])
@@ -207,9 +268,8 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     decay = [p for p in clip.model.parameters() if p.ndim >= 2]
     rest = [p for p in clip.model.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-    work = [stage.images * stage.size**2 for stage in config.stages]  # the learning rate falls with pixels seen
-    done_step, done_work = 0, 0.0
+    optimizer = torch.optim.AdamW(groups, lr=config.stages[0].rates[0], betas=(0.9, 0.98))
+    done_step = 0
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
         clip.model.load_state_dict(state["model"])
@@ -219,7 +279,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     for number, stage in enumerate(config.stages):
         steps = stage.images // stage.batch
         if step + steps <= done_step:
-            step, done_work = step + steps, done_work + work[number]
+            step += steps
             continue
         pool = draw_pool(stage, config, number)
         rng = np.random.default_rng((config.seed, number, done_step))
@@ -228,14 +288,11 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
             step += 1
             if step <= done_step:
                 continue
-            progress = (done_work + work[number] * i / steps) / sum(work)
-            rate = config.learning_rate * min(1.0, step / 500) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            rate = stage.rate(i / steps) * min(1.0, step / 500)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             images, phrases = next(source)
-            with torch.autocast("cpu", torch.bfloat16):
-                patches, image = embed_images(clip, images, stage.patch_dropout)
-            losses = caption_losses(clip, patches, image, phrases, rng, config)
+            losses = caption_losses(clip, stage, images, phrases, rng, config)
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             torch.nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)
@@ -243,14 +300,14 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
             if step % 50 == 0:
                 values = {name: round(value.item(), 4) for name, value in losses.items()}
                 bar.set_postfix(values)
-                row = {"step": step, "stage": number, "seconds": round(time.perf_counter() - began, 1), "lr": rate, **values}
+                seconds = round(time.perf_counter() - began, 1)
+                row = {"step": step, "stage": number, "seconds": seconds, "lr": rate, **values}
                 with history_file.open("a") as file:
                     print(json.dumps(row), file=file)
             if step % 500 == 0 or (number == len(config.stages) - 1 and i == steps - 1):
                 state = {"model": clip.model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 torch.save(state, state_file.with_suffix(".part"))
                 state_file.with_suffix(".part").replace(state_file)
-        done_work += work[number]
     clip.model.eval().requires_grad_(False)
     save_tiny_clip(clip, output)
     return clip

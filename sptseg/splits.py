@@ -53,7 +53,8 @@ class Split:
         strangers = [name for name, _ in self.prompts if name not in self.classes]
         if strangers:
             raise ValueError(
-                f"split {self.name!r} has prompts for {', '.join(strangers)}, no classes of it; it has {', '.join(self.classes)}"
+                f"split {self.name!r} has prompts for {', '.join(strangers)}, no classes of it; "
+                f"it has {', '.join(self.classes)}"
             )
 
     @classmethod

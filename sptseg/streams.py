@@ -1,4 +1,4 @@
-"""What a training run reads, in which order: targets of a setting, and a seeded, endless stream of augmented pictures."""
+"""What a training run reads, in which order: a setting's targets; a seeded, endless stream of augmented pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNSEEN_PIXEL = -1
 def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor]:
     """Which classes are queries, and a table (256,) from label values to training targets.
 
-    Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as they are.
+    Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is.
     """
     table = torch.full((256,), IGNORE)
     if setting == "inductive":
@@ -48,7 +48,7 @@ class TrainingStream(Dataset[tuple[Tensor, Tensor]]):
         self.order = torch.empty(0)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        length = len(self.dataset)  # type: ignore[arg-type]
+        length = len(self.dataset)  # pyright: ignore[reportArgumentType]
         epoch, offset = divmod(position, length)
         if epoch != self.epoch:
             self.epoch = epoch

@@ -1,4 +1,4 @@
-"""Training and evaluation on Hugging Face accelerate: one process, many GPUs, many machines, the same code."""
+"""Training on Hugging Face accelerate: one process, many GPUs, many machines, the same code."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
 from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
 from sptseg.datasets import Sample
-from sptseg.inference import augmentation, window_logits
+from sptseg.evaluation import Precision, evaluate, new_accelerator, summary
+from sptseg.inference import augmentation
 from sptseg.losses import present_pairs, segmentation_loss
-from sptseg.metrics import Scores, SegmentationMetrics
 from sptseg.model import SptSeg, upsample
 from sptseg.splits import Split
 from sptseg.streams import UNSEEN_PIXEL, Positions, Setting, TrainingStream, label_table, mixed_seed
-from sptseg.transforms import Augmentation, test_transform
+from sptseg.transforms import Augmentation
 
-Precision = Literal["no", "bf16", "fp16"]
+History = list[dict[str, Any]]
+Settings = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,16 @@ class TrainConfig:
             raise ValueError(f"setting is {self.setting!r}; choose inductive, transductive or supervised")
 
 
+# For the tiny CLIP on drawn scenes: minutes on two CPU cores.
+EMBEDDED_TRAINING = TrainConfig(iterations=300, warmup=30, save_every=100, workers=0)
+
+
 @dataclass
 class FitResult:
     """The trained model and one row per logged iteration: loss terms, learning rate, images/s, validation figures."""
 
     model: SptSeg
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: History = field(default_factory=list)
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
@@ -106,30 +108,35 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters in two groups: layer norms without weight decay, all others with it; chosen by module."""
-    norms = [p for m in model.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm) for p in m.parameters(recurse=False) if p.requires_grad]
+    layers = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)]
+    norms = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
     known = {id(p) for p in norms}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     return [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
 
 
-def pseudo_labels(logits: Tensor, labels: Tensor, seen: Sequence[int] | Tensor, unseen: Sequence[int] | Tensor) -> Tensor:
+def pseudo_labels(
+    logits: Tensor, labels: Tensor, seen: Sequence[int] | Tensor, unseen: Sequence[int] | Tensor
+) -> Tensor:
     """Labels whose unseen pixels (-1) hold the model's best unseen class; the self-training step.
 
-    logits (B, C, h, w) of all classes, upsampled to the labels' size; labels (B, S, S'), not changed; `seen` and `unseen`
-    are the positions of the classes in C.
+    logits (B, C, h, w) of all classes, upsampled to the labels' size; labels (B, S, S'), not changed; `seen` and
+    `unseen` are the positions of the classes in C.
     """
     seen, unseen = torch.as_tensor(seen, device=logits.device), torch.as_tensor(unseen, device=logits.device)
     together = torch.cat([seen, unseen]).sort().values
     if not torch.equal(together, torch.arange(logits.shape[1], device=logits.device)):
         raise ValueError(
-            f"{len(seen)} seen and {len(unseen)} unseen positions do not make up the {logits.shape[1]} classes of the logits; wanted each position once"
+            f"{len(seen)} seen and {len(unseen)} unseen positions do not make up the {logits.shape[1]} classes of the "
+            f"logits; wanted each position once"
         )
-    best = unseen[upsample(logits.detach()[:, unseen], labels.shape[-2:]).argmax(dim=1)]
+    scores = upsample(logits.detach()[:, unseen], (labels.shape[-2], labels.shape[-1]))
+    best = unseen[scores.argmax(dim=1)]
     return torch.where(labels == UNSEEN_PIXEL, best.to(labels.dtype), labels)
 
 
 class Trainee(nn.Module):
-    """The model with its text embeddings: pictures in, mask logits out, so that wrapping for many processes is simple."""
+    """The model with its text embeddings: pictures in, mask logits out, as wrapping for many processes wants it."""
 
     def __init__(self, model: SptSeg, text: Tensor) -> None:
         super().__init__()
@@ -138,13 +145,6 @@ class Trainee(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images, self.text)
-
-
-def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
-    """An accelerator with its own precision; accelerate otherwise keeps the first one's for the whole process."""
-    AcceleratorState._reset_state()
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **options)
 
 
 def fit(
@@ -172,13 +172,18 @@ def fit(
     if output is None and (resume or config.tensorboard):
         raise ValueError("resume and tensorboard need an output folder; give output=")
     if config.setting != "supervised" and not split.unseen:
-        raise ValueError(f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen")
+        raise ValueError(
+            f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "this model has nothing to train, as dense CLIP; give it prompts, spectral layers or a decoder"
+        )
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
     folder = None if output is None else Path(output)
-    accelerator = new_accelerator(
-        config.precision, log_with="tensorboard" if config.tensorboard else None, project_dir=folder
-    )
+    tracker = "tensorboard" if config.tensorboard else None
+    accelerator = new_accelerator(config.precision, log_with=tracker, project_dir=folder)
     if config.tensorboard:
         accelerator.init_trackers("tensorboard", config=None)
     main = accelerator.is_main_process
@@ -187,56 +192,51 @@ def fit(
     text = model.class_embeddings(split.texts(queries))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
     trainee, optimizer = accelerator.prepare(Trainee(model, text), optimizer)
-    history: list[dict[str, Any]] = []
+    parts = {"train": config, "model": model.config, "split": split}
+    settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    history: History = []
     first = 0
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if resume and (folder / "state.pt").is_file():
-            first, history = load_state(folder / "state.pt", model, optimizer, config)
+            first, history = load_state(folder / "state.pt", model, optimizer, settings)
         if main:
-            stored = {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(config), "split": dataclasses.asdict(split)}
-            (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     stream = TrainingStream(dataset, augment or augmentation(model.config), table, config.seed)
-    positions = Positions(
-        range(first, config.iterations),
-        config.batch_size,
-        config.accumulation,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = iter(
-        DataLoader(
-            stream,
-            batch_sampler=positions,
-            num_workers=config.workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    positions = Positions(range(first, config.iterations), config.batch_size, config.accumulation, rank, processes)
+    pin = accelerator.device.type == "cuda"
+    loader = iter(DataLoader(stream, batch_sampler=positions, num_workers=config.workers, pin_memory=pin))
     seconds, images = time.perf_counter(), 0
-    bar = tqdm(total=config.iterations, initial=first, desc="training", disable=not (main and config.progress), mininterval=1)
+    hidden = not (main and config.progress)
+    bar = tqdm(total=config.iterations, initial=first, desc="training", disable=hidden, mininterval=1)
     trainee.train()
     for iteration in range(first, config.iterations):
-        torch.manual_seed(mixed_seed(config.seed, iteration, accelerator.process_index))  # dropout, whatever came before
+        torch.manual_seed(mixed_seed(config.seed, iteration, rank))  # dropout, whatever came before
         rate = learning_rate(config, iteration)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batches = [next(loader) for _ in range(config.accumulation)]
         terms = step(accelerator, trainee, optimizer, batches, split, config)
         if not math.isfinite(terms["total"]):
+            saved = folder is not None and config.save_every and iteration >= config.save_every
+            kept = f"the last good state is in {folder}" if saved or first else "no state was saved before"
             raise FloatingPointError(
                 f"the loss is {terms['total']} at iteration {iteration}; lower learning_rate, or use precision='no'; "
-                + (f"the last good state is in {folder}" if folder else "nothing was saved, since no output folder was given")
+                f"{kept}"
             )
         images += config.batch_size
         bar.update()
         done = iteration + 1
         last = done == config.iterations
-        if done % max(1, config.iterations // 200) == 0 or last:
+        validate = config.validate_every and (done % config.validate_every == 0 or last)
+        if validate or done % max(1, config.iterations // 200) == 0 or last:
             elapsed, seconds = time.perf_counter() - seconds, time.perf_counter()
-            row: dict[str, Any] = {"iteration": done, **terms, "learning_rate": rate, "images_per_second": images / elapsed}
-            images = 0
-            if config.validate_every and validation is not None and (done % config.validate_every == 0 or last):
-                row |= summary(evaluate(model, validation, split, limit=config.validation_images, accelerator=accelerator, progress=False))
+            row: dict[str, Any] = {"iteration": done, **terms, "learning_rate": rate}
+            row["images_per_second"], images = images / elapsed, 0
+            if validate and validation is not None:
+                looked_at = {"limit": config.validation_images, "accelerator": accelerator, "progress": False}
+                row |= summary(evaluate(model, validation, split, **looked_at))
                 trainee.train()
                 seconds = time.perf_counter()
             history.append(row)
@@ -244,14 +244,16 @@ def fit(
             if config.tensorboard:
                 accelerator.log({name: value for name, value in row.items() if value is not None}, step=done)
         if folder is not None and main and config.save_every and (done % config.save_every == 0 or last):
-            save_state(folder / "state.pt", model, optimizer, done, history, config)
+            save_state(folder / "state.pt", model, optimizer, done, history, settings)
     bar.close()
     model.eval()
     if folder is not None and main:
         about = {"split": split.name, "unseen": list(split.names(split.unseen)), "train": dataclasses.asdict(config)}
         save_model(model, folder, about)
         (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n")
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # accelerator.end_training() would also end the process group, which evaluate counts with
+    accelerator.wait_for_everyone()
     return FitResult(model, history)
 
 
@@ -264,7 +266,8 @@ def step(
     config: TrainConfig,
 ) -> dict[str, float]:
     """One optimiser step over micro-batches; returns the loss terms of the whole batch, over all processes."""
-    moved = [(x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)) for x, y in batches]
+    device = accelerator.device
+    moved = [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batches]
     model: SptSeg = accelerator.unwrap_model(trainee).model
     transductive = config.setting == "transductive"
     classes = len(split.classes) if config.setting != "inductive" else len(split.seen)
@@ -290,19 +293,19 @@ def step(
 
 
 def mean_pairs(accelerator: Accelerator, labels: Sequence[Tensor], classes: int) -> Tensor:
-    """The loss's divisor per process and micro-batch: (image, class) pairs of the whole batch, at least 1, shared evenly."""
+    """The loss's divisor per process and micro-batch: an even share of the whole batch's pairs, at least 1 in all."""
     pairs = torch.stack([present_pairs(y, classes).sum() for y in labels]).sum().float()
     total: Any = accelerator.reduce(pairs, reduction="sum")
     return total.clamp(min=1) / (accelerator.num_processes * len(labels))
 
 
 def save_state(
-    path: Path, model: SptSeg, optimizer: torch.optim.Optimizer, done: int, history: list[dict[str, Any]], config: TrainConfig
+    path: Path, model: SptSeg, optimizer: torch.optim.Optimizer, done: int, history: History, settings: Settings
 ) -> None:
     """Everything that a resumed run needs, written whole or not at all."""
     state = {
         "iteration": done,
-        "config": dataclasses.asdict(config),
+        "settings": settings,
         "model": model.trained_state(),
         "optimizer": optimizer.state_dict(),
         "history": json.dumps(history),
@@ -312,63 +315,22 @@ def save_state(
     part.replace(path)
 
 
-def load_state(
-    path: Path, model: SptSeg, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> tuple[int, list[dict[str, Any]]]:
+def load_state(path: Path, model: SptSeg, optimizer: torch.optim.Optimizer, settings: Settings) -> tuple[int, History]:
     """Puts a saved state into model and optimiser; returns the iterations done and their history."""
     state = torch.load(path, map_location=model.device, weights_only=True)
     free = {"workers", "progress", "save_every", "validate_every", "validation_images", "tensorboard"}
-    changed = [name for name, value in dataclasses.asdict(config).items() if name not in free and state["config"].get(name) != value]
+    before = state["settings"]
+    changed = [
+        f"{part}.{name}"
+        for part, values in settings.items()
+        for name, value in values.items()
+        if not (part == "train" and name in free) and before[part].get(name) != value
+    ]
     if changed:
-        raise ValueError(f"{path} was trained with other settings of {', '.join(changed)}; resume with the same, or choose another output")
+        raise ValueError(
+            f"{path} was trained with other settings of {', '.join(changed)}; "
+            f"resume with the same, or choose another output"
+        )
     model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return state["iteration"], json.loads(state["history"])
-
-
-def summary(scores: Scores) -> dict[str, float | None]:
-    """The four summary figures, without the classes'."""
-    return {name: value for name, value in scores.as_dict().items() if name != "iou"}
-
-
-def evaluate(
-    model: SptSeg,
-    dataset: Dataset[Sample],
-    split: Split,
-    *,
-    seen_offset: float | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    precision: Precision = "no",
-    progress: bool = True,
-    accelerator: Accelerator | None = None,
-) -> Scores:
-    """Scores over a data set (or its first `limit` pictures); every picture counts once, whatever the number of processes.
-
-    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own.
-    """
-    accelerator = accelerator or new_accelerator(precision)
-    model.to(accelerator.device).eval()
-    metrics = SegmentationMetrics(split, accelerator.device)
-    text = model.class_embeddings(split.texts())
-    offset = torch.zeros(len(split.classes), device=accelerator.device)
-    offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
-    prepare = test_transform(augmentation(model.config))
-    count = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
-    hidden = not (progress and accelerator.is_main_process)
-    with tqdm(total=len(mine), desc="evaluating", disable=hidden, mininterval=1) as bar:
-        for start in range(0, len(mine), batch_size):
-            samples = [dataset[i] for i in mine[start : start + batch_size]]
-            same_size: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-            for sample in samples:
-                image = prepare(tv_tensors.Image(sample["image"]))
-                same_size.setdefault(tuple(image.shape), []).append((image, torch.as_tensor(sample["label"])))
-            for group in same_size.values():
-                with accelerator.autocast():
-                    found = window_logits(model, torch.stack([image for image, _ in group]), text, offset=offset, window_batch=batch_size)
-                for logits, (_, label) in zip(found, group, strict=True):
-                    predicted = logits.labels((label.shape[0], label.shape[1]))
-                    metrics.update(predicted, label.to(accelerator.device))
-            bar.update(len(samples))
-    return metrics.compute()

@@ -269,6 +269,13 @@ def test_a_pth_file_with_a_text_encoder(text_tower: open_clip.CLIP, tmp_path: Pa
     assert torch.equal(load_model(path).class_embeddings(names), imported.model.class_embeddings(names))
 
 
+def test_an_import_logs_what_it_left_out(reference: Reference, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="sptseg"):
+        import_research_checkpoint(reference.state, **sizes(reference))
+    assert [(record.name, record.levelname) for record in caplog.records] == [("sptseg", "INFO")]
+    assert caplog.messages == [reference.imported.report()]
+
+
 def test_a_part_of_a_text_encoder_is_left_out_by_name(text_tower: open_clip.CLIP) -> None:
     reference = load_reference("spt")
     state = {**reference.state, **text_state(text_tower)}

@@ -103,4 +103,6 @@ def test_wheel_carries_the_embedded_files_and_nothing_else(tmp_path: Path) -> No
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {f"sptseg/{path.name}" for path in (ROOT / "sptseg").glob("*.py")}
     embedded = {path for pattern in ("*.safetensors", "*.json", "README.md") for path in (ROOT / "data").glob(pattern)}
-    assert inside == modules | {"sptseg/py.typed"} | {f"sptseg/data/{path.name}" for path in embedded}
+    assert inside == modules | {"sptseg/py.typed", "sptseg/demo.html"} | {
+        f"sptseg/data/{path.name}" for path in embedded
+    }

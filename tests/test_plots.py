@@ -231,7 +231,8 @@ def test_class_bars_are_sorted_split_into_seen_and_unseen_and_compared() -> None
     seen, unseen, key = figure.axes
     assert [label.get_text() for label in seen.get_yticklabels()] == ["boat", "sky"]
     assert [label.get_text() for label in unseen.get_yticklabels()] == ["tree", "water", "fish"]
-    assert [bar.get_width() for bar in unseen.patches] == pytest.approx([70, 50, 0])  # type: ignore[attr-defined]
+    widths = [bar.get_width() for bar in unseen.patches]  # pyright: ignore[reportAttributeAccessIssue]
+    assert widths == pytest.approx([70, 50, 0])
     assert [text.get_text() for text in unseen.texts] == ["not in these pictures"]
     assert unseen.get_title(loc="left") == "unseen* classes, mean 60.0 %" and seen.get_xlabel() == "IoU (%)"
     assert seen.lines[0].get_xdata() == pytest.approx([40, 40])
@@ -285,8 +286,9 @@ def test_validation_figures_show_where_they_were_taken_and_in_percent() -> None:
 def test_long_histories_are_drawn_as_block_means() -> None:
     history = [{"iteration": i, "total": i % 2} for i in range(1, 1202)]
     (line,) = plots.training_curves(history).axes[0].lines
-    assert len(line.get_xdata()) == 301  # type: ignore[arg-type]
-    assert line.get_ydata()[:2] == pytest.approx([0.5, 0.5]) and line.get_xdata()[0] == 2.5  # type: ignore[index]
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert len(x) == 301
+    assert y[:2] == pytest.approx([0.5, 0.5]) and x[0] == 2.5
 
 
 def test_training_curves_refuse_an_empty_history() -> None:

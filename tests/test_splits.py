@@ -117,6 +117,21 @@ def test_with_unseen_and_names_are_by_name() -> None:
         split.with_unseen(["d"])
 
 
+def test_texts_are_the_names_or_what_is_said_in_their_place() -> None:
+    split = Split.from_names("three", ["tv monitor", "boat", "sofa"], ["sofa"])
+    assert split.prompts == () and split.texts() == split.classes
+    told = split.with_prompts({"tv monitor": "television", "sofa": "a couch"})
+    assert told.texts() == ("television", "boat", "a couch")
+    assert told.texts((2, 1)) == ("a couch", "boat") and told.texts(told.seen) == ("television", "boat")
+    assert told.names((0, 2)) == ("tv monitor", "sofa"), "labels, tables and legends keep the names"
+    assert told.with_unseen(["boat"]).prompts == told.prompts
+    assert told.with_prompts({"boat": "ship"}).texts() == ("tv monitor", "ship", "sofa"), "others are given up"
+    assert split.texts() == split.classes and told.with_prompts({}) == split
+    hash(told)
+    with pytest.raises(ValueError, match="'three' has prompts for tv, no classes of it; it has tv monitor, boat, sofa"):
+        split.with_prompts({"tv": "television"})
+
+
 @pytest.mark.parametrize(
     ("classes", "unseen", "palette", "message"),
     [

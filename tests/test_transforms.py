@@ -163,7 +163,7 @@ def test_only_torchs_generator_decides() -> None:
     def run(torch_seed: int, other_seed: int) -> torch.Tensor:
         torch.manual_seed(torch_seed)
         random.seed(other_seed)
-        np.random.seed(other_seed)  # noqa: NPY002
+        np.random.seed(other_seed)
         return transform(*inputs)[0]
 
     assert torch.equal(run(1, 1), run(1, 2))

@@ -1,0 +1,56 @@
+"""Pictures of noisy colour blocks, and a model small enough to train on them in a second."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from conftest import small_clip
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from sptseg.clip import Clip
+from sptseg.datasets import Sample
+from sptseg.model import ModelConfig, SptSeg, build_model
+from sptseg.splits import IGNORE, Split
+from sptseg.training import TrainConfig
+
+SPLIT = Split.from_names("toys", ["grass", "water", "boat", "tree", "house"], unseen=["boat", "house"])
+COLOURS = torch.tensor([[40, 160, 40], [30, 60, 200], [200, 40, 40], [10, 80, 10], [220, 220, 90]])
+
+
+class Toys(Dataset[Sample]):
+    """Two classes side by side, a row of ignored pixels; picture i is always the same, sizes take turns."""
+
+    def __init__(self, length: int = 6, sizes: tuple[tuple[int, int], ...] = ((32, 32),)) -> None:
+        self.length, self.sizes = length, sizes
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append(index)
+        height, width = self.sizes[index % len(self.sizes)]
+        label = torch.full((height, width), index % 5)
+        label[:, width // 2 :] = (index // 2 + 1) % 5
+        label[0] = IGNORE
+        noise = torch.randint(-30, 31, (3, height, width), generator=torch.Generator().manual_seed(index))
+        colours = COLOURS[label.clamp(max=4)].permute(2, 0, 1)  # (3, H, W)
+        image = (colours + noise).clamp(0, 255).to(torch.uint8)
+        return {"image": tv_tensors.Image(image), "label": tv_tensors.Mask(label), "name": str(index)}
+
+
+def toy_model(clip: Clip | None = None, **changes: Any) -> SptSeg:
+    """SPT-SEG without dropout on the small CLIP; always the same weights."""
+    config = {"clip": "small", "image_size": (32, 32), "prompt_tokens": 2, "dropout": 0.0, **changes}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return build_model(ModelConfig(**config), small_clip() if clip is None else clip)
+
+
+def toy_config(**changes: Any) -> TrainConfig:
+    """A few steps in float32 in this process, without progress bars."""
+    few = {"iterations": 5, "batch_size": 4, "warmup": 0, "learning_rate": 1e-3, "save_every": 0, "workers": 0}
+    return TrainConfig(**{**asdict(TrainConfig()), **few, "precision": "no", "progress": False, **changes})

@@ -30,7 +30,7 @@ CONFIGURATIONS: dict[str, ModelConfig] = {
     "spt+selection": replace(EMBEDDED_CONFIG, selection=True),
     "spt-spectral-prompts": replace(EMBEDDED_CONFIG, spectral_layers=()),
     "spt-deep-prompts": replace(EMBEDDED_CONFIG, prompt_tokens=0),
-    "spt+dice": replace(EMBEDDED_CONFIG, loss="zegclip"),
+    "spt+ssim": replace(EMBEDDED_CONFIG, loss="spt"),
 }
 
 

@@ -19,7 +19,7 @@ from sptseg.ops import Grid, from_windows, grid_to_tokens, pad_to_multiple, to_w
 DecoderKind = Literal["spectral", "cross_attention"]
 DecoderStart = Literal["random", "dense_clip"]
 LOW_FREQUENCY_SHARE = 0.9
-START_THRESHOLD = 0.35  # cosine of patch and text at which a dense start says "maybe"; learned from there
+START_THRESHOLD = 0.3  # cosine of patch and text at which a dense start says "maybe"; learned from there
 
 
 def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:

@@ -23,11 +23,10 @@ from torch.utils.data import Dataset
 from sptseg.checkpoints import IMPORTED
 from sptseg.datacheck import SHOWN, DataReport, Panel, check, contact_sheet, listed, sheet, shrunk, spread, survey
 from sptseg.datasets import Sample
-from sptseg.inference import augmentation
 from sptseg.model import SptSeg
 from sptseg.splits import IGNORE, Split
 from sptseg.streams import UNSEEN_PIXEL, Positions, TrainingStream, label_table
-from sptseg.training import TrainConfig, Trainee, new_accelerator, parameter_groups, step
+from sptseg.training import TrainConfig, Trainee, new_accelerator, parameter_groups, step, training_augmentation
 from sptseg.transforms import Augmentation
 
 __all__ = ["DataReport", "PreflightReport", "check", "contact_sheet", "preflight"]
@@ -132,7 +131,7 @@ def preflight(
             return report  # the stream may run into the same files
         try:
             accelerator = new_accelerator(config.precision)
-            augment = augment or augmentation(model.config)
+            augment = augment or training_augmentation(model, config)
             start = time.perf_counter()
             batches = first_batches(TrainingStream(dataset, augment, table, config.seed), config, accelerator)
             reading = time.perf_counter() - start

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ class TrainConfig:
     Attributes:
         iterations: optimiser steps.
         batch_size: pictures per step, over all processes and accumulated micro-batches together.
-        accumulation: micro-batches per step; the loss is normalised as if they were one batch.
+        accumulation: micro-batches per step; the loss is normalised as if they were one batch (but each micro-batch on
+            its own in the transductive setting, whose labels are only known after each forward pass).
         learning_rate: of everything that is trained (the protocol's 2e-5, times 10 for prompts and decoder).
         weight_decay: 0 for the layer norms' parameters.
         warmup: iterations of linear warm-up, from 1e-6 of the rate.
         power, last_rate: polynomial decay to `last_rate`.
+        scale: range of the random resize of training pictures.
+        distortion: probability of each photometric distortion.
         setting: "inductive" (unseen pixels ignored, seen queries), "transductive" (all queries, unseen pixels get the
             model's own labels; continue from an inductive checkpoint) or "supervised" (all labels).
         precision: autocast type; the spectral filter and the losses stay in float32.
@@ -63,6 +66,8 @@ class TrainConfig:
     power: float = 0.9
     last_rate: float = 1e-6
     seed: int = 0
+    scale: tuple[float, float] = (0.5, 2.0)
+    distortion: float = 0.5
     setting: Setting = "inductive"
     precision: Precision = "bf16"
     validate_every: int = 0
@@ -86,7 +91,9 @@ class TrainConfig:
 
 
 # For the tiny CLIP on drawn scenes: minutes on two CPU cores.
-EMBEDDED_TRAINING = TrainConfig(iterations=300, warmup=30, save_every=100, workers=0)
+EMBEDDED_TRAINING = TrainConfig(
+    iterations=500, learning_rate=2.5e-3, warmup=50, scale=(0.9, 1.15), distortion=0.0, save_every=100, workers=0
+)
 
 
 @dataclass
@@ -95,6 +102,11 @@ class FitResult:
 
     model: SptSeg
     history: History = field(default_factory=list)
+
+
+def training_augmentation(model: SptSeg, config: TrainConfig) -> Augmentation:
+    """The protocol's, in proportion to the model's `image_size`, with the settings' scale and distortion."""
+    return replace(augmentation(model.config), scale=config.scale, distortion=config.distortion)
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
@@ -165,7 +177,7 @@ def fit(
         split: the classes of the labels, and which are unseen.
         output: a folder for `model.safetensors`, `history.json`, `config.json` and the state that `resume` reads.
         validation: looked at every `config.validate_every` iterations.
-        augment: by default the protocol's, in proportion to the model's `image_size`.
+        augment: by default `training_augmentation`.
         resume: go on from the state in `output`, if there is one.
     """
     config = config or TrainConfig()
@@ -202,7 +214,7 @@ def fit(
             first, history = load_state(folder / "state.pt", model, optimizer, settings)
         if main:
             (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    stream = TrainingStream(dataset, augment or augmentation(model.config), table, config.seed)
+    stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
     rank, processes = accelerator.process_index, accelerator.num_processes
     positions = Positions(range(first, config.iterations), config.batch_size, config.accumulation, rank, processes)
     pin = accelerator.device.type == "cuda"

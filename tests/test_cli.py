@@ -50,7 +50,7 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for seed, name in enumerate(("a.png", "b.jpg")):
-        Image.fromarray(scenes.draw(seed, 64)[0]).save(folder / name)
+        Image.fromarray(scenes.draw(seed, 200)[0]).save(folder / name)  # more than one window of 128
     (folder / "notes.txt").write_text("no picture")
     return folder
 

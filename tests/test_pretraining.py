@@ -220,8 +220,9 @@ def test_caption_losses_reach_every_part(config: PretrainConfig, stage: Stage, n
     losses = caption_losses(clip, stage, torch.randn(3, 3, 32, 32), phrases, np.random.default_rng(0), config)
     assert set(losses) == names
     torch.stack(list(losses.values())).sum().backward()
-    for part in (clip.visual.conv1.weight, clip.model.text_projection, clip.model.logit_scale):
-        assert part.grad is not None and part.grad.abs().sum() > 0
+    for name in ("visual.conv1.weight", "text_projection", "logit_scale"):
+        gradient = clip.model.get_parameter(name).grad
+        assert gradient is not None and gradient.any()
 
 
 # Pictures
@@ -300,7 +301,8 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
 
     second = pretrain(CONFIG, output)
     assert drawn == [0, 1], "the finished stage's pictures are not drawn again"
-    assert torch.load(tmp_path / "clip.state", weights_only=True)["step"] == 4
+    state = torch.load(tmp_path / "clip.state", weights_only=True)
+    assert state["step"] == 4 == state["optimizer"]["state"][0]["step"]
     before, after = (run.model.state_dict()["visual.proj"] for run in (first, second))
     change = after - before
     assert 0 < change.abs().max() < 1e-3, "two small steps from where it stopped, no new start"

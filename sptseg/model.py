@@ -80,8 +80,8 @@ ZEGCLIP = ModelConfig(spectral_layers=(), decoder="cross_attention", loss="zegcl
 DENSE_CLIP = ModelConfig(
     prompt_tokens=0, spectral_layers=(), class_embedding_twice=False, decoder="none", seen_offset=0.0
 )
-# SPT-SEG for the tiny CLIP. It deviates from the released model, as data/README.md measures: it starts as dense CLIP, has
-# no top-down selection, CLIP's own class token, dice instead of SSIM in the loss, and no offset of seen scores.
+# SPT-SEG for the tiny CLIP. It deviates from the released model, as data/README.md measures: it starts as dense CLIP,
+# with CLIP's own class token, without top-down selection, dice for SSIM in the loss, and no offset of seen scores.
 EMBEDDED_CONFIG = ModelConfig(
     class_embedding_twice=False, selection=False, start="dense_clip", loss="zegclip", seen_offset=0.0
 )

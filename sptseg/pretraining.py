@@ -258,8 +258,8 @@ def caption_losses(
 def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16).
 
-    Every 500 steps the state goes to `output` + ".state"; a run of the same settings that finds one there goes on from it,
-    with pictures in another order.
+    Every 500 steps the state goes to `output` + ".state"; a run of the same settings that finds one there goes on from
+    it, with pictures in another order.
     """
     output = Path(output)
     state_file, history_file = output.with_suffix(".state"), output.with_suffix(".jsonl")

@@ -1,8 +1,9 @@
 # make demo    a picture-book scene, segmented by the embedded model
 # make test    the quick tests; make test-slow: the others; make lint: style and types
+# make embedded: trains what lies in data/ again; make ablation: the table of data/README.md
 PYTHON ?= python3
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint embedded ablation
 
 demo: .venv/.installed
 	.venv/bin/sptseg demo
@@ -17,6 +18,15 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+embedded: .venv/.installed
+	test -f data/tiny_clip.safetensors || .venv/bin/sptseg pretrain --output data/tiny_clip.safetensors
+	.venv/bin/sptseg ablate --output runs/embedded --seeds 0 --configurations spt,zegclip
+	.venv/bin/python -c "import sptseg; [sptseg.save_model(sptseg.load_model(f'runs/embedded/{run}-seed0'), \
+	    f'data/{file}.safetensors', half=True) for run, file in [('spt', 'spt_seg'), ('zegclip', 'zegclip')]]"
+
+ablation: .venv/.installed
+	.venv/bin/sptseg ablate --output runs/ablation
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

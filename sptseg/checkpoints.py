@@ -40,10 +40,11 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**values, **lists})
 
 
-def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
     """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`).
 
-    `about` (JSON values: data, seed, figures) is kept with the configuration. The file is written whole or not at all.
+    `about` (JSON values: data, seed, figures) is kept with the configuration; `half` stores float16, which loads as
+    float32. The file is written whole or not at all.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -61,6 +62,8 @@ def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None 
         header["architecture"] = clip_architecture(model.clip)
     part = path.with_suffix(".part")
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if half:
+        tensors = {name: value.half() for name, value in tensors.items()}
     save_file(tensors, part, metadata={"sptseg": json.dumps(header)})
     part.replace(path)
     return path

@@ -258,8 +258,8 @@ def caption_losses(
 def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16).
 
-    Every 500 steps the state goes to `output` + ".state"; a run of the same settings that finds one there goes on from
-    it, with pictures in another order.
+    Every 500 steps the state goes to `output` + ".state"; a run of the same settings, perhaps with further stages, that
+    finds one there goes on from it, with pictures in another order.
     """
     output = Path(output)
     state_file, history_file = output.with_suffix(".state"), output.with_suffix(".jsonl")
@@ -270,11 +270,12 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     rest = [p for p in clip.model.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.stages[0].rates[0], betas=(0.9, 0.98))
-    settings = json.dumps({name: value for name, value in asdict(config).items() if name != "threads"})
+    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name != "threads"}))
     done_step = 0
     if state_file.is_file():
         state = torch.load(state_file, weights_only=True)
-        if state["config"] != settings:
+        before = json.loads(state["config"])
+        if before != {**settings, "stages": settings["stages"][: len(before["stages"])]}:
             raise ValueError(f"{state_file} is of a run with other settings; delete it, or choose another output")
         clip.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -313,7 +314,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
                     "model": clip.model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step,
-                    "config": settings,
+                    "config": json.dumps(settings),
                 }
                 torch.save(state, state_file.with_suffix(".part"))
                 state_file.with_suffix(".part").replace(state_file)

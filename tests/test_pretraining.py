@@ -309,6 +309,8 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     third = pretrain(CONFIG, output)
     assert drawn == [0, 1]
     assert all(torch.equal(value, third.model.state_dict()[name]) for name, value in second.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"clip\.state is of a run with other settings"):
+        pretrain(replace(CONFIG, seed=9), output)
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -5,128 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch.utils.data import Dataset
 
-from sptseg import datasets
 from sptseg.ablation import CONFIGURATIONS, ablate
 from sptseg.checkpoints import import_research, save_model
+from sptseg.clip import TINY
 from sptseg.datacheck import check, contact_sheet
-from sptseg.datasets import IMAGE_SUFFIXES, Sample
+from sptseg.datasets import IMAGE_SUFFIXES
 from sptseg.demo import demo
 from sptseg.hub import load_model
 from sptseg.inference import segment
-from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, SptSeg, build_model
+from sptseg.model import EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, build_model
+from sptseg.options import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, Which, clip_weights, names
 from sptseg.preflight import preflight
 from sptseg.pretraining import PretrainConfig, pretrain
-from sptseg.splits import Split
 from sptseg.training import EMBEDDED_TRAINING, TrainConfig, evaluate, fit
 
 PRESETS = {"embedded": EMBEDDED_CONFIG, "spt": SPT_RELEASED, "zegclip": ZEGCLIP}
-Layout = Literal["folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "camvid"]
-NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
-    "voc2012": lambda root, subset: datasets.voc2012(root, subset),  # type: ignore[arg-type]
-    "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset),  # type: ignore[arg-type]
-    "context-otseg": lambda root, subset: datasets.context(root, subset, "otseg"),  # type: ignore[arg-type]
-    "context-cascade": lambda root, subset: datasets.context(root, subset, "cascade"),  # type: ignore[arg-type]
-    "ade20k": lambda root, subset: datasets.ade20k(root, subset),  # type: ignore[arg-type]
-    "camvid": lambda root, subset: datasets.camvid(root),
-}
-SUBSETS = {"voc2012": ("trainaug", "val"), "ade20k": ("training", "validation")}  # for training, for evaluation
-
-
-@dataclass(frozen=True)
-class Data:
-    """Which pictures and classes.
-
-    Attributes:
-        data: "scenes" (the picture-book world) or a folder.
-        layout: how the folder is laid out: "folder" for images/, masks/ and classes.txt, or a data set's own layout.
-        subset: of a data set that has several, such as train, trainaug or val; by default the layout's usual one.
-        images: how many scenes to draw (data "scenes" only).
-        seed: of the scenes.
-        unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
-        prompts: other words for CLIP, comma-separated, such as "tv monitor=television".
-    """
-
-    data: str = "scenes"
-    layout: Layout = "folder"
-    subset: str = ""
-    images: int = 300
-    seed: int = 0
-    unseen: str = ""
-    prompts: str = ""
-
-    def load(self, stream: Literal["evaluation", "training"]) -> tuple[Dataset[Sample], Split]:
-        """The data set and its split."""
-        if self.data == "scenes":
-            dataset = datasets.Scenes(self.images, self.seed, stream)
-        elif self.layout == "folder":
-            dataset = datasets.ImageMaskFolder(self.data)
-        else:
-            subset = SUBSETS.get(self.layout, ("train", "val"))[stream == "evaluation"]
-            dataset = NamedLayouts[self.layout](Path(self.data), self.subset or subset)
-        split: Split = dataset.split  # type: ignore[attr-defined]
-        if self.unseen:
-            split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
-        if self.prompts:
-            pairs = [pair.partition("=") for pair in names(self.prompts)]
-            split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
-        return dataset, split
-
-
-SCENES_TO_TRAIN = Data(images=5000)
-
-
-@dataclass(frozen=True)
-class Which:
-    """Which model.
-
-    Attributes:
-        model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "untrained"
-            (SPT-SEG with random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or
-            "dense-clip" if `clip` is given.
-        clip: for "dense-clip" and "untrained": "tiny" or an open_clip model, such as ViT-B-16-quickgelu.
-        clip_weights: its weights: an open_clip tag such as openai (downloaded once), a file, or "none" for random ones.
-    """
-
-    model: str = ""
-    clip: str = ""
-    clip_weights: str = ""
-
-    def load(self) -> SptSeg:
-        if not self.clip:
-            if self.clip_weights:
-                raise ValueError(f"--clip-weights {self.clip_weights} needs --clip, such as ViT-B-16-quickgelu")
-            if self.model == "untrained":
-                return build_model(SPT_RELEASED).eval()
-            return load_model(self.model or "embedded")
-        presets = {"": DENSE_CLIP, "dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
-        if self.model not in presets:
-            raise ValueError(f"model {self.model} has its own CLIP: leave out --clip, or take dense-clip or untrained")
-        weights = clip_weights(self.clip, self.clip_weights)
-        size = (128, 128) if self.clip == "tiny" else (512, 512)
-        return build_model(replace(presets[self.model], clip=self.clip, clip_weights=weights, image_size=size)).eval()
-
-
-def clip_weights(clip: str, weights: str) -> str | None:
-    """The weights asked for; a real CLIP must name them, so that nobody trains on random ones unawares."""
-    if clip != "tiny" and not weights:
-        raise ValueError(
-            f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights"
-        )
-    return None if weights in ("", "none") else weights
-
-
-def names(text: str) -> list[str]:
-    """Comma-separated names."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def evaluate_command(
@@ -146,8 +47,11 @@ def evaluate_command(
         json_file: write the scores there, each class's IoU too.
     """
     dataset, split = data.load("evaluation")
-    scores = evaluate(which.load(), dataset, split, seen_offset=seen_offset, limit=limit)
+    model = which.load()
+    scores = evaluate(model, dataset, split, seen_offset=seen_offset, limit=limit)
     print(scores.table())
+    if model.config.clip == TINY and data.data != "scenes":
+        print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
@@ -310,7 +214,7 @@ def ablate_command(
     configurations: str = ",".join(CONFIGURATIONS),
     seeds: tuple[int, ...] = (0, 1, 2),
     data: Data = SCENES_TO_TRAIN,
-    validation: Data = Data(seed=1000),
+    validation: Data = SCENES_TO_SCORE,
     train: TrainConfig = EMBEDDED_TRAINING,
 ) -> None:
     """Trains several configurations with several seeds for equal steps, and prints a table: mean ± sd.

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "sptseg"
 ORDER = """
     ops splits textures pen drawings scenes losses metrics plots transforms datasets clip encoder decoder model
     checkpoints pretraining inference evaluation streams training datacheck preflight ablation hub spectra failures
-    widgets demo cli
+    widgets demo options cli
 """.split()
 EXEMPT = ("__init__", "__main__")
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

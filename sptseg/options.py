@@ -68,7 +68,7 @@ class Data:
 
 
 SCENES_TO_TRAIN = Data(images=5000)
-SCENES_TO_SCORE = Data(seed=1000)  # no choice was made on these
+SCENES_TO_SCORE = Data(seed=1000)  # the table's, apart from those that choices are made on
 
 
 @dataclass(frozen=True)

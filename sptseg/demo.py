@@ -10,7 +10,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ from sptseg.inference import segment
 from sptseg.metrics import Scores
 from sptseg.model import EMBEDDED_CONFIG, build_model
 from sptseg.splits import IGNORE, Colour
-from sptseg.training import TrainConfig, evaluate, fit
+from sptseg.training import EMBEDDED_TRAINING, evaluate, fit
 
 MODELS = {"embedded": "SPT-SEG", "embedded-zegclip": "ZegCLIP", "dense-clip": "dense CLIP"}
 TRAINED = "SPT-SEG, just trained"
@@ -130,9 +130,8 @@ def run(seed: int, count: int, iterations: int) -> Results:
 
     print(f"2/3  Training for {iterations} steps, on masks of the {len(split.seen)} seen classes only")
     every = max(1, iterations // 4)
-    config = TrainConfig(
-        iterations, BATCH, seed=seed, warmup=iterations // 10, workers=0, validate_every=every, validation_images=12
-    )
+    short = {"iterations": iterations, "warmup": iterations // 10, "validate_every": every, "validation_images": 12}
+    config = replace(EMBEDDED_TRAINING, **short, batch_size=BATCH, seed=seed)
     torch.manual_seed(seed)
     trained = build_model(EMBEDDED_CONFIG)
     history = fit(trained, Scenes(10_000, seed, "training"), split, config, validation=Scenes(12, seed + 1)).history

@@ -54,7 +54,7 @@ def run(
         raise ValueError(f"{result_file} holds a run with other settings; choose another output folder, or delete it")
     torch.manual_seed(train.seed)
     model = build_model(config)
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    if config.trains:
         fit(model, dataset, split, train, output=place)
     scores = evaluate(model, validation, split, progress=train.progress)
     place.mkdir(parents=True, exist_ok=True)
@@ -78,8 +78,7 @@ def ablate(
     """
     results: list[dict[str, Any]] = []
     for name, config in configurations.items():
-        trained = config.decoder != "none" or config.prompt_tokens > 0 or bool(config.spectral_layers)
-        for seed in seeds if trained else seeds[:1]:
+        for seed in seeds if config.trains else seeds[:1]:
             results.append(run(name, config, dataset, validation, split, replace(train, seed=seed), folder))
             (folder / "table.md").write_text(table(results))
     return table(results)

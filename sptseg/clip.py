@@ -117,13 +117,9 @@ def fingerprint(clip: Clip) -> str:
     return digest.hexdigest()[:16]
 
 
-def tiny_tokenizer(words: Sequence[str]) -> WordTokenizer:
-    return WordTokenizer(tuple(words), TINY_CONFIG["text_cfg"]["context_length"])
-
-
 def new_tiny_clip(words: Sequence[str]) -> Clip:
     """The tiny CLIP with random weights (torch's global seed), for a vocabulary of words."""
-    tokenizer = tiny_tokenizer(words)
+    tokenizer = WordTokenizer(tuple(words), TINY_CONFIG["text_cfg"]["context_length"])
     text_config: Any = {**TINY_CONFIG["text_cfg"], "vocab_size": tokenizer.vocabulary_size}
     model = open_clip.CLIP(TINY_CONFIG["embed_dim"], TINY_CONFIG["vision_cfg"], text_config)
     return Clip(TINY, None, model, tokenizer)

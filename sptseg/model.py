@@ -74,6 +74,11 @@ class ModelConfig:
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
             raise ValueError(f"templates is {self.templates!r}; wanted one or more texts with one {{}} each")
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train: dense CLIP has nothing."""
+        return self.decoder != "none" or self.prompt_tokens > 0 or bool(self.spectral_layers)
+
 
 SPT_RELEASED = ModelConfig()
 ZEGCLIP = ModelConfig(spectral_layers=(), decoder="cross_attention", loss="zegclip")
@@ -161,7 +166,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
             dropout=config.dropout,
         )
     model = SptSeg(config, encoder, decoder, clip)
-    if decoder is None and config.prompt_tokens == 0 and not config.spectral_layers:
+    if not config.trains:
         model.encoder.prompt_norm.requires_grad_(False)  # dense CLIP has nothing to train
     return model
 

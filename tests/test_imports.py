@@ -9,8 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sptseg"
 ORDER = """
     ops splits textures pen drawings scenes losses metrics plots transforms datasets clip encoder decoder model
-    checkpoints pretraining inference evaluation streams training datacheck preflight ablation hub spectra failures
-    widgets demo options cli
+    checkpoints pretraining inference evaluation streams states training presets datacheck preflight ablation hub
+    spectra failures benchmark lesson widgets explore notebooks
+    demo options cli
 """.split()
 EXEMPT = ("__init__", "__main__")
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

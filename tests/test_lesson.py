@@ -1,0 +1,61 @@
+"""What the notebooks' cells share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sptseg import lesson
+from sptseg.plots import Plot
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is displayed, as it is displayed."""
+    displayed: list[Any] = []
+    monkeypatch.setattr(lesson, "display", displayed.append)
+    return displayed
+
+
+def test_a_figure_has_its_sentence_under_it_and_as_alternative_text(shown: list[Any]) -> None:
+    lesson.show(Plot(2, 1, "noise"), "A white page.")
+    picture, text = shown
+    data, metadata = picture._repr_mimebundle_()
+    assert data["image/png"]
+    assert metadata["image/png"]["alt"] == "A white page."
+    assert text.data == "*A white page.*"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "verdict"),
+    [
+        (..., 3, "Not yet"),
+        (3.01, 3, "Right"),
+        (3.1, 3, "Not quite"),
+        (0, 0.0, "Right"),
+        ([1, 2], np.array([1.0, 2.0]), "Right"),
+        ([1, 2, 3], np.array([1.0, 2.0]), "Not quite"),
+        ("tree", "tree", "Right"),
+        ("car", "tree", "Not quite"),
+        (1, True, "Not quite"),
+        (True, True, "Right"),
+        (None, 3, "Not quite"),
+        ("three", 3, "Not quite"),
+        ({"a"}, {"a"}, "Right"),
+    ],
+)
+def test_answers_are_checked(shown: list[Any], answer: object, expected: object, verdict: str) -> None:
+    lesson.check(answer, expected, "Count again.")
+    (text,) = shown
+    assert verdict in text.data
+    assert ("Count again." in text.data) == (verdict == "Not quite")
+
+
+def test_metrics_are_written_and_shown(shown: list[Any], tmp_path: Path) -> None:
+    lesson.write_metrics(tmp_path / "new", {"hiou": np.float32(0.75), "pictures": 3})
+    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == {"hiou": 0.75, "pictures": 3.0}
+    assert "| hiou | 0.75 |" in shown[0].data
+    with pytest.raises(ValueError, match="the metric slope is nan"):
+        lesson.write_metrics(tmp_path, {"hiou": 0.5, "slope": float("nan")})

@@ -14,9 +14,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from sptseg.files import write
 
 TINY = "tiny"
 TEMPLATES = ("a photo of a {}",)
@@ -129,14 +131,28 @@ def save_tiny_clip(clip: Clip, path: str | Path) -> None:
     """Weights in float16 and the vocabulary, in one safetensors file."""
     assert isinstance(clip.tokenizer, WordTokenizer)
     tensors = {name: value.detach().half().contiguous().cpu() for name, value in clip.model.state_dict().items()}
-    save_file(tensors, path, metadata={"words": json.dumps(clip.tokenizer.words)})
+    write(path, save(tensors, metadata={"words": json.dumps(clip.tokenizer.words)}))
 
 
 def load_tiny_clip(path: str | Path) -> Clip:
-    with safe_open(path, "pt") as file:
-        clip = new_tiny_clip(json.loads(file.metadata()["words"]))
-        clip.model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    try:
+        with safe_open(path, "pt") as file:
+            clip = new_tiny_clip(json.loads(file.metadata()["words"]))
+            clip.model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no tiny CLIP ({reason}); wanted a file that sptseg pretrain wrote") from error
     return Clip(TINY, str(path), clip.model.eval().requires_grad_(False), clip.tokenizer)
+
+
+def check_public(name: str, weights: str | None, source: str | Path) -> None:
+    """Refuses CLIP weights that not everybody can load: files (no path in a checkpoint is opened) and random ones."""
+    if weights not in open_clip.list_pretrained_tags_by_model(name) and (name, weights) != (TINY, None):
+        raise ValueError(
+            f"{source} names CLIP {name!r} with weights {weights!r}, which is not public, and no path in a checkpoint "
+            f"is opened; load it with a CLIP of yours: load_model(..., clip=load_clip(NAME, FILE)), or --clip NAME "
+            f"--clip-weights FILE"
+        )
 
 
 def load_clip(name: str = TINY, weights: str | None = None) -> Clip:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from sptseg import plots
 from sptseg.datasets import ImageMaskFolder, Sample
-from sptseg.splits import IGNORE, Colour, Split, spread_palette
+from sptseg.splits import Colour, Split, ignored_label, spread_palette
 
 SHOWN = 12  # entries of a list
 SIDE = 480  # pixels of a picture in a sheet
@@ -38,6 +38,7 @@ class DataReport:
         pixels, images: per class, its pixels and the images that hold it.
         ignored: share of pixels that no class has.
         all_ignored: names of images without a labelled pixel.
+        unreadable: those of the faults that are files nobody can read.
     """
 
     split: Split
@@ -50,6 +51,7 @@ class DataReport:
     all_ignored: list[str]
     faults: list[str]
     warnings: list[str]
+    unreadable: list[str]
 
     @property
     def never_seen(self) -> tuple[str, ...]:
@@ -119,6 +121,8 @@ def split_of(dataset: Dataset[Sample]) -> Split:
 
 def spread(length: int, limit: int | None) -> list[int]:
     """`limit` indices below `length`, evenly spaced; all of them if there are fewer, or without a limit."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; wanted at least 1")
     count = length if limit is None else min(limit, length)
     return [i * length // count for i in range(count)]
 
@@ -130,9 +134,9 @@ def listed(names: Sequence[str]) -> str:
 
 def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progress: bool) -> DataReport:
     """The report on some items, whose label values are those of `split`."""
-    counts = np.zeros(IGNORE + 1, np.int64)
+    counts = np.zeros(split.ignore + 1, np.int64)
     images = np.zeros(len(split.classes), np.int64)
-    sizes, all_ignored, faults = [], [], []
+    sizes, all_ignored, faults, unreadable = [], [], [], []
     palettes: dict[int, dict[Colour, str]] = defaultdict(dict)
     strays: set[int] = set()
     folder = dataset if isinstance(dataset, ImageMaskFolder) else None
@@ -144,21 +148,22 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
         except Exception as error:  # whatever one file does, the next one is looked at
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             faults.append(f"image {index}: {kind}{error}")
+            unreadable += faults[-1:] if isinstance(error, OSError) else []
             if folder and mask:
                 values, _ = mask_values(mask, ("L", "P"))
-                strays |= {v for v in values if len(split.classes) <= folder._labels[v] < IGNORE}
+                strays |= {v for v in values if len(split.classes) <= folder._labels[v] < split.ignore}
             continue
-        found = np.bincount(label.ravel(), minlength=IGNORE + 1)
+        found = np.bincount(label.ravel(), minlength=split.ignore + 1)
         counts += found
         images += found[: len(split.classes)] > 0
         sizes.append((image.shape[1], image.shape[0]))
-        if not found[:IGNORE].any():
+        if not found[: split.ignore].any():
             all_ignored.append(sample["name"])
         if folder and mask:
             values, colours = mask_values(mask, ("P",))
             if any(len(set(colour)) > 1 for colour in colours):  # a grey ramp means nothing
                 for value, colour in zip(values, colours, strict=False):
-                    if folder._labels[value] != IGNORE:
+                    if folder._labels[value] != split.ignore:
                         palettes[value].setdefault(colour, mask.name)
     notes = palette_warnings(palettes, split, folder._labels) if folder else []
     if all_ignored:
@@ -169,9 +174,10 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
             f"from 1, and 0 is background, ignoring it would leave every name shifted by one; then {COUNT_FROM_ONE}"
         )
     pixels = counts[: len(split.classes)].tolist()
-    ignored = float(counts[IGNORE] / max(1, counts.sum()))
+    ignored = float(counts[split.ignore] / max(1, counts.sum()))
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
-    return DataReport(split, length, len(indices), sizes, pixels, images.tolist(), ignored, all_ignored, faults, notes)
+    found = (sizes, pixels, images.tolist(), ignored, all_ignored, faults, notes, unreadable)
+    return DataReport(split, length, len(indices), *found)
 
 
 def sound(sample: Sample, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -187,11 +193,11 @@ def sound(sample: Sample, split: Split) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"{name}: labels are {label.dtype} {label.shape}, the image {image.shape[1:]}; wanted integers, equal sizes"
         )
-    wrong = label[(label < 0) | ((label > last) & (label != IGNORE))]
+    wrong = label[(label < 0) | ((label > last) & (label != split.ignore))]
     if wrong.size:
         raise ValueError(
-            f"{name}: label value {wrong[0]} is no class of split {split.name!r} (0 to {last}, {IGNORE} is ignored); "
-            "map it in the data set, or name its class in the split"
+            f"{name}: label value {wrong[0]} is no class of split {split.name!r} (0 to {last}, {split.ignore} is "
+            "ignored); map it in the data set, or name its class in the split"
         )
     return image.transpose(1, 2, 0), label
 
@@ -243,6 +249,8 @@ Panel = tuple[str, np.ndarray | str, np.ndarray | None]  # title, picture or wha
 
 def contact_sheet(dataset: Dataset[Sample], count: int = 12, seed: int = 0) -> Figure:
     """Some images, drawn by seed, beside their masks with class names; a file that cannot be read says why."""
+    if count < 1:
+        raise ValueError(f"count is {count}; wanted at least 1 picture")
     split = split_of(dataset)
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
     panels: list[Panel] = []
@@ -274,7 +282,9 @@ def sheet(
     rows = math.ceil(len(panels) / pairs)
     shapes = [labels.shape for _, _, labels in panels if labels is not None]
     aspect = float(np.clip(np.median([h / w for h, w in shapes]), 0.4, 1.6)) if shapes else 1.0
-    found = plots.present(np.concatenate([np.array([IGNORE])] + [x.ravel() for _, _, x in panels if x is not None]))
+    ignore = ignored_label(len(names))
+    labelled = [x.ravel() for _, _, x in panels if x is not None]
+    found = plots.present(np.concatenate([np.array([ignore]), *labelled]), ignore=ignore)
     wide = 1.7 * (1 + len(found) // 15)
     figure = plots.Plot(
         6.2 * pairs + wide, max(rows * (3.1 * aspect + 0.25) + 0.4, 0.19 * min(len(found), 15) + 0.9), title

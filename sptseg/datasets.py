@@ -1,14 +1,16 @@
 """Data sets of images and label masks: the picture-book scenes, folders, VOC, COCO-Stuff, Context, ADE20K, CamVid.
 
 An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str}; label values index the data set's
-`split.classes`, 255 is ignored. A `transform` gets and returns (image, label).
+`split.classes`, `split.ignore` (255) is ignored. A `transform` gets and returns (image, label).
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -27,6 +29,10 @@ StrPath = str | PathLike[str]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _STREAMS = ("evaluation", "training")
+
+
+class Unreadable(OSError, ValueError):
+    """A file that is no image, is damaged or is dangerously large."""
 
 
 class Sample(TypedDict):
@@ -66,6 +72,7 @@ class Scenes(Dataset[Sample]):
         self.stream = stream
         self.size = size
         self.transform = transform
+        self.names = tuple(f"{stream}-{seed}-{index}" for index in range(length))
 
     def __len__(self) -> int:
         return self.length
@@ -75,8 +82,7 @@ class Scenes(Dataset[Sample]):
             raise IndexError(f"Scenes: index is {index}; wanted 0 to {self.length - 1}")
         image, label = scenes.draw(seed=(_STREAMS.index(self.stream), self.seed, index), size=self.size)
         channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())
-        name = f"{self.stream}-{self.seed}-{index}"
-        return _sample(tv_tensors.Image(channels_first), label, name, self.transform)
+        return _sample(tv_tensors.Image(channels_first), label, self.names[index], self.transform)
 
 
 class ImageMaskFolder(Dataset[Sample]):
@@ -108,7 +114,7 @@ class ImageMaskFolder(Dataset[Sample]):
         _require(root, {f"{images}/": "the images"} | {f"{folder}/": "the masks" for folder in mask_folders})
         self.split = folder_split(root) if split is None else split
         self.transform = transform
-        self._labels = _label_table(value_map or {})
+        self._labels = _label_table(value_map or {}, self.split.ignore)
 
         image_paths = _by_stem(root / images)
         mask_paths: dict[str, Path] = {}
@@ -141,7 +147,7 @@ class ImageMaskFolder(Dataset[Sample]):
         return _sample(tv_tensors.Image(image), label, self.names[index], self.transform)
 
     def _open_label(self, path: Path) -> np.ndarray:
-        """Label values (H,W) of a mask file, uint8."""
+        """Label values (H,W) of a mask file."""
         mask = _load(path)
         if mask.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(
@@ -149,19 +155,20 @@ class ImageMaskFolder(Dataset[Sample]):
                 "save the indices instead of the colours"
             )
         values = np.asarray(mask).astype(np.int64)  # (H,W)
-        if values.min() < 0 or values.max() > IGNORE:
+        ignore = self.split.ignore
+        if values.min() < 0 or values.max() > ignore:
             raise self._out_of_range(path, int(values.min() if values.min() < 0 else values.max()))
-        counts = np.bincount(values.ravel(), minlength=IGNORE + 1)
-        wrong = np.flatnonzero((counts > 0) & (self._labels >= len(self.split.classes)) & (self._labels != IGNORE))
+        counts = np.bincount(values.ravel(), minlength=ignore + 1)
+        wrong = np.flatnonzero((counts > 0) & (self._labels >= len(self.split.classes)) & (self._labels != ignore))
         if wrong.size:
             raise self._out_of_range(path, int(wrong[0]))
         return self._labels[values]
 
     def _out_of_range(self, path: Path, value: int) -> ValueError:
-        last = len(self.split.classes) - 1
+        last, ignore = len(self.split.classes) - 1, self.split.ignore
         return ValueError(
-            f"{path} has mask value {value}, which is no class of split {self.split.name!r} (0 to {last}, {IGNORE} is "
-            f"ignored); give value_map={{{value}: {IGNORE}}} to ignore it, or name its class in the split"
+            f"{path} has mask value {value}, which is no class of split {self.split.name!r} (0 to {last}, {ignore} is "
+            f"ignored); give value_map={{{value}: {ignore}}} to ignore it, or name its class in the split"
         )
 
 
@@ -178,6 +185,19 @@ def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
     return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
 
 
+_CONVERTER = "are made by mmsegmentation's python tools/dataset_converters/"
+
+
+@contextmanager
+def _comes_from(source: str) -> Iterator[None]:
+    """Adds to what is said of missing files how they are made; as a decorator."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. {source}") from error
+
+
+@_comes_from(f"SegmentationClassAug and aug.txt {_CONVERTER}voc_aug.py data/VOCdevkit data/VOCdevkit/VOCaug")
 def voc2012(
     root: StrPath, subset: Literal["train", "trainaug", "val"], transform: Transform | None = None
 ) -> ImageMaskFolder:
@@ -201,6 +221,7 @@ def voc2012(
     )
 
 
+@_comes_from(f"*_labelTrainIds.png {_CONVERTER}coco_stuff164k.py data/coco_stuff164k")
 def coco_stuff(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFolder:
     """COCO-Stuff 164k as mmsegmentation prepares it: images/train2017, annotations/train2017/*_labelTrainIds.png."""
     _one_of("coco_stuff", subset, ("train", "val"))
@@ -209,6 +230,9 @@ def coco_stuff(root: StrPath, subset: Literal["train", "val"], transform: Transf
     return ImageMaskFolder(root, split, images=images, masks=masks, mask_suffix=suffix, transform=transform)
 
 
+@_comes_from(
+    f"Masks and lists {_CONVERTER}pascal_context.py data/VOCdevkit data/VOCdevkit/VOC2010/trainval_merged.json"
+)
 def context(
     root: StrPath,
     subset: Literal["train", "val"],
@@ -226,6 +250,7 @@ def context(
     )
 
 
+@_comes_from("Unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip: it holds all of them")
 def ade20k(
     root: StrPath, subset: Literal["training", "validation"], transform: Transform | None = None
 ) -> ImageMaskFolder:
@@ -244,7 +269,7 @@ def camvid(root: StrPath, transform: Transform | None = None) -> ImageMaskFolder
 def open_image(path: StrPath) -> Image.Image:
     """An image file as upright 8-bit RGB: EXIF orientation applied, transparency over white, 16 bits scaled to 8.
 
-    Raises FileNotFoundError, or ValueError for what is no image, is damaged or is dangerously large.
+    Raises FileNotFoundError, or Unreadable for what is no image, is damaged or is dangerously large.
     """
     image = _load(path)
     if image.mode == "RGB" and not image.has_transparency_data:
@@ -269,27 +294,30 @@ def _load(path: StrPath) -> Image.Image:
     """The file's decoded image, upright, in its own mode."""
     path = Path(path)
     if not path.is_file():
+        if re.match(r"\w{2,}:/", str(path)):
+            raise FileNotFoundError(
+                f"{path} is a web address; sptseg reads files only: download it, give the file's path"
+            )
         got = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {got}; wanted an image file: check the path")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(action="ignore"):  # of odd metadata: the pixels count
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path)
-        with opened:
-            opened.load()
-            return _upright(opened)
+            with Image.open(path) as opened:
+                opened.load()
+                return _upright(opened)
     except UnidentifiedImageError as error:
-        raise ValueError(
+        raise Unreadable(
             f"{path} is not an image that Pillow can read ({path.stat().st_size} bytes); wanted JPEG, PNG or the like: "
             "convert it, or take it out of the folder"
         ) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise Unreadable(
             f"{path} has more pixels than the safe limit of {Image.MAX_IMAGE_PIXELS}; shrink it, "
             "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}); wanted a whole image: copy it again") from error
+        raise Unreadable(f"{path} is damaged or cut off ({error}); wanted a whole image: copy it again") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -356,12 +384,12 @@ def _without_background(classes: int) -> dict[int, int]:
     return {0: IGNORE, **{value: value - 1 for value in range(1, classes + 1)}}
 
 
-def _label_table(value_map: Mapping[int, int]) -> np.ndarray:
-    """uint8 (256,): the label of every mask value."""
+def _label_table(value_map: Mapping[int, int], ignore: int = IGNORE) -> np.ndarray:
+    """uint8 (256,), or uint16 (65536,): the label of every mask value."""
     for value, label in value_map.items():
-        if not (0 <= value <= IGNORE and 0 <= label <= IGNORE):
-            raise ValueError(f"value_map has {value}: {label}; wanted mask values and labels from 0 to {IGNORE}")
-    table = np.arange(IGNORE + 1, dtype=np.uint8)
+        if not (0 <= value <= ignore and 0 <= label <= ignore):
+            raise ValueError(f"value_map has {value}: {label}; wanted mask values and labels from 0 to {ignore}")
+    table = np.arange(ignore + 1, dtype=np.uint8 if ignore == IGNORE else np.uint16)
     table[list(value_map)] = list(value_map.values())
     return table
 

@@ -23,6 +23,7 @@ import torch
 from sptseg import plots, scenes
 from sptseg.checkpoints import load_model
 from sptseg.datasets import Scenes
+from sptseg.files import write
 from sptseg.inference import segment
 from sptseg.metrics import Scores
 from sptseg.model import EMBEDDED_CONFIG, build_model
@@ -155,17 +156,15 @@ def save(results: Results, folder: Path) -> Path:
         )
         pictures[plate.title.lower().replace(" ", "-")] = plots.png_bytes(shown)
     for name, data in pictures.items():
-        (folder / f"{name}.png").write_bytes(data)
+        write(folder / f"{name}.png", data)
     text = f"{markdown_table(results.scores)}\n\n{HONESTY.format(scenes=results.scenes, seed=results.seed)}\n"
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    write(folder / "table.md", text)
     print(f"\n{text}")
     numbers = {name: getattr(results, name) for name in ("seed", "scenes", "iterations", "seconds")}
     numbers["scores"] = {name: scores.as_dict() for name, scores in results.scores.items()}
     numbers["history"] = list(results.history)
-    (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    page = folder / "index.html"
-    page.write_text(render_page(results, charts, folder), encoding="utf-8")
-    return page
+    write(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
+    return write(folder / "index.html", render_page(results, charts, folder))
 
 
 def figures(results: Results) -> dict[str, bytes]:

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors, hf_hub_download
 
 from sptseg import checkpoints
-from sptseg.checkpoints import IMPORTED, WEIGHTS_FILE
-from sptseg.clip import TINY, Clip
+from sptseg.checkpoints import WEIGHTS_FILE
+from sptseg.clip import Clip, check_public
+from sptseg.files import write
 from sptseg.metrics import Scores
 from sptseg.model import SptSeg
+from sptseg.research import IMPORTED, refuse_text
 
 About = Mapping[str, Any]  # JSON values
 METHODS = {"spectral": "SPT-SEG", "cross_attention": "ZegCLIP", "none": "dense CLIP"}
@@ -72,22 +73,12 @@ def from_pretrained(repo_id_or_folder: str | Path, *, revision: str | None = Non
         raise FileNotFoundError(f"there is no file {path}; wanted a folder that holds it, or a Hub id owner/name")
     elif revision is not None:
         raise ValueError(f"{path.parent} is a folder here, without revisions such as {revision!r}; leave revision out")
-    config = checkpoints.read_header(path).get("config")
-    if clip is None and isinstance(config, dict):
-        check_clip(config.get("clip"), config.get("clip_weights"))
     return checkpoints.load_model(path, clip)
 
 
 def is_hub_id(source: object) -> bool:
     """Whether this can be a Hub id, "owner/name"; a `Path` never is, nor is a checkpoint's file name."""
     return isinstance(source, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", source, re.ASCII))
-
-
-def check_clip(name: object, weights: object) -> None:
-    """Refuses CLIP weights that not everybody can load: files (no path in a download is opened) and random ones."""
-    tagged = isinstance(name, str) and weights in open_clip.list_pretrained_tags_by_model(name)
-    if not (tagged or name == IMPORTED or (name == TINY and weights is None)):
-        raise ValueError(f"CLIP {name!r} with weights {weights!r} is not public; wanted {TINY!r}, or an open_clip tag")
 
 
 def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: Scores | None) -> Path:
@@ -98,14 +89,15 @@ def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: 
     perhaps `command`, and anything else. Without `scores`, which must be this model's, the card has no figures.
     """
     folder = Path(folder)
-    check_clip(model.config.clip, model.config.clip_weights)
+    if model.config.clip != IMPORTED:
+        check_public(model.config.clip, model.config.clip_weights, "the model")
     if (folder / "history.json").exists():
         raise ValueError(f"{folder} holds a training run, whose config.json would be lost; give another folder")
     card = model_card(model, {"repo_id": folder.resolve().name, **about}, scores)
     checkpoints.save_model(model, folder, about)
     settings = {"model": dataclasses.asdict(model.config), "about": dict(about), "scores": scores and scores.as_dict()}
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    card.save(folder / "README.md")
+    write(folder / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write(folder / "README.md", str(card))
     return folder
 
 
@@ -122,7 +114,7 @@ def model_card(model: SptSeg, about: About, scores: Scores | None) -> ModelCard:
     facts["clip"] = "in the file" if imported else f"{model.config.clip} {model.config.clip_weights or '(embedded)'}"
     example = json.dumps(facts["unseen"][:2] or ["tree", "road"])
     facts["use"] = f'sptseg.segment(model, "photo.jpg", classes={example}).show()'
-    if model.clip.tokenizer is checkpoints.refuse_text:
+    if model.clip.tokenizer is refuse_text:
         facts["use"] = "mask_logits = model(images, text)  # unit embeddings (C, E); the file has no text encoder"
     facts["figures"], results = "None were given with this model.", {}
     if scores:

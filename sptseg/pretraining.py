@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from sptseg import scenes
 from sptseg.clip import Clip, new_tiny_clip, run_block, save_tiny_clip
+from sptseg.files import read_sealed, write_sealed
 from sptseg.ops import from_windows, resize_positions, to_windows
 from sptseg.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -273,7 +274,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name != "threads"}))
     done_step = 0
     if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
+        state = read_sealed(state_file)
         before = json.loads(state["config"])
         if before != {**settings, "stages": settings["stages"][: len(before["stages"])]}:
             raise ValueError(f"{state_file} is of a run with other settings; delete it, or choose another output")
@@ -316,8 +317,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
                     "step": step,
                     "config": json.dumps(settings),
                 }
-                torch.save(state, state_file.with_suffix(".part"))
-                state_file.with_suffix(".part").replace(state_file)
+                write_sealed(state_file, state)
     clip.model.eval().requires_grad_(False)
     save_tiny_clip(clip, output)
     return clip

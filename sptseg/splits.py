@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,16 +10,22 @@ from math import dist
 from typing import Literal
 
 IGNORE = 255
+WIDE_IGNORE = 65535
 
 Colour = tuple[int, int, int]
+
+
+def ignored_label(classes: int) -> int:
+    """The label of ignored pixels: 255, or 65535 (16-bit masks) where a class has 255."""
+    return IGNORE if classes <= IGNORE else WIDE_IGNORE
 
 
 @dataclass(frozen=True)
 class Split:
     """The classes of a data set and which of them are unseen in training.
 
-    `classes[i]` is the name of label value `i`; `unseen` holds label values; 255 is always "ignore". `prompts` holds
-    (name, words) pairs: what CLIP is told where it is not the name.
+    `classes[i]` is the name of label value `i`; `unseen` holds label values; 255 is "ignore", see `ignored_label`.
+    `prompts` holds (name, words) pairs: what CLIP is told where it is not the name.
     """
 
     name: str
@@ -29,10 +36,8 @@ class Split:
     prompts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.classes) <= IGNORE:
-            raise ValueError(
-                f"split {self.name!r}: {len(self.classes)} classes; wanted 1 to {IGNORE} (labels are 8 bit)"
-            )
+        if not 1 <= len(self.classes) <= WIDE_IGNORE:
+            raise ValueError(f"split {self.name!r}: {len(self.classes)} classes; wanted 1 to {WIDE_IGNORE}")
         if not all(name.strip() for name in self.classes):
             blank = [i for i, name in enumerate(self.classes) if not name.strip()]
             raise ValueError(f"split {self.name!r}: label values {blank} have a blank class name; name each class")
@@ -60,7 +65,7 @@ class Split:
     @classmethod
     def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Split:
         """A split with unseen classes given by name, coloured by `spread_palette`."""
-        palette = spread_palette(len(classes)) if 1 <= len(classes) <= IGNORE else ()
+        palette = spread_palette(len(classes)) if 1 <= len(classes) <= WIDE_IGNORE else ()
         return cls(name, tuple(classes), (), palette, source).with_unseen(unseen)
 
     def with_prompts(self, prompts: Mapping[str, str]) -> Split:
@@ -71,6 +76,11 @@ class Split:
         """What CLIP is told of some label values (None: of all), in the order given."""
         words = dict(self.prompts)
         return tuple(words.get(name, name) for name in (self.classes if labels is None else self.names(labels)))
+
+    @property
+    def ignore(self) -> int:
+        """The label of ignored pixels."""
+        return ignored_label(len(self.classes))
 
     @property
     def seen(self) -> tuple[int, ...]:
@@ -125,13 +135,15 @@ def _appearances(colour: Colour) -> tuple[tuple[float, ...], ...]:
 
 @cache
 def spread_palette(n: int) -> tuple[Colour, ...]:
-    """`n` well-told-apart colours, 1 <= n <= 255; the same ones every time, and a prefix of every longer palette.
+    """`n` well-told-apart colours, always the same ones, and a prefix of every longer palette; after 255 they repeat.
 
     Seven colours of Okabe and Ito, then always the colour farthest, in lightness and hue, from all those before:
     the smallest distance counts among normal, deuteranopic and protanopic vision.
     """
-    if not 1 <= n <= IGNORE:
-        raise ValueError(f"spread_palette: n is {n}; wanted 1 to {IGNORE} colours (labels are 8 bit)")
+    if not 1 <= n <= WIDE_IGNORE:
+        raise ValueError(f"spread_palette: n is {n}; wanted 1 to {WIDE_IGNORE} colours")
+    if n > IGNORE:
+        return tuple(itertools.islice(itertools.cycle(spread_palette(IGNORE)), n))
     palette = list(_OKABE_ITO[:n])
     levels = range(20, 256, 23)
     candidates: dict[Colour, tuple[tuple[float, ...], ...]]

@@ -25,6 +25,9 @@ CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
 
 
+LONGEST = 32  # sides of pictures whose short side is enlarged
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """How pictures are brought to the model; the defaults are the protocol of the literature (512 px crops).
@@ -73,11 +76,12 @@ def fitted_size(
 ) -> tuple[int, int]:
     """(height, width) after fitting into `base` = (long, short) times `factor`, keeping the ratio.
 
-    `least_short` wins over `base`: the short side gets at least that long.
+    `least_short` wins over `base`: the short side gets at least that long, unless the picture is a strip of more than
+    LONGEST to 1, which would become a strip of thousands of windows.
     """
     long, short = max(height, width), min(height, width)
     fit = 1.0 if base is None else min(base[0] / long, base[1] / short)
-    ratio = max(fit * factor, least_short / short)
+    ratio = max(fit * factor, min(least_short / short, LONGEST * least_short / long))
     return max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
 
 

@@ -21,9 +21,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sptseg.checkpoints import (
-    Imported,
     config_from_dict,
-    import_research,
     import_research_checkpoint,
     load_model,
     read_header,
@@ -31,6 +29,7 @@ from sptseg.checkpoints import (
 )  # fmt: skip
 from sptseg.clip import Clip, load_clip, new_tiny_clip, save_tiny_clip
 from sptseg.model import SPT_RELEASED, ModelConfig, SptSeg, build_model
+from sptseg.research import Imported, import_research
 
 CONFIG = ModelConfig(clip="small", image_size=(32, 32), prompt_tokens=3, templates=("a photo of a {}", "a {}"))
 
@@ -103,10 +102,11 @@ import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 torch.set_num_threads(1)
 from safetensors.torch import load_file
-from test_checkpoints import load_model, logits
-for name, size in (("own", 64), ("imported", 128)):
+from test_checkpoints import load_clip, load_model, logits
+tiny = load_clip("tiny", f"{{sys.argv[1]}}/clip.safetensors")
+for name, size, clip in (("own", 64, tiny), ("imported", 128, None)):
     expected = load_file(f"{{sys.argv[1]}}/{{name}}-logits.safetensors")["logits"]
-    assert torch.equal(logits(load_model(f"{{sys.argv[1]}}/{{name}}.safetensors"), size), expected), name
+    assert torch.equal(logits(load_model(f"{{sys.argv[1]}}/{{name}}.safetensors", clip), size), expected), name
 """
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -189,18 +189,37 @@ def test_changed_checkpoints_are_refused_with_file_and_reason(
     assert str(path) in str(refusal.value)
 
 
-def test_saving_leaves_the_old_file_where_it_fails(saved: tuple[SptSeg, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, path = saved
-    before = path.read_bytes()
+@pytest.mark.parametrize("place", [-1, -1000])
+def test_a_changed_bit_is_noticed(saved: tuple[SptSeg, Path], clip: Clip, place: int) -> None:
+    """Every file holds a checksum; the embedded ones, written before there was one, load without."""
+    path = saved[1]
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is damaged: its tensors have not the checksum"):
+        load_model(path, clip)
+    rewritten(path, lambda header, _: header.pop("sha256"))
+    load_model(path, clip)
 
-    def full_disk(tensors: dict, target: Path, **_: object) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr("sptseg.checkpoints.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_model(model, path)
-    assert path.read_bytes() == before
+def test_weights_that_are_no_numbers_are_refused(saved: tuple[SptSeg, Path], clip: Clip) -> None:
+    path = rewritten(saved[1], lambda _, tensors: tensors["encoder.prompts"][0].fill_(float("nan")))
+    with pytest.raises(ValueError, match="values that are no numbers, in encoder.prompts; take an earlier checkpoint"):
+        load_model(path, clip)
+
+
+@pytest.mark.parametrize("name", ["tiny", "ViT-B-32", "small"])
+def test_no_path_in_a_checkpoint_is_opened(
+    saved: tuple[SptSeg, Path], clip: Clip, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads with a CLIP that the caller gives; without, the path is refused before anything is read."""
+    opened = []
+    monkeypatch.setattr("sptseg.checkpoints.load_clip", lambda *names: opened.append(names))
+    path = rewritten(saved[1], lambda header, _: header["config"].update(clip=name, clip_weights="/etc/passwd"))
+    with pytest.raises(ValueError, match=r"names CLIP .* weights '/etc/passwd', which is not public, and no path"):
+        load_model(path)
+    assert not opened
+    assert load_model(path, clip).config.clip_weights == "/etc/passwd"
 
 
 # Imported

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from sptseg import pretraining, scenes
 from sptseg.clip import Clip, WordTokenizer, load_clip
+from sptseg.files import read_sealed
 from sptseg.ops import resize_positions
 from sptseg.pretraining import (
     Pool,
@@ -291,7 +292,7 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pretraining, "draw_pool", spy)
     output = tmp_path / "clip.safetensors"
     first = pretrain(replace(CONFIG, stages=STAGES[:1]), output)
-    state: Any = torch.load(tmp_path / "clip.state", weights_only=True)
+    state: Any = read_sealed(tmp_path / "clip.state")
     assert state["step"] == 2 and drawn == [0]
     loaded = load_clip("tiny", str(output))
     for name, value in first.model.state_dict().items():
@@ -301,7 +302,7 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
 
     second = pretrain(CONFIG, output)
     assert drawn == [0, 1], "the finished stage's pictures are not drawn again"
-    state = torch.load(tmp_path / "clip.state", weights_only=True)
+    state = read_sealed(tmp_path / "clip.state")
     assert state["step"] == 4 == state["optimizer"]["state"][0]["step"]
     before, after = (run.model.state_dict()["visual.proj"] for run in (first, second))
     change = after - before

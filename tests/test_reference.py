@@ -8,9 +8,9 @@ from conftest import Reference
 from torch import Tensor
 from torch.testing import assert_close
 
-from sptseg.checkpoints import ENCODER_NAMES, SPT_NAMES, UPDATE_NAMES, ZEGCLIP_NAMES, our_name
 from sptseg.losses import segmentation_loss
 from sptseg.model import upsample
+from sptseg.research import ENCODER_NAMES, SPT_NAMES, UPDATE_NAMES, ZEGCLIP_NAMES, our_name
 from sptseg.training import pseudo_labels
 
 FORWARD = {"atol": 1e-4, "rtol": 0}

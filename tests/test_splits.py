@@ -135,8 +135,8 @@ def test_texts_are_the_names_or_what_is_said_in_their_place() -> None:
 @pytest.mark.parametrize(
     ("classes", "unseen", "palette", "message"),
     [
-        ((), (), (), "0 classes; wanted 1 to 255"),
-        (tuple(map(str, range(256))), (), (), "256 classes; wanted 1 to 255"),
+        ((), (), (), "0 classes; wanted 1 to 65535"),
+        (tuple(map(str, range(65536))), (), (), "65536 classes; wanted 1 to 65535"),
         (("a", " "), (), ((0, 0, 0),) * 2, r"label values \[1\] have a blank class name"),
         (("a", "b", "a"), (), ((0, 0, 0),) * 3, "given twice: a;"),
         (("a", "b"), (2,), ((0, 0, 0),) * 2, r"unseen is \(2,\); wanted ascending, distinct label values below 2"),
@@ -177,7 +177,7 @@ def test_palette_colours_stay_apart_in_every_kind_of_vision() -> None:
     assert nearest(41) > 0.04
 
 
-@pytest.mark.parametrize("n", [0, 256])
+@pytest.mark.parametrize("n", [0, 65536])
 def test_palette_refuses_what_labels_cannot_hold(n: int) -> None:
-    with pytest.raises(ValueError, match=f"n is {n}; wanted 1 to 255"):
+    with pytest.raises(ValueError, match=f"n is {n}; wanted 1 to 65535"):
         spread_palette(n)

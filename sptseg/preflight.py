@@ -20,10 +20,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import IMPORTED
 from sptseg.datacheck import SHOWN, DataReport, Panel, check, contact_sheet, listed, sheet, shrunk, spread, survey
 from sptseg.datasets import Sample
 from sptseg.model import SptSeg
+from sptseg.plots import save_figure
+from sptseg.research import IMPORTED
 from sptseg.splits import IGNORE, Split
 from sptseg.streams import UNSEEN_PIXEL, Positions, TrainingStream, label_table
 from sptseg.training import TrainConfig, Trainee, new_accelerator, parameter_groups, step, training_augmentation
@@ -115,8 +116,9 @@ def preflight(
     with untouched(model):
         length: int = len(dataset)  # pyright: ignore[reportArgumentType]
         report = PreflightReport(config.setting, survey(dataset, split, spread(length, sample), progress=False))
-        report.faults += report.data.faults
-        report.warnings += report.data.warnings
+        left_out = report.data.unreadable if config.skip_unreadable else []
+        report.faults += [fault for fault in report.data.faults if fault not in left_out]
+        report.warnings += [*report.data.warnings, *left_out]
         check_names(getattr(dataset, "split", split), split, report)
         if config.setting != "supervised" and not split.unseen:
             report.faults.append(
@@ -127,15 +129,17 @@ def preflight(
         queries, table = label_table(split, config.setting)
         report.queries = split.names(queries)
         text = checked_text(model, split, queries, report)
-        if report.data.faults:
+        if len(report.data.faults) > len(left_out):
             return report  # the stream may run into the same files
         try:
             accelerator = new_accelerator(config.precision)
             augment = augment or training_augmentation(model, config)
             start = time.perf_counter()
-            batches = first_batches(TrainingStream(dataset, augment, table, config.seed), config, accelerator)
+            batches = first_batches(
+                TrainingStream(dataset, augment, table, config.seed, config.skip_unreadable), config, accelerator
+            )
             reading = time.perf_counter() - start
-            unchanged = TrainingStream(dataset, augment, torch.arange(256), config.seed)
+            unchanged = TrainingStream(dataset, augment, torch.arange(256), config.seed, config.skip_unreadable)
             labels = torch.cat([y for _, y in first_batches(unchanged, config, accelerator)])
             images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
             check_targets(targets, labels, split, queries, report)
@@ -225,8 +229,8 @@ def first_batches(stream: TrainingStream, config: TrainConfig, accelerator: Acce
     share = accelerator.process_index, accelerator.num_processes
     batches = []
     for positions in Positions(range(1), config.batch_size, config.accumulation, *share):
-        images, targets = zip(*(stream[position] for position in positions), strict=True)
-        batches.append((torch.stack(images), torch.stack(targets)))
+        examples = [stream[position] for position in positions]
+        batches.append((torch.stack([x.image for x in examples]), torch.stack([x.target for x in examples])))
     return batches
 
 
@@ -266,11 +270,10 @@ def draw(
         picture = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
         labels = torch.where(target == UNSEEN_PIXEL, IGNORE, target).numpy()
         panels.append((f"picture {i}", *shrunk(picture, labels)))
-    folder.mkdir(parents=True, exist_ok=True)
     palette = [split.palette[label] for label in queries]
     title = f"First training batch: {len(panels)} of {len(images)} pictures; ignored pixels keep their colours"
     figure = sheet(panels, split.names(queries), palette, split.names(split.unseen), title)
-    figure.savefig(folder / "first-batch.png")
+    save_figure(figure, folder / "first-batch.png")
     return folder / "first-batch.png"
 
 

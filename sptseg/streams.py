@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from sptseg.datasets import Sample
 from sptseg.splits import IGNORE, Split
@@ -22,6 +23,8 @@ def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor
 
     Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is.
     """
+    if len(split.classes) > IGNORE:
+        raise ValueError(f"training takes at most {IGNORE} classes; split {split.name!r} has {len(split.classes)}")
     table = torch.full((256,), IGNORE)
     if setting == "inductive":
         table[list(split.seen)] = torch.arange(len(split.seen))
@@ -32,32 +35,81 @@ def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor
     return tuple(range(len(split.classes))), table
 
 
-class TrainingStream(Dataset[tuple[Tensor, Tensor]]):
+class Example(NamedTuple):
+    """An augmented picture (3, S, S'), its target (S, S') and name; in a batch: tensors (B, ...) and lists of texts.
+
+    `left_out` is what was said of unreadable pictures that it stands in for, a line each.
+    """
+
+    image: Tensor
+    target: Tensor
+    name: str
+    left_out: str
+
+
+class TrainingStream(Dataset[Example]):
     """An endless, seeded sequence of augmented pictures and targets: position p is the same whatever came before.
 
     Every epoch is a new permutation; the augmentation's randomness depends on seed and position alone. So a run goes on
     exactly where it stopped, and does not depend on the number of workers or processes.
+
+    `skip_unreadable`: where a picture cannot be read (OSError), the next one in the epoch's order that can be stands in
+    for it, at the end of the epoch its first; so this too depends on the position alone. Other faults are raised.
     """
 
-    def __init__(self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int, skip_unreadable: bool = False
+    ) -> None:
         self.dataset = dataset
         self.transform = train_transform(augment)
         self.table = table
         self.seed = seed
+        self.skip_unreadable = skip_unreadable
         self.epoch = -1
         self.order = torch.empty(0)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, position: int) -> Example:
         length = len(self.dataset)  # pyright: ignore[reportArgumentType]
         epoch, offset = divmod(position, length)
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = torch.randperm(length, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
-        sample = self.dataset[int(self.order[offset])]
+        sample, left_out = self.readable(offset)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, position, 1))
             image, label = self.transform(sample["image"], sample["label"])
-        return torch.as_tensor(image), self.table[torch.as_tensor(label)]
+        target = self.table[torch.as_tensor(label)]
+        return Example(torch.as_tensor(image), target, sample["name"], "\n".join(left_out))
+
+    def readable(self, offset: int) -> tuple[Sample, list[str]]:
+        """The epoch's picture at an offset, or the next that can be read; and what was said of those that cannot."""
+        left_out: list[str] = []
+        for step in range(len(self.order)):
+            try:
+                return self.dataset[int(self.order[(offset + step) % len(self.order)])], left_out
+            except OSError as error:
+                if not self.skip_unreadable:
+                    raise
+                left_out.append(" ".join(str(error).split()))
+        raise ValueError(f"none of the {len(left_out)} pictures can be read: {left_out[0]}")
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Example] | Exception:
+        """A batch's examples, for `collate`; faults are handed over: a worker would raise them with its traceback."""
+        try:
+            return [self[position] for position in positions]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def collate(examples: list[Example] | Exception) -> Any:
+    """One batch of examples, or the fault that kept it from being read."""
+    return examples if isinstance(examples, Exception) else default_collate(examples)
+
+
+def set_apart(_worker: int) -> None:
+    """A loading process leaves the group that launcher and terminal send signals to; it still ends with its parent."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,22 +16,43 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
+from sptseg.clip import fingerprint
 from sptseg.datasets import Sample
 from sptseg.evaluation import Precision, evaluate, new_accelerator, summary
+from sptseg.files import write
 from sptseg.inference import augmentation
 from sptseg.losses import present_pairs, segmentation_loss
-from sptseg.model import SptSeg, upsample
+from sptseg.model import SptSeg, check_values, upsample
 from sptseg.splits import Split
-from sptseg.streams import UNSEEN_PIXEL, Positions, Setting, TrainingStream, label_table, mixed_seed
+from sptseg.states import (
+    HALFWAY,
+    STATE,
+    History,
+    Progress,
+    agreed,
+    identity,
+    load_state,
+    noted_signals,
+    save_state,
+)
+from sptseg.streams import (
+    UNSEEN_PIXEL,
+    Example,
+    Positions,
+    Setting,
+    TrainingStream,
+    collate,
+    label_table,
+    mixed_seed,
+    set_apart,
+)
 from sptseg.transforms import Augmentation
-
-History = list[dict[str, Any]]
-Settings = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,10 @@ class TrainConfig:
         precision: autocast type; the spectral filter and the losses stay in float32.
         validate_every, validation_images: iterations between evaluations (0: none), and how many pictures they look at.
         save_every: iterations between states from which `resume` goes on (0: only the final checkpoint).
+        checkpointing: keep no activations of CLIP's blocks; compute them again in the backward pass: a third slower,
+            for large batches on small GPUs.
         workers: data-loading processes.
+        skip_unreadable: leave out pictures that cannot be read, and list them, instead of stopping at the first.
         tensorboard: write TensorBoard files beside the history.
         progress: show a progress bar.
     """
@@ -73,21 +99,24 @@ class TrainConfig:
     validate_every: int = 0
     validation_images: int = 100
     save_every: int = 1000
+    checkpointing: bool = False
     workers: int = 2
+    skip_unreadable: bool = False
     tensorboard: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("warmup", "validate_every", "save_every", "workers", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted 0 or more")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate is {self.learning_rate}; wanted 0 < learning_rate < 1")
         if self.setting not in ("inductive", "transductive", "supervised"):
             raise ValueError(f"setting is {self.setting!r}; choose inductive, transductive or supervised")
+        counts = dict.fromkeys(("iterations", "batch_size", "accumulation", "validation_images"), (1, 10**9))
+        pauses = dict.fromkeys(("warmup", "validate_every", "save_every"), (0, 10**9))
+        shares = dict.fromkeys(("weight_decay", "last_rate", "distortion"), (0, 1))
+        others = {"workers": (0, 1024), "power": (0, 100), "scale": (0.01, 100), "seed": (-(2**63), 2**63 - 1)}
+        check_values(self, counts | pauses | shares | others)
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate is {self.learning_rate}; wanted 0 < learning_rate < 1")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is {self.scale}; wanted the smaller factor first")
 
 
 # For the tiny CLIP on drawn scenes: minutes on two CPU cores.
@@ -98,10 +127,14 @@ EMBEDDED_TRAINING = TrainConfig(
 
 @dataclass
 class FitResult:
-    """The trained model and one row per logged iteration: loss terms, learning rate, images/s, validation figures."""
+    """The trained model and one row per logged iteration: loss terms, learning rate, images/s, validation figures.
+
+    `left_out`: with `skip_unreadable`, a sentence on each picture that could not be read.
+    """
 
     model: SptSeg
     history: History = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def training_augmentation(model: SptSeg, config: TrainConfig) -> Augmentation:
@@ -169,16 +202,22 @@ def fit(
     validation: Dataset[Sample] | None = None,
     augment: Augmentation | None = None,
     resume: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Trains the model's own parts (never CLIP) in place.
+
+    With an output folder, SIGTERM and SIGINT let the iteration end and save the state, in all processes of a run; then
+    SIGTERM exits with code 143 (SystemExit), SIGINT raises KeyboardInterrupt, a second SIGINT at once.
 
     Args:
         dataset: items {"image" uint8 (3, H, W), "label" (H, W), "name"} without a transform.
         split: the classes of the labels, and which are unseen.
-        output: a folder for `model.safetensors`, `history.json`, `config.json` and the state that `resume` reads.
+        output: a folder for `model.safetensors`, `history.json`, `config.json` and the state that `resume` reads; in
+            the inductive setting also for `halfway.safetensors`, from which transductive training goes on.
         validation: looked at every `config.validate_every` iterations.
         augment: by default `training_augmentation`.
         resume: go on from the state in `output`, if there is one.
+        about: JSON values to keep in `config.json` and in the checkpoints, such as the preset's name.
     """
     config = config or TrainConfig()
     if output is None and (resume or config.tensorboard):
@@ -202,71 +241,111 @@ def fit(
     torch.manual_seed(config.seed)
     queries, table = label_table(split, config.setting)
     text = model.class_embeddings(split.texts(queries))
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    model.encoder.checkpointing = config.checkpointing
     trainee, optimizer = accelerator.prepare(Trainee(model, text), optimizer)
     parts = {"train": config, "model": model.config, "split": split}
     settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    history: History = []
-    first = 0
+    settings |= {"data": identity(dataset), "clip": {"fingerprint": fingerprint(model.clip)}}
+    shown = split.classes if config.setting == "supervised" else split.names(split.seen)
+    facts = {"split": split.name, "seen": list(shown), "unseen": list(split.names(split.unseen))}
+    facts |= {"train": settings["train"], **(about or {})}
+    progress = Progress()
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume and (folder / "state.pt").is_file():
-            first, history = load_state(folder / "state.pt", model, optimizer, settings)
+        if resume:
+            progress = load_state(folder, model, optimizer, accelerator.scaler, settings)
         if main:
-            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
+            write(folder / "config.json", json.dumps({**settings, "about": about or {}}, indent=2) + "\n")
+    first, history = progress.iteration, progress.history
+    augment = augment or training_augmentation(model, config)
+    stream = TrainingStream(dataset, augment, table, config.seed, config.skip_unreadable)
     rank, processes = accelerator.process_index, accelerator.num_processes
     positions = Positions(range(first, config.iterations), config.batch_size, config.accumulation, rank, processes)
     pin = accelerator.device.type == "cuda"
-    loader = iter(DataLoader(stream, batch_sampler=positions, num_workers=config.workers, pin_memory=pin))
+    reading = {"num_workers": config.workers, "pin_memory": pin, "collate_fn": collate, "worker_init_fn": set_apart}
+    loader = iter(DataLoader(stream, batch_sampler=positions, **reading))
     seconds, images = time.perf_counter(), 0
     hidden = not (main and config.progress)
     bar = tqdm(total=config.iterations, initial=first, desc="training", disable=hidden, mininterval=1)
     trainee.train()
-    for iteration in range(first, config.iterations):
-        torch.manual_seed(mixed_seed(config.seed, iteration, rank))  # dropout, whatever came before
-        rate = learning_rate(config, iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batches = [next(loader) for _ in range(config.accumulation)]
-        terms = step(accelerator, trainee, optimizer, batches, split, config)
-        if not math.isfinite(terms["total"]):
-            saved = folder is not None and config.save_every and iteration >= config.save_every
-            kept = f"the last good state is in {folder}" if saved or first else "no state was saved before"
-            raise FloatingPointError(
-                f"the loss is {terms['total']} at iteration {iteration}; lower learning_rate, or use precision='no'; "
-                f"{kept}"
-            )
-        images += config.batch_size
-        bar.update()
-        done = iteration + 1
-        last = done == config.iterations
-        validate = config.validate_every and (done % config.validate_every == 0 or last)
-        if validate or done % max(1, config.iterations // 200) == 0 or last:
-            elapsed, seconds = time.perf_counter() - seconds, time.perf_counter()
-            row: dict[str, Any] = {"iteration": done, **terms, "learning_rate": rate}
-            row["images_per_second"], images = images / elapsed, 0
-            if validate and validation is not None:
-                looked_at = {"limit": config.validation_images, "accelerator": accelerator, "progress": False}
-                row |= summary(evaluate(model, validation, split, **looked_at))
-                trainee.train()
-                seconds = time.perf_counter()
-            history.append(row)
-            bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})
-            if config.tensorboard:
-                accelerator.log({name: value for name, value in row.items() if value is not None}, step=done)
-        if folder is not None and main and config.save_every and (done % config.save_every == 0 or last):
-            save_state(folder / "state.pt", model, optimizer, done, history, settings)
+    done, stopped = first, 0
+    with noted_signals() if folder is not None else nullcontext([]) as noted:
+        for iteration in range(first, config.iterations):
+            torch.manual_seed(mixed_seed(config.seed, iteration, rank))  # dropout, whatever came before
+            rate = learning_rate(config, iteration)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = [read(loader) for _ in range(config.accumulation)]
+            terms = step(accelerator, trainee, optimizer, [batch[:2] for batch in batches], split, config)
+            lines = [line for batch in batches for each in batch.left_out for line in each.splitlines()]
+            progress.left_out += [line for line in dict.fromkeys(lines) if line not in progress.left_out]
+            if not math.isfinite(terms["total"]):
+                names = gather_object([name for batch in batches for name in batch.name])
+                kept_one = folder is not None and (folder / STATE).is_file() and (progress.iteration or first)
+                kept = f"the last good state is {folder}/{STATE}" if kept_one else "no state was saved before"
+                raise FloatingPointError(
+                    f"the loss is {terms['total']} at iteration {iteration}, on {', '.join(names)}; lower "
+                    f"learning_rate, or use precision='no'; {kept}"
+                )
+            images += config.batch_size
+            bar.update()
+            done = iteration + 1
+            last = done == config.iterations
+            validate = config.validate_every and (done % config.validate_every == 0 or last)
+            if validate or done % max(1, config.iterations // 200) == 0 or last:
+                elapsed, seconds = time.perf_counter() - seconds, time.perf_counter()
+                row: dict[str, Any] = {"iteration": done, **terms, "learning_rate": rate}
+                row["images_per_second"], images = images / elapsed, 0
+                if validate and validation is not None:
+                    looked_at = {"limit": config.validation_images, "accelerator": accelerator, "progress": False}
+                    looked_at["skip_unreadable"] = config.skip_unreadable
+                    row |= summary(evaluate(model, validation, split, **looked_at))
+                    trainee.train()
+                    seconds = time.perf_counter()
+                history.append(row)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})
+                if config.tensorboard:
+                    accelerator.log({name: value for name, value in row.items() if value is not None}, step=done)
+            stopped = agreed(accelerator, noted)
+            if folder is not None and main and config.setting == "inductive" and done == config.iterations // 2:
+                save_model(model, folder / HALFWAY, {**facts, "iteration": done})
+            saved = config.save_every and (done % config.save_every == 0 or last)
+            if folder is not None and main and (saved or (stopped and not last)):
+                progress.iteration = done
+                save_state(folder, model, optimizer, accelerator.scaler, progress, settings)
+            if stopped and not last:
+                accelerator.wait_for_everyone()  # until the state is written
+                break
     bar.close()
     model.eval()
+    if done < config.iterations:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        if main:
+            name = signal.Signals(stopped).name
+            print(
+                f"stopped by {name} after iteration {done} of {config.iterations}; the state is in {folder}: "
+                "go on with resume=True (command line: the same command and --resume)",
+                file=sys.stderr,
+            )
+        raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
+    left_out = sorted(set(gather_object(progress.left_out)))
     if folder is not None and main:
-        about = {"split": split.name, "unseen": list(split.names(split.unseen)), "train": dataclasses.asdict(config)}
-        save_model(model, folder, about)
-        (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+        save_model(model, folder, facts)
+        write(folder / "history.json", json.dumps(history, indent=1) + "\n")
     for tracker in accelerator.trackers:
         tracker.finish()  # accelerator.end_training() would also end the process group, which evaluate counts with
     accelerator.wait_for_everyone()
-    return FitResult(model, history)
+    return FitResult(model, history, left_out)
+
+
+def read(loader: Iterator[Any]) -> Example:
+    """The next batch; raises what kept it from being read."""
+    batch = next(loader)
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def step(
@@ -309,40 +388,3 @@ def mean_pairs(accelerator: Accelerator, labels: Sequence[Tensor], classes: int)
     pairs = torch.stack([present_pairs(y, classes).sum() for y in labels]).sum().float()
     total: Any = accelerator.reduce(pairs, reduction="sum")
     return total.clamp(min=1) / (accelerator.num_processes * len(labels))
-
-
-def save_state(
-    path: Path, model: SptSeg, optimizer: torch.optim.Optimizer, done: int, history: History, settings: Settings
-) -> None:
-    """Everything that a resumed run needs, written whole or not at all."""
-    state = {
-        "iteration": done,
-        "settings": settings,
-        "model": model.trained_state(),
-        "optimizer": optimizer.state_dict(),
-        "history": json.dumps(history),
-    }
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-def load_state(path: Path, model: SptSeg, optimizer: torch.optim.Optimizer, settings: Settings) -> tuple[int, History]:
-    """Puts a saved state into model and optimiser; returns the iterations done and their history."""
-    state = torch.load(path, map_location=model.device, weights_only=True)
-    free = {"workers", "progress", "save_every", "validate_every", "validation_images", "tensorboard"}
-    before = state["settings"]
-    changed = [
-        f"{part}.{name}"
-        for part, values in settings.items()
-        for name, value in values.items()
-        if not (part == "train" and name in free) and before[part].get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} was trained with other settings of {', '.join(changed)}; "
-            f"resume with the same, or choose another output"
-        )
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["iteration"], json.loads(state["history"])

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +20,16 @@ import pytest
 import torch
 from conftest import load_reference
 from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sptseg import cli, datasets, scenes
+from sptseg import ablation, cli, datasets, scenes, training
 from sptseg.checkpoints import load_model, read_header
 from sptseg.cli import COMMANDS, Data, Which, main
 from sptseg.clip import data_file, load_clip, new_tiny_clip, save_tiny_clip
 from sptseg.inference import segment
 from sptseg.model import DENSE_CLIP, ZEGCLIP, ModelConfig
+from sptseg.presets import EMBEDDED, PRESETS
 from sptseg.training import evaluate
 
 SMALL = "--prompt-tokens 2 --prompt-depth 1 --decoder-layers 2".split()
@@ -43,6 +52,19 @@ def trained(clip: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["train", "--output", str(folder), "--images", "4", *clip, *SMALL, *STEPS])
     return folder
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM to this process in a step of training."""
+    original, steps = training.step, []
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "step", interrupted)
 
 
 @pytest.fixture
@@ -83,14 +105,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 # Help
 
 
-@pytest.mark.parametrize("command", ["", "train", *COMMANDS])
+@pytest.mark.parametrize("command", ["", "train", "ablate", *COMMANDS])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: sptseg {command}".strip() in out
-    for name in {*COMMANDS, "train"} if not command else ():
+    for name in {*COMMANDS, "train", "ablate"} if not command else ():
         assert name.split()[0] in out
 
 
@@ -151,14 +173,14 @@ def test_train_writes_a_folder_that_evaluate_reads(trained: Path, tmp_path: Path
     assert config["train"]["batch_size"] == 2 and config["model"]["clip_weights"] == clip[-1]
     assert config["model"]["selection"] is False and config["model"]["start"] == "dense_clip", "the embedded preset"
     assert config["split"]["classes"] == list(scenes.CLASSES)
-    main(["evaluate", "--model", str(trained), "--images", "2", "--json", str(tmp_path / "a.json")])
+    main(["evaluate", "--model", str(trained), "--images", "2", "--json", str(tmp_path / "a.json"), *clip])
     assert set(json.loads((tmp_path / "a.json").read_text())) == FIGURES
 
 
 @pytest.mark.parametrize("preset", ["spt", "zegclip"])
 def test_presets_are_defaults(preset: str, clip: list[str], tmp_path: Path) -> None:
     main(["train", "--output", str(tmp_path), "--preset", preset, "--images", "2", *clip, *SMALL, *STEPS])
-    config: ModelConfig = load_model(tmp_path).config
+    config: ModelConfig = load_model(tmp_path, load_clip("tiny", clip[-1])).config
     base = ZEGCLIP if preset == "zegclip" else ModelConfig()
     for name in ("decoder", "loss", "spectral_layers", "selection", "start", "seen_offset"):
         assert getattr(config, name) == getattr(base, name), name
@@ -171,9 +193,9 @@ def test_train_goes_on_and_starts_from_checkpoints(
     before = (trained / "model.safetensors").read_bytes()
     main(["train", "--output", str(trained), "--resume", "--images", "4", *clip, *SMALL, *STEPS])
     assert (trained / "model.safetensors").read_bytes() == before, "a finished run has nothing left to do"
-    options = ["train", "--output", str(tmp_path), "--start-from", str(trained), "--images", "4", *STEPS]
+    options = ["train", "--output", str(tmp_path), "--start-from", str(trained), "--images", "4", *STEPS, *clip]
     main([*options, "--train.setting", "transductive", "--train.iterations", "1", "--train.learning-rate", "1e-9"])
-    started, base = load_model(tmp_path), load_model(trained)
+    started, base = (load_model(folder, load_clip("tiny", clip[-1])) for folder in (tmp_path, trained))
     assert started.config == base.config
     for name, value in base.trained_state().items():
         assert_close(started.trained_state()[name], value, atol=1e-6, rtol=0)
@@ -189,7 +211,8 @@ def test_train_validates_on_other_pictures(clip: list[str], tmp_path: Path) -> N
     rows = json.loads((tmp_path / "history.json").read_text())
     assert all(0 <= row["pixel_accuracy"] <= 1 for row in rows)
     data = datasets.Scenes(2)
-    assert rows[-1]["pixel_accuracy"] == evaluate(load_model(tmp_path), data, data.split, progress=False).pixel_accuracy
+    model = load_model(tmp_path, load_clip("tiny", clip[-1]))
+    assert rows[-1]["pixel_accuracy"] == evaluate(model, data, data.split, progress=False).pixel_accuracy
 
 
 @pytest.mark.parametrize(
@@ -223,7 +246,79 @@ def test_training_and_evaluation_scenes_differ() -> None:
     assert not torch.equal(first[0], first[1])
 
 
+# ablate
+
+
+def test_ablate_knows_its_runs_by_model_data_and_clip(
+    clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings behind a name; a stopped run goes on; finished ones are read; other data or another CLIP are refused."""
+    small = {"clip_weights": clip[-1], "image_size": (64, 64), "prompt_tokens": 2, "decoder_layers": 1}
+    for name in ("spt", "zegclip"):
+        monkeypatch.setitem(ablation.CONFIGURATIONS, name, replace(ablation.CONFIGURATIONS[name], **small))
+    monkeypatch.setitem(PRESETS, "embedded", replace(EMBEDDED, model=replace(EMBEDDED.model, **small)))
+    steps = [*STEPS[:-1], "0", "--train.iterations", "4", "--data.images", "4", "--validation.images", "2"]
+    names = "spt@transductive,spt,zegclip@supervised"
+    command = ["ablate", "--output", str(tmp_path), "--configurations", names, "--seeds", "3", *steps]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+    assert stopped.value.code == 143 and (tmp_path / "spt-seed3" / "state.pt").exists()
+    capsys.readouterr()
+    main(command)
+    table = capsys.readouterr().out
+    assert [row.split(" | ")[:2] for row in table.splitlines()[2:5]] == [
+        [f"| {name}", "1"] for name in names.split(",")
+    ]
+    assert (tmp_path / "table.md").read_text() in table
+    results = {file.parent.name: json.loads(file.read_text()) for file in tmp_path.glob("*/result.json")}
+    asked = {name: result["asked"] for name, result in results.items()}
+    settings = {name: (each["train"]["setting"], each["train"]["iterations"]) for name, each in asked.items()}
+    assert settings == {
+        "spt-seed3": ("inductive", 4),
+        "spt@transductive-seed3": ("transductive", 2),
+        "zegclip@supervised-seed3": ("supervised", 4),
+    }
+    rows = json.loads((tmp_path / "spt@transductive-seed3" / "history.json").read_text())
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert load_model(tmp_path / "spt@transductive-seed3", load_clip("tiny", clip[-1])).config.prompt_tokens == 2
+
+    monkeypatch.setattr(ablation, "fit", None)
+    main(command)
+    assert capsys.readouterr().out.splitlines()[:5] == table.splitlines()[:5], "nothing is trained again"
+    for options, part in (
+        (["--data.seed", "1"], "data"), (["--data.images", "5"], "data"), (["--validation.seed", "7"], "validation"),
+        (["--validation.unseen", "tree"], "split"), (["--train.learning-rate", "1e-4"], "train"),
+    ):  # fmt: skip
+        assert f"holds a run with other {part}; choose another output folder" in fails(capsys, *command, *options)
+    torch.manual_seed(1)
+    save_tiny_clip(new_tiny_clip(scenes.WORDS), tmp_path / "other.safetensors")
+    monkeypatch.setattr(ablation, "load_clip", lambda *_: load_clip("tiny", str(tmp_path / "other.safetensors")))
+    assert "holds a run with other clip;" in fails(capsys, *command)
+
+
+def test_bad_input_of_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        ("--configurations spt,unicorn", "there is no configuration unicorn; there are dense-clip, "),
+        ("--configurations spt@zero-shot", "asks for the setting 'zero-shot'; wanted spt@supervised or"),
+        ("--train.setting supervised", "the setting supervised goes behind a configuration's name"),
+    ):
+        assert message in fails(capsys, "ablate", "--output", tmp_path, *options.split())
+
+
 # data
+
+
+def test_missing_data_name_the_command_that_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layout, made_by in {
+        "voc2012": "tools/dataset_converters/voc_aug.py",
+        "coco-stuff": "tools/dataset_converters/coco_stuff164k.py",
+        "context-cascade": "tools/dataset_converters/pascal_context.py",
+        "ade20k": "ADEChallengeData2016.zip",
+    }.items():
+        message = fails(capsys, "data", "check", tmp_path, "--layout", layout)
+        assert made_by in message and str(tmp_path) in message
 
 
 def test_data_check_and_show(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,6 +416,7 @@ def test_bad_input_of_segment(
         "the list of classes is empty": [a, "--classes", " , ", *out, *clip],
         f"2 pictures do not fit into one file {tmp_path / 'out.png'}": [photos, "--classes", "grass", *out, *clip],
         "empty holds no pictures": [photos / "empty", "--classes", "grass", *out, *clip],
+        "is a web address; sptseg reads files only": ["https://x.org/a.jpg", "--classes", "grass", *out, *clip],
         "there is no checkpoint": [a, "--classes", "grass", *out, "--model", tmp_path / "gone.safetensors"],
     }
     for message, arguments in cases.items():
@@ -379,6 +475,29 @@ def test_an_interrupted_command_exits_with_130(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as stopped:
         main(["pretrain"])
     assert stopped.value.code == 130
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_saves_and_resume_ends_in_the_same_bits(clip: list[str], tmp_path: Path) -> None:
+    """Sent after a random while; the moment is in the message."""
+    steps = [*STEPS[:-1], "0", "--train.iterations", "60"]
+    train = ["train", "--images", "8", *clip, *SMALL, *steps, "--output"]
+    main([*train, str(tmp_path / "whole")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sptseg.cli", *train, str(tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
+        while not (tmp_path / "run" / "config.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        wait = random.uniform(0.5, 5)
+        time.sleep(wait)
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, (wait, said[-1000:])
+    assert b"stopped by SIGTERM after iteration " in said and b"the same command and --resume" in said
+    main([*train, str(tmp_path / "run"), "--resume"])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(resumed[name].equal(value) for name, value in whole.items()), said[-200:]
 
 
 def test_what_is_no_users_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

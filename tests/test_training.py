@@ -6,10 +6,11 @@ import copy
 import itertools
 import json
 import os
-import subprocess
-import sys
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -24,11 +27,14 @@ from toys import SPLIT, Toys, toy_config, toy_model
 
 from sptseg import training
 from sptseg.checkpoints import load_model, read_header
+from sptseg.datasets import Scenes
+from sptseg.files import read_sealed
 from sptseg.inference import segment
 from sptseg.losses import segmentation_loss
 from sptseg.metrics import Scores
 from sptseg.model import DENSE_CLIP, SptSeg, build_model
 from sptseg.splits import IGNORE
+from sptseg.states import identity
 from sptseg.training import TrainConfig, evaluate, fit, learning_rate, parameter_groups, pseudo_labels
 from sptseg.transforms import Augmentation
 
@@ -128,8 +134,8 @@ def test_positions_that_do_not_make_up_the_classes_are_refused(seen: list, unsee
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"iterations": 0}, "iterations is 0; wanted at least 1"),
-        ({"warmup": -1}, "warmup is -1; wanted 0 or more"),
+        ({"iterations": 0}, "iterations is 0; wanted 1 to 1000000000"),
+        ({"warmup": -1}, "warmup is -1; wanted 0 to 1000000000"),
         ({"learning_rate": 2.0}, "learning_rate is 2.0; wanted 0 < learning_rate < 1"),
         ({"setting": "zero-shot"}, "setting is 'zero-shot'; choose inductive, transductive or supervised"),
     ],
@@ -191,7 +197,7 @@ def test_the_first_step_by_hand() -> None:
     stream = training.TrainingStream(
         Toys(), training.augmentation(model.config), training.label_table(SPLIT, "inductive")[1], 0
     )
-    images, labels = (torch.stack(part) for part in zip(*(stream[p] for p in range(4)), strict=True))
+    images, labels = (torch.stack(part) for part in zip(*(stream[p][:2] for p in range(4)), strict=True))
     optimizer = torch.optim.AdamW(parameter_groups(expected, 0.01), lr=1e-3)
     loss = segmentation_loss(expected(images, expected.class_embeddings(["grass", "water", "tree"])), labels)
     loss["total"].backward()
@@ -260,13 +266,16 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
     config = toy_config(save_every=2)
     result = fit(toy_model(clip), Toys(), SPLIT, config, output=tmp_path / "a" / "run")
     folder = tmp_path / "a" / "run"
-    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "history.json", "config.json", "state.pt"}
+    states = {"state.pt", "state.previous.pt"}
+    kept = {"model.safetensors", "halfway.safetensors", "history.json", "config.json"}
+    assert {file.name for file in folder.iterdir()} == kept | states
     assert json.loads((folder / "history.json").read_text()) == result.history
     stored = json.loads((folder / "config.json").read_text())
     assert stored["train"]["iterations"] == 5 and stored["model"]["prompt_tokens"] == 2
     assert stored["split"]["classes"] == list(SPLIT.classes)
     about = read_header(folder / "model.safetensors")["about"]
-    assert about == {"split": "toys", "unseen": ["boat", "house"], "train": stored["train"]}
+    seen = ["grass", "water", "tree"]
+    assert about == {"split": "toys", "seen": seen, "unseen": ["boat", "house"], "train": stored["train"]}
     assert set(load_file(folder / "model.safetensors")) == set(result.model.trained_state())
     loaded = load_model(folder, clip)
     assert torch.equal(logits_of(loaded), logits_of(result.model))
@@ -334,7 +343,7 @@ def test_what_changes_no_result_may_change_on_resuming(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("save_every", "remark"),
-    [(1, "the last good state is in "), (2, "no state was saved before"), (None, "no state was saved before")],
+    [(1, "the last good state is "), (2, "no state was saved before"), (None, "no state was saved before")],
 )
 def test_a_loss_that_is_no_number_stops_the_run(
     save_every: int | None, remark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,10 +361,13 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(training, "segmentation_loss", broken)
     output = None if save_every is None else tmp_path
-    with pytest.raises(FloatingPointError, match=f"the loss is nan at iteration 1; lower learning_rate, .*{remark}"):
+    stream = training.TrainingStream(Toys(), training.training_augmentation(model, toy_config()), torch.arange(256), 0)
+    names = ", ".join(stream[position].name for position in range(4, 8))
+    said = f"the loss is nan at iteration 1, on {names}; lower learning_rate, .*{remark}"
+    with pytest.raises(FloatingPointError, match=said):
         fit(model, Toys(), SPLIT, toy_config(save_every=save_every or 1), output=output)
     if save_every == 1:
-        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        state = read_sealed(tmp_path / "state.pt")
         assert state["iteration"] == 1 and all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -379,7 +391,8 @@ def test_validation_rows(tmp_path: Path) -> None:
 def test_the_validation_rhythm_is_not_the_historys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long run keeps about 200 rows; validation has its own rhythm."""
     monkeypatch.setattr(training, "step", lambda *_: {"total": 1.0})
-    monkeypatch.setattr(training, "TrainingStream", lambda *_: [torch.zeros(1)] * 450)
+    example = training.Example(torch.zeros(1), torch.zeros(1), "name", "")
+    monkeypatch.setattr(training, "TrainingStream", lambda *_: [example] * 450)
     config = toy_config(iterations=450, batch_size=1, validate_every=225, validation_images=1)
     history = fit(toy_model(), Toys(), SPLIT, config, validation=Toys()).history
     assert [row["iteration"] for row in history if "hiou" in row] == [225, 450]
@@ -461,51 +474,136 @@ def test_prompts_are_what_clip_is_told(trained: SptSeg) -> None:
     assert "home" in found.iou
 
 
-# Several processes
-
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[2])
-import torch
-torch.set_num_threads(1)
-from accelerate import PartialState
-from toys import SPLIT, Toys, toy_config, toy_model
-from sptseg.training import evaluate, fit
-
-model = toy_model()
-config = toy_config(batch_size=4, accumulation=int(sys.argv[3]), setting=sys.argv[4], validate_every=5, save_every=5)
-result = fit(model, Toys(), SPLIT, config, output=sys.argv[1] + "/run", validation=Toys(5, ((32, 32), (40, 33))))
-assert PartialState().num_processes == int(sys.argv[5]), PartialState()
-torch.manual_seed(5)
-untrained = evaluate(toy_model(), Toys(5, ((32, 32), (40, 33))), SPLIT, progress=False)
-if PartialState().is_main_process:
-    values = {"untrained": untrained.as_dict(), "history": result.history}
-    open(sys.argv[1] + "/values.json", "w").write(json.dumps(values))
-PartialState().destroy_process_group()
-"""
+# Signals
 
 
-def run_processes(folder: Path, processes: int, accumulation: int, setting: str) -> tuple[dict, dict[str, Tensor]]:
-    folder.mkdir()
-    (folder / "script.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, "script.py", str(folder), str(here), str(accumulation), setting, str(processes)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "values.json").read_text()), load_file(folder / "run" / "model.safetensors")
+class SignalledAt(Toys):
+    """Sends this process a signal when its n-th picture is read, and when any of some later ones is."""
+
+    def __init__(self, number: int, *reads: int) -> None:
+        super().__init__()
+        self.number, self.reads = number, reads
+
+    def __getitem__(self, index: int) -> Any:
+        if len(self.read) in self.reads:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("accumulation", "setting"), [(1, "inductive"), (2, "inductive"), (1, "transductive")])
-def test_two_processes_give_what_one_gives(tmp_path: Path, accumulation: int, setting: str) -> None:
-    """Five pictures on two processes count once each; loss, weights and figures are one process's."""
-    one, weights = run_processes(tmp_path / "one", 1, accumulation, setting)
-    two, shared = run_processes(tmp_path / "two", 2, accumulation, setting)
-    assert two["untrained"] == one["untrained"], "metrics exactly"
-    for row, other in zip(one["history"], two["history"], strict=True):
-        assert other["total"] == pytest.approx(row["total"], rel=1e-4)
-        assert other.get("pixel_accuracy") == pytest.approx(row.get("pixel_accuracy"), abs=2e-3)
-    for name, value in weights.items():
-        assert_close(shared[name], value, atol=1e-5, rtol=0, msg=name)
+@settings(deadline=None, max_examples=3)
+@given(read=st.integers(0, 4 * 8 - 1), save_every=st.sampled_from([0, 3]), accumulation=st.sampled_from([1, 2]))
+def test_sigterm_at_any_moment_costs_no_bit(read: int, save_every: int, accumulation: int) -> None:
+    """The iteration ends, the state is saved, whatever save_every is; the resumed run ends in the same weights."""
+    config = toy_config(iterations=8, save_every=save_every, accumulation=accumulation, warmup=3)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    whole = fit(toy_model(dropout=0.1), Toys(), SPLIT, config)
+    with TemporaryDirectory() as name:
+        folder, dataset = Path(name), SignalledAt(signal.SIGTERM, read)
+        done = read // 4 + 1
+        if done < 8:
+            with pytest.raises(SystemExit) as stopped:
+                fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=folder)
+            assert stopped.value.code == 143 and len(dataset.read) == 4 * done
+            assert not (folder / "model.safetensors").exists()
+        else:
+            fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=folder)
+        torch.manual_seed(read)
+        rest = Toys()
+        resumed = fit(toy_model(dropout=0.1), rest, SPLIT, config, output=folder, resume=True)
+        assert len(rest.read) == 4 * (8 - done) or (done == 8 and not save_every and len(rest.read) == 32)
+        assert equal_states(resumed.model, whole.model)
+        assert [row["total"] for row in resumed.history] == [row["total"] for row in whole.history]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_the_first_interrupt_saves_and_the_second_does_not_wait(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toy_config(iterations=4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(), SignalledAt(signal.SIGINT, 5), SPLIT, config, output=tmp_path / "one")
+    said = f"stopped by SIGINT after iteration 2 of 4; the state is in {tmp_path / 'one'}: go on with resume=True"
+    assert said in capsys.readouterr().err
+    dataset = SignalledAt(signal.SIGINT, 5, 6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(), dataset, SPLIT, config, output=tmp_path / "two")
+    assert len(dataset.read) == 6 and not (tmp_path / "two" / "state.pt").exists()
+
+
+def test_without_a_folder_signals_act_as_ever() -> None:
+    dataset = SignalledAt(signal.SIGINT, 5)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(), dataset, SPLIT, toy_config())
+    assert len(dataset.read) == 5
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(fit, toy_model(), Toys(), SPLIT, toy_config(iterations=2), output=tmp_path).result()
+    assert len(result.history) == 2
+
+
+def test_loading_processes_do_not_get_the_groups_signals(tmp_path: Path) -> None:
+    """A launcher signals the whole group; were the loading processes to end, so would the iteration."""
+
+    class Grouped(Toys):
+        def __getitem__(self, index: int) -> Any:
+            (tmp_path / f"{os.getpgrp()}-{os.getpid()}").touch()
+            return super().__getitem__(index)
+
+    fit(toy_model(), Grouped(), SPLIT, toy_config(iterations=2, workers=1))
+    (file,) = tmp_path.iterdir()
+    group, process = file.name.split("-")
+    assert group == process != str(os.getpid())
+
+
+# What transductive training starts from, and what a run says of itself
+
+
+def test_the_half_way_checkpoint_is_the_model_of_that_iteration(tmp_path: Path) -> None:
+    clip = small_clip()
+    fit(toy_model(clip), Toys(), SPLIT, toy_config(iterations=5), output=tmp_path)
+    with pytest.raises(SystemExit):
+        fit(toy_model(clip), SignalledAt(signal.SIGTERM, 7), SPLIT, toy_config(iterations=5), output=tmp_path / "b")
+    halfway, stopped = (load_model(folder / "halfway.safetensors", clip) for folder in (tmp_path, tmp_path / "b"))
+    assert halfway.about["iteration"] == 2 and equal_states(halfway, stopped)
+    assert not equal_states(halfway, load_model(tmp_path, clip))
+    fit(halfway, Toys(), SPLIT, toy_config(setting="transductive", iterations=2), output=tmp_path / "c")
+    assert not (tmp_path / "c" / "halfway.safetensors").exists()
+
+
+def test_what_is_said_about_a_run_is_kept(tmp_path: Path) -> None:
+    clip = small_clip()
+    for setting, shown in (("inductive", ["grass", "water", "tree"]), ("supervised", list(SPLIT.classes))):
+        config = toy_config(iterations=1, setting=setting)
+        fit(toy_model(clip), Toys(), SPLIT, config, output=tmp_path, about={"preset": "toys"})
+        about = load_model(tmp_path, clip).about
+        assert (about["preset"], about["seen"], about["unseen"]) == ("toys", shown, ["boat", "house"])
+        assert json.loads((tmp_path / "config.json").read_text())["about"] == {"preset": "toys"}
+
+
+class Named(Toys):
+    def __init__(self, *names: str) -> None:
+        super().__init__(len(names))
+        self.names = names
+
+
+def test_resuming_with_other_pictures_or_another_clip_is_refused(tmp_path: Path) -> None:
+    config = toy_config(save_every=5)
+    fit(toy_model(), Named("a", "b"), SPLIT, config, output=tmp_path)
+    clip = small_clip()
+    with torch.no_grad():
+        clip.visual.proj.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
+    for dataset, model, named in (
+        (Named("b", "a"), toy_model(), "data.names"),
+        (Named("a", "b", "c"), toy_model(), "data.pictures, data.names"),
+        (Named("a", "b"), toy_model(clip), "clip.fingerprint"),
+    ):
+        with pytest.raises(ValueError, match=f"trained with other settings of {named}; resume with the same"):
+            fit(model, dataset, SPLIT, config, output=tmp_path, resume=True)
+
+
+def test_data_sets_are_told_apart_by_what_they_hold() -> None:
+    scenes = [Scenes(3), Scenes(4), Scenes(3, seed=1), Scenes(3, stream="training")]
+    assert len({str(identity(each)) for each in scenes}) == 4
+    assert identity(Scenes(3)) == identity(scenes[0])

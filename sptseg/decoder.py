@@ -33,6 +33,11 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
+def products(queries: Tensor, features: Tensor) -> Tensor:
+    """Dot products of queries (..., C, d) and features (..., N, d): (..., C, N), float32 also of narrower types."""
+    return queries.float() @ features.float().transpose(-2, -1)
+
+
 class HighLowAttention(nn.Module):
     """Splits attention into a high-frequency and a low-frequency branch over a grid of tokens.
 
@@ -118,22 +123,26 @@ class SpectralGuidedLayer(nn.Module):
         self.update_projection = None if last else nn.Linear(width, width)
         self.update = None if last else QueryUpdate(width, dropout, keep_direction=residual)
 
-    def features(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Y (B, N, E): what the mask logits are read from."""
+    def selected(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Y after the selection, before T: (B, N, E)."""
         y = self.attention(tokens, grid)
         if self.selection_vector is not None:
-            mask = F.cosine_similarity(y, self.selection_vector, dim=-1).clamp(0, 1)
-            y = mask[..., None] * y
-        y = y @ self.top_down
-        return tokens + y if self.residual else y
+            mask = F.cosine_similarity(y.float(), self.selection_vector.float(), dim=-1).clamp(0, 1)
+            y = mask.to(y.dtype)[..., None] * y
+        return y
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Queries (B, C, E), tokens (B, N, E) -> queries for the next layer (B, C, E), mask logits (B, C, N)."""
-        y = self.features(tokens, grid)
-        mask_logits = queries @ y.transpose(1, 2)
+        y = self.selected(tokens, grid)
+        mask_logits = products(queries @ self.top_down.T, y)  # (Y T) q = Y (T q): there are fewer queries than tokens
+        if self.residual:
+            mask_logits = mask_logits + products(queries, tokens)
         if self.update is not None and self.update_projection is not None:
-            weights = self.attention_dropout(mask_logits.softmax(dim=-1))
-            queries = self.update(queries, self.update_projection(weights @ y))
+            weights = self.attention_dropout(mask_logits.softmax(dim=-1)).to(y.dtype)
+            update = (weights @ y) @ self.top_down
+            if self.residual:
+                update = update + weights @ tokens
+            queries = self.update(queries, self.update_projection(update))
         return queries, mask_logits
 
 
@@ -154,10 +163,10 @@ class CrossAttentionLayer(nn.Module):
         """Queries (B, C, E), tokens (B, N, E) -> queries for the next layer (B, C, E), mask logits (B, C, N)."""
         (query,) = split_heads(self.query(queries), 1, self.head_width)
         (key,) = split_heads(self.key(tokens), 1, self.head_width)
-        per_head = query @ key.transpose(-2, -1) * self.head_width**-0.5  # (B, h, C, N)
+        per_head = products(query, key) * self.head_width**-0.5  # (B, h, C, N)
         if self.update is not None and self.value is not None and self.update_projection is not None:
             (value,) = split_heads(self.value(tokens), 1, self.head_width)
-            update = join_heads(per_head.softmax(dim=-1) @ value)
+            update = join_heads(per_head.softmax(dim=-1).to(value.dtype) @ value)
             queries = self.update(queries, self.update_projection(update))
         return queries, per_head.mean(dim=1)
 

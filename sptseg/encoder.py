@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sptseg.clip import run_block
 from sptseg.ops import Grid, fourier_filter, resample_filter, resize_positions, tokens_to_grid
@@ -78,6 +79,9 @@ class PromptedEncoder(nn.Module):
             raise ValueError(f"prompt_depth is {prompt_depth}; this CLIP has {layers} blocks, so 0 to {layers - 1} go")
         if not set(spectral_layers) <= set(range(layers)):
             raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has the blocks 0 to {layers - 1}")
+        self.checkpointing = (
+            False  # gradient checkpointing: blocks run again in the backward pass instead of being kept
+        )
         self.prompt_depth = prompt_depth
         self.spectral_layers = frozenset(spectral_layers)
         self.class_embedding_twice = class_embedding_twice
@@ -114,7 +118,7 @@ class PromptedEncoder(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block (B, 1 + N, D)."""
         visual, grid = self.visual, self.grid_of(images)
-        patches = visual.conv1(images).flatten(2).transpose(1, 2)
+        patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([token, patches], dim=1)
         x = x + resize_positions(visual.positional_embedding, visual.grid_size, grid).to(x.dtype)
@@ -136,7 +140,11 @@ class PromptedEncoder(nn.Module):
             if self.prompts is not None and i <= self.prompt_depth:
                 prompts = self.prompt_dropout(self.prompt_projection(self.prompts[i]).expand(len(patches), -1, -1))
                 parts.insert(1, prompts.to(patches.dtype))
-            x = run_block(block, torch.cat(parts, dim=1))
+            tokens = torch.cat(parts, dim=1)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_block, block, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run_block(block, tokens)
             yield x
             class_token, patches = x[:, :1], x[:, -patches.shape[1] :]
 
@@ -146,5 +154,5 @@ class PromptedEncoder(nn.Module):
         (x,) = deque(self.states(images), maxlen=1)  # (B, ..., D) after the last block
         tokens = torch.cat([x[:, :1], x[:, -grid[0] * grid[1] :]], dim=1)
         embedded = self.visual.ln_post(self.prompt_norm(tokens)) @ self.visual.proj
-        embedded = F.normalize(embedded, dim=-1)
+        embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
         return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from accelerate.utils.dataclasses import KwargsHandler
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from sptseg.datasets import Sample
-from sptseg.inference import augmentation, window_logits
+from sptseg.inference import Precision, WindowLogits, at_precision, augmentation, window_logits
 from sptseg.metrics import Scores, SegmentationMetrics
 from sptseg.model import SptSeg
 from sptseg.splits import Split
 from sptseg.transforms import test_transform
-
-Precision = Literal["no", "bf16", "fp16"]
 
 
 def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
@@ -36,6 +38,66 @@ def summary(scores: Scores) -> dict[str, float | None]:
     return {name: value for name, value in scores.as_dict().items() if name != "iou"}
 
 
+class Prepared(Dataset[tuple[Sample, Tensor] | OSError]):
+    """Pictures as they are and as a model sees them; what was raised in place of those that cannot be read."""
+
+    def __init__(self, dataset: Dataset[Sample], prepare: v2.Transform) -> None:
+        self.dataset, self.prepare = dataset, prepare
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | OSError:
+        try:
+            sample = self.dataset[index]
+        except OSError as error:
+            return error
+        return sample, self.prepare(tv_tensors.Image(sample["image"]))
+
+
+def predictions(
+    model: SptSeg,
+    dataset: Dataset[Sample],
+    split: Split,
+    *,
+    seen_offset: float | None = None,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 16,
+    autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
+    left_out: list[str] | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Sample, WindowLogits]]:
+    """Each picture of a data set (or those at `indices`), in order, with its logits for all classes of the split.
+
+    `logits.labels(size)` are the predicted labels. `seen_offset` is subtracted from the scores of the seen classes;
+    None takes the model's own. Pictures that cannot be read raise OSError, or are left out, and what was said of each
+    is added to `left_out`, if that is given. `workers` processes read ahead.
+    """
+    model.eval()
+    text = model.class_embeddings(split.texts())
+    offset = torch.zeros(len(split.classes))
+    offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
+    prepare = test_transform(augmentation(model.config))
+    indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
+    reading = {"num_workers": workers, "collate_fn": list, "pin_memory": model.device.type == "cuda"}
+    loader = DataLoader(Prepared(dataset, prepare), batch_size, sampler=indices, **reading)
+    for batch in loader:
+        for error in batch:
+            if isinstance(error, OSError):
+                if left_out is None:
+                    raise error
+                left_out.append(str(error))
+        samples, images = [], []
+        for sample, image in (each for each in batch if not isinstance(each, OSError)):
+            samples.append(sample)
+            images.append(image)
+        found: dict[int, WindowLogits] = {}
+        for size in {image.shape for image in images}:
+            same = [i for i, image in enumerate(images) if image.shape == size]
+            stacked = torch.stack([images[i] for i in same])
+            with autocast():
+                logits = window_logits(model, stacked, text, offset=offset, window_batch=batch_size)
+            found |= zip(same, logits, strict=True)
+        yield from ((sample, found[i]) for i, sample in enumerate(samples))
+
+
 def evaluate(
     model: SptSeg,
     dataset: Dataset[Sample],
@@ -47,34 +109,53 @@ def evaluate(
     precision: Precision = "no",
     progress: bool = True,
     accelerator: Accelerator | None = None,
+    skip_unreadable: bool = False,
+    workers: int = 0,
 ) -> Scores:
     """Scores over a data set (or its first `limit` pictures); every picture counts once, however many processes.
 
-    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own.
+    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own. `skip_unreadable`
+    leaves pictures that cannot be read out and lists them in the scores, instead of stopping at the first. `precision`
+    is that of the weights (see `at_precision`), unless an `accelerator` brings its own. `workers` processes read ahead.
     """
-    accelerator = accelerator or new_accelerator(precision)
-    model.to(accelerator.device).eval()
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; wanted at least 1")
+    if accelerator is None:
+        model, accelerator = at_precision(model, precision), new_accelerator("no")
+    model.to(accelerator.device)
     metrics = SegmentationMetrics(split, accelerator.device)
-    text = model.class_embeddings(split.texts())
-    offset = torch.zeros(len(split.classes), device=accelerator.device)
-    offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
-    prepare = test_transform(augmentation(model.config))
     count = len(dataset) if limit is None else min(limit, len(dataset))  # pyright: ignore[reportArgumentType]
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     hidden = not (progress and accelerator.is_main_process)
-    with tqdm(total=len(mine), desc="evaluating", disable=hidden, mininterval=1) as bar:
-        for start in range(0, len(mine), batch_size):
-            samples = [dataset[i] for i in mine[start : start + batch_size]]
-            same_size: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-            for sample in samples:
-                image = prepare(tv_tensors.Image(sample["image"]))
-                same_size.setdefault(tuple(image.shape), []).append((image, torch.as_tensor(sample["label"])))
-            for group in same_size.values():
-                images = torch.stack([image for image, _ in group])
-                with accelerator.autocast():
-                    found = window_logits(model, images, text, offset=offset, window_batch=batch_size)
-                for logits, (_, label) in zip(found, group, strict=True):
-                    predicted = logits.labels((label.shape[0], label.shape[1]))
-                    metrics.update(predicted, label.to(accelerator.device))
-            bar.update(len(samples))
-    return metrics.compute()
+    left_out: list[str] = []
+    found = predictions(
+        model,
+        dataset,
+        split,
+        seen_offset=seen_offset,
+        indices=mine,
+        batch_size=batch_size,
+        autocast=accelerator.autocast,
+        left_out=left_out if skip_unreadable else None,
+        workers=workers,
+    )
+    for sample, logits in tqdm(found, desc="evaluating", total=len(mine), disable=hidden, mininterval=1):
+        label = torch.as_tensor(sample["label"])
+        predicted = logits.labels((label.shape[0], label.shape[1]))
+        metrics.update(predicted, label.to(accelerator.device))
+    return replace(metrics.compute(), left_out=tuple(gather_object(left_out)))
+
+
+def by_training(scores: Scores, shown: Collection[str]) -> dict[str, Any]:
+    """mIoU of the classes whose names are among `shown`, of the others and of all: for figures across data sets.
+
+    JSON values; classes that do not occur are left out, and a mean without any class is None.
+    """
+    known = {name: value for name, value in scores.iou.items() if value == value}
+
+    def mean(names: Collection[str]) -> float | None:
+        return sum(known[name] for name in names) / len(names) if names else None
+
+    old, new = ([name for name in known if (name in shown) is wanted] for wanted in (True, False))
+    both = [name for name in scores.iou if name in shown]
+    return {"shown": both, "miou": mean(known), "miou_shown": mean(old), "miou_new": mean(new)}

@@ -6,10 +6,16 @@ not grow with classes x height x width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +27,16 @@ from torchvision import tv_tensors
 
 from sptseg import plots
 from sptseg.datasets import open_image
+from sptseg.encoder import SpectralPrompt
+from sptseg.files import write
+from sptseg.losses import interpolation
 from sptseg.model import ModelConfig, SptSeg, upsample
 from sptseg.splits import Colour, spread_palette
 from sptseg.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, test_transform
 
 STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
+CHUNK_PIXELS = 2**18  # scores that are looked at together: they stay in a CPU's cache; a GPU takes 128 times as many
+Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
 
 
@@ -75,34 +86,67 @@ class WindowLogits:
 
     def scores(self, classes: slice, size: tuple[int, int]) -> Tensor:
         """Sigmoid scores of some classes (c, *size): averaged where windows overlap, lowered by the offset, resized."""
-        logits = self.logits[:, classes]
+        logits, device = self.logits[:, classes], self.logits.device
+        rows, columns = (  # upsampling as two matrix products: several times as fast on a CPU
+            interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
+        )
         if len(self.boxes) == 1:
             _, _, height, width = self.boxes[0]
-            total = upsample(logits, self.window)[0, :, :height, :width].sigmoid_()
+            total = (rows[:height] @ logits[0] @ columns[:width].T).sigmoid_()
         else:
             total = logits.new_zeros(logits.shape[1], *self.size, dtype=torch.float32)
             count = logits.new_zeros(self.size, dtype=torch.float32)
             for window, (top, left, height, width) in zip(logits, self.boxes, strict=True):
                 here = slice(top, top + height), slice(left, left + width)
-                total[:, *here] += upsample(window[None], self.window)[0, :, :height, :width].sigmoid_()
+                total[:, *here] += (rows[:height] @ window @ columns[:width].T).sigmoid_()
                 count[here] += 1
             total /= count
         total -= self.offset[classes, None, None]
         return total if size == self.size else upsample(total[None], size)[0]
 
-    def labels(self, size: tuple[int, int], classes_at_once: int = 8) -> Tensor:
-        """Position of the highest score per pixel: (*size) int64, first of equals; classes in chunks."""
-        best: Tensor | None = None
-        labels = torch.zeros(size, dtype=torch.long, device=self.logits.device)
+    def labels(self, size: tuple[int, int], classes_at_once: int | None = None) -> Tensor:
+        """Position of the highest score per pixel: (*size) int64, first of equals."""
+        return self.best(size, classes_at_once)[1]
+
+    def best(self, size: tuple[int, int], classes_at_once: int | None = None) -> tuple[Tensor, Tensor]:
+        """The highest score per pixel (*size) and its class's position, int64, first of equals.
+
+        Classes are looked at a few at a time (by default as many as CHUNK_PIXELS allow): no map of all of them exists.
+        """
+        device = self.logits.device
+        if classes_at_once is None:
+            pixels = CHUNK_PIXELS if device.type == "cpu" else 128 * CHUNK_PIXELS
+            classes_at_once = max(1, pixels // max(size[0] * size[1], self.size[0] * self.size[1]))
+        best = torch.full(size, -torch.inf, device=device)
+        labels = torch.zeros(size, dtype=torch.long, device=device)
         for start in range(0, self.logits.shape[1], classes_at_once):
-            value, index = self.scores(slice(start, start + classes_at_once), size).max(dim=0)
-            if best is None:
-                best, labels = value, index
+            scores = self.scores(slice(start, start + classes_at_once), size)
+            if len(scores) == 1:
+                labels.masked_fill_(scores[0] > best, start)
+                torch.maximum(best, scores[0], out=best)
             else:
-                higher = value > best
-                best[higher] = value[higher]
-                labels[higher] = index[higher] + start
-        return labels
+                value, index = scores.max(dim=0)
+                labels = torch.where(value > best, index + start, labels)
+                best = torch.maximum(best, value)
+        return best, labels
+
+
+def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
+    """A copy of a model for inference, whose weights are kept in a narrower type: "bf16" or "fp16"; "no": the model.
+
+    The spectral filter and its Fourier transforms, the scale of the logits, the logits and the text tower (shared with
+    the model) stay in float32. Layer norms compute in float32 inside.
+    """
+    if precision == "no":
+        return model
+    narrow = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
+    narrow.about = model.about
+    exact = {id(p) for m in narrow.modules() if isinstance(m, SpectralPrompt) for p in m.parameters()}
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in narrow.requires_grad_(False).parameters():
+        if id(parameter) not in exact and parameter.ndim:
+            parameter.data = parameter.data.to(dtype)
+    return narrow.eval()
 
 
 @torch.inference_mode()
@@ -111,20 +155,35 @@ def window_logits(
 ) -> list[WindowLogits]:
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
-    images (B, 3, H, W) normalised, text (C, E), offset (C,) or None -> one `WindowLogits` per picture.
+    images (B, 3, H, W) normalised, text (C, E), offset (C,) or None -> one `WindowLogits` per picture. Where memory
+    runs out, the number of windows at a time is halved, with a warning.
     """
     size = (images.shape[-2], images.shape[-1])
     boxes = windows_of(size, model.config.image_size)
     crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
-    parts = []
-    for start in range(0, len(crops), window_batch):
-        batch = pad_to_patches(torch.stack(crops[start : start + window_batch]), model.encoder.patch_size)
-        parts.append(model(batch.to(model.device), text).float())
+    parts, done = [], 0
+    while done < len(crops):
+        batch = pad_to_patches(torch.stack(crops[done : done + window_batch]), model.encoder.patch_size)
+        try:
+            parts.append(model(batch.to(model.device, non_blocking=True), text).float())
+            done += len(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not ran_out_of_memory(error):
+                raise
+            window_batch = len(batch) // 2
+            warnings.warn(
+                f"memory ran out with {len(batch)} windows at once; going on with {window_batch}", stacklevel=2
+            )
     logits = torch.cat(parts).unflatten(0, (len(images), len(boxes)))
     patch_height, patch_width = model.encoder.patch_size
     window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
     offset = torch.zeros(len(text)) if offset is None else offset
     return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device)) for per_image in logits]
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory, or the host's, was too small; torch has a class for the former only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -162,15 +221,18 @@ class Segmentation:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the overlay with its legend (PNG, or another format that matplotlib knows by its suffix)."""
-        self.show().savefig(path, dpi=150, bbox_inches="tight")
+        plots.save_figure(self.show(), path, dpi=150, bbox_inches="tight")
 
     def save_labels(self, path: str | PathLike[str]) -> None:
-        """Writes the labels as an 8-bit palette PNG."""
+        """Writes the labels as a PNG: 8 bits with the palette, or 16 bits where there are more than 256 classes."""
+        buffer = io.BytesIO()
         if len(self.classes) > 256:
-            raise ValueError(f"{len(self.classes)} classes do not fit an 8-bit PNG; save `labels` with numpy instead")
-        picture = Image.fromarray(self.labels.astype(np.uint8), mode="P")
-        picture.putpalette([value for colour in self.palette for value in colour])
-        picture.save(path)
+            picture = Image.fromarray(self.labels.astype(np.uint16))
+        else:
+            picture = Image.fromarray(self.labels.astype(np.uint8), mode="P")
+            picture.putpalette([value for colour in self.palette for value in colour])
+        picture.save(buffer, "png")
+        write(path, buffer.getvalue())
 
 
 def as_array(image: np.ndarray | Image.Image | str | PathLike[str]) -> np.ndarray:
@@ -181,6 +243,16 @@ def as_array(image: np.ndarray | Image.Image | str | PathLike[str]) -> np.ndarra
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"the image is {array.dtype} of shape {array.shape}; wanted uint8 of shape (height, width, 3)")
     return np.ascontiguousarray(array)  # torch takes no negative strides, as mirrored and BGR views have
+
+
+def read_ahead(files: Sequence[Path], ahead: int = 2) -> Iterator[Future[np.ndarray]]:
+    """Each file's picture to come, as of `as_array`; a thread reads up to `ahead` further ones while one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(as_array, file) for file in files[:ahead])
+        for following in [*files[ahead:], *[None] * min(ahead, len(files))]:
+            if following is not None:
+                coming.append(pool.submit(as_array, following))
+            yield coming.popleft()
 
 
 def segment(

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sptseg.clip import TEMPLATES, TINY, Clip, load_clip
 from sptseg.decoder import Decoder, DecoderKind, DecoderStart
 from sptseg.encoder import PromptedEncoder
 from sptseg.losses import LossKind
+
+
+def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuses a dataclass with a value of another type than its field's, or a number that is not finite or in range."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {inspect.formatannotation(hint)}") from None
+        low, high = ranges.get(name, (-math.inf, math.inf))
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(low <= x <= high and math.isfinite(x) for x in values if type(x) in (int, float)):
+            wanted = f"{low} to {high}" if name in ranges else "a finite number"
+            raise ValueError(f"{name} is {value}; wanted {wanted}")
+
+
+# Far beyond use, and far below what no memory holds: configurations also come from strangers' files.
+RANGES = {
+    "image_size": (1, 8192), "prompt_tokens": (0, 10_000), "prompt_depth": (0, 1000), "spectral_layers": (0, 1000),
+    "decoder_layers": (1, 100), "decoder_heads": (1, 1024), "decoder_window": (1, 8192), "seen_offset": (-1, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,11 +90,9 @@ class ModelConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("decoder_layers", "decoder_heads", "decoder_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        if self.prompt_tokens < 0:
-            raise ValueError(f"prompt_tokens is {self.prompt_tokens}; wanted 0 (none) or more")
+        check_values(self, RANGES)
+        if len(set(self.spectral_layers)) < len(self.spectral_layers):
+            raise ValueError(f"spectral_layers is {self.spectral_layers}; wanted each block once")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; wanted 0 <= dropout < 1")
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
@@ -106,6 +130,7 @@ class SptSeg(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.clip = clip
+        self.about: dict[str, Any] = {}  # what its checkpoint says of split, settings and data
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S'), unit text embeddings (C, E) -> mask logits (B, C, H, W) per token."""

@@ -142,6 +142,36 @@ def test_clip_stays_in_evaluation_mode() -> None:
     assert not any(module.training for module in model.eval().modules())
 
 
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_gradient_checkpointing_changes_no_gradient(tokens: int) -> None:
+    """With short sequences and with long ones, whose attention is another kernel."""
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = new_model(prompt_tokens=tokens).train()
+        model.encoder.checkpointing = checkpointing
+        backward(model)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]
+    assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_the_selected_features_pass_the_top_down_matrix_in_the_queries() -> None:
+    """The paper's order, (m Y) T and then the product with the queries, gives the same logits and query updates."""
+    for residual in (False, True):
+        layer: Any = new_model(start="dense_clip" if residual else "random").decoder.layers[0].eval()
+        nn.init.normal_(layer.top_down, std=0.2)
+        nn.init.normal_(layer.update_projection.weight, std=0.2)
+        queries, tokens = torch.randn(2, 5, 32), torch.randn(2, 42, 32)
+        y = layer.selected(tokens, (6, 7)) @ layer.top_down + (tokens if residual else 0)
+        logits = torch.einsum("bce,bne->bcn", queries, y)
+        update = layer.update(queries, layer.update_projection(logits.softmax(dim=-1) @ y))
+        ours_update, ours_logits = layer(queries, tokens, (6, 7))
+        assert_close(ours_logits, logits, atol=1e-4, rtol=1e-4)
+        assert_close(ours_update, update, atol=1e-4, rtol=1e-4)
+
+
 def test_dense_clip_trains_nothing() -> None:
     assert not [p for p in new_model(**BARE, decoder="none").parameters() if p.requires_grad]
 
@@ -258,14 +288,14 @@ def test_token_zero_twice_as_in_the_released_code() -> None:
         ({"start": "warm"}, "start is 'warm'; choose one of random, dense_clip"),
         ({"loss": "dice"}, "loss is 'dice'; choose one of spt, zegclip"),
         ({"normalization": "none"}, "normalization is 'none'; choose one of imagenet, clip"),
-        ({"decoder_layers": 0}, "decoder_layers is 0; wanted at least 1"),
-        ({"decoder_heads": 0}, "decoder_heads is 0; wanted at least 1"),
-        ({"decoder_window": -1}, "decoder_window is -1; wanted at least 1"),
-        ({"prompt_tokens": -1}, "prompt_tokens is -1; wanted 0"),
+        ({"decoder_layers": 0}, "decoder_layers is 0; wanted 1 to 100"),
+        ({"decoder_heads": 0}, "decoder_heads is 0; wanted 1 to 1024"),
+        ({"decoder_window": -1}, "decoder_window is -1; wanted 1 to 8192"),
+        ({"prompt_tokens": -1}, "prompt_tokens is -1; wanted 0 to 10000"),
         ({"dropout": 1.0}, "dropout is 1.0; wanted 0 <= dropout < 1"),
         ({"templates": ()}, r"templates is \(\); wanted one or more texts with one {} each"),
         ({"templates": ("a photo",)}, "wanted one or more texts with one {} each"),
-        ({"templates": "a photo of a {}"}, "wanted one or more texts with one {} each"),
+        ({"templates": "a photo of a {}"}, "templates is 'a photo of a {}'; wanted tuple"),
         (
             {"image_size": (32, 30)},
             r"image_size is \(32, 30\); small needs positive multiples of its patch size \(4, 4\)",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from sptseg.splits import IGNORE, Split
+from sptseg.splits import Split
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Scores:
     """Ratios of one confusion matrix, all in 0..1; nan where no class of the kind occurs.
 
     pixel_accuracy is over all labelled pixels; the mIoUs are means over the classes that occur, in label or prediction;
-    hIoU = 2 S U / (S + U). `iou` holds each class's, by name.
+    hIoU = 2 S U / (S + U). `iou` holds each class's, by name. `left_out`: a sentence on each picture that could not be
+    read, where such were to be left out.
     """
 
     pixel_accuracy: float
@@ -25,22 +26,26 @@ class Scores:
     miou_unseen: float
     hiou: float
     iou: dict[str, float]
+    left_out: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: nan becomes None."""
+        """The ratios, JSON-ready: nan becomes None."""
 
         def clean(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: clean(each) for name, each in value.items()}
             return None if value != value else value
 
-        return clean(asdict(self))
+        return {name: clean(value) for name, value in asdict(self).items() if name != "left_out"}
 
     def table(self) -> str:
         """The four summary figures in percent, as one Markdown table."""
         cells = [self.pixel_accuracy, self.miou_seen, self.miou_unseen, self.hiou]
         shown = [" - " if value != value else f"{100 * value:.1f}" for value in cells]
         return "| pAcc | mIoU(S) | mIoU(U) | hIoU |\n|---|---|---|---|\n| " + " | ".join(shown) + " |"
+
+
+SUMMARY = ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou")
 
 
 def iou_per_class(confusion: Tensor) -> Tensor:
@@ -64,26 +69,49 @@ def scores(confusion: Tensor, split: Split) -> Scores:
     )
 
 
+def bootstrap(
+    confusions: Tensor, split: Split, *, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Scores, Scores]:
+    """Lower and upper ends of confidence intervals of all scores, by bootstrap over pictures.
+
+    confusions (P, C, C), one a picture. P pictures are drawn with replacement, since the pixels of one picture go
+    wrong together; each draw is pooled and scored, and the middle `level` (0..1) of the draws is kept. A draw in which
+    a class does not occur does not count for that class.
+    """
+    pictures = len(confusions)
+    equal = torch.full((samples, pictures), 1 / pictures)
+    drawn = torch.multinomial(equal, pictures, replacement=True, generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(samples, pictures).scatter_add_(1, drawn, torch.ones(drawn.shape)).double()
+    pooled = (weights @ confusions.flatten(1).double()).unflatten(1, confusions.shape[1:])  # (samples, C, C)
+    rows = [scores(each, split) for each in pooled]
+    table = [[*(getattr(row, name) for name in SUMMARY), *row.iou.values()] for row in rows]
+    shares = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.tensor(table, dtype=torch.float64).nanquantile(shares, dim=0).tolist()
+    n = len(SUMMARY)
+    ends = [Scores(*end[:n], iou=dict(zip(split.classes, end[n:], strict=True))) for end in (low, high)]
+    return ends[0], ends[1]
+
+
 class SegmentationMetrics:
     """Counts predictions over a whole validation set; in distributed runs `compute` adds up all processes."""
 
     def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
         self.split = split
-        counter = MulticlassConfusionMatrix(len(split.classes), ignore_index=IGNORE, validate_args=False)
+        counter = MulticlassConfusionMatrix(len(split.classes), ignore_index=split.ignore, validate_args=False)
         self.counter = counter.to(device)
 
     def update(self, predicted: Tensor, label: Tensor) -> None:
-        """Adds predictions and labels of equal shape (..., H, W); pixels labelled 255 do not count."""
+        """Adds predictions and labels of equal shape (..., H, W); pixels labelled `split.ignore` do not count."""
         if predicted.shape != label.shape:
             raise ValueError(
                 f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}; wanted equal sizes"
             )
         for name, values in (("prediction", predicted), ("label", label)):
-            kept = values[label != IGNORE]
+            kept = values[label != self.split.ignore]
             if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < len(self.split.classes):
                 raise ValueError(
                     f"the {name} holds values {int(kept.min())} to {int(kept.max())}; split {self.split.name!r} has "
-                    f"the labels 0 to {len(self.split.classes) - 1}, and {IGNORE} for ignored pixels"
+                    f"the labels 0 to {len(self.split.classes) - 1}, and {self.split.ignore} for ignored pixels"
                 )
         self.counter.update(predicted.long(), label.long())
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from sptseg.splits import IGNORE, Colour
+from sptseg.files import write
+from sptseg.splits import IGNORE, Colour, ignored_label
 
 Array = np.ndarray
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito
@@ -63,6 +66,13 @@ def png_bytes(figure: Figure, dpi: float | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def save_figure(figure: Figure, path: str | PathLike[str], **options: Any) -> None:
+    """Writes a figure whole or not at all, in the format of the path's suffix; PNG without one."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix[1:] or "png", **options)
+    write(path, buffer.getvalue())
+
+
 def png(array: Array) -> bytes:
     """A grey (H,W) or colour (H,W,3) picture, uint8, as a PNG file."""
     if array.dtype != np.uint8 or (array.ndim != 2 and array.shape[2:] != (3,)):
@@ -82,12 +92,13 @@ def enlarge(array: Array, factor: int) -> Array:
 
 def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 255, 255)) -> Array:
     """Labels (H,W) -> colours (H,W,3) uint8; label 255 gets the colour `ignore`."""
-    wrong = labels[((labels < 0) | (labels >= len(palette))) & (labels != IGNORE)]
+    last = ignored_label(len(palette))
+    wrong = labels[((labels < 0) | (labels >= len(palette))) & (labels != last)]
     if wrong.size:
         raise ValueError(
-            f"colourise: label {wrong[0]} has no colour; wanted 0 to {len(palette) - 1}, or {IGNORE} (ignored)"
+            f"colourise: label {wrong[0]} has no colour; wanted 0 to {len(palette) - 1}, or {last} (ignored)"
         )
-    table = np.full((IGNORE + 1, 3), ignore, np.uint8)
+    table = np.full((last + 1, 3), ignore, np.uint8)
     table[: len(palette)] = palette
     return table[labels]
 
@@ -107,16 +118,17 @@ def overlay(image: Array, labels: Array, palette: Sequence[Colour], alpha: float
         raise ValueError(f"overlay: the image is {image.shape[:2]} and the labels {labels.shape}; wanted equal sizes")
     grey = image @ np.array([0.299, 0.587, 0.114])  # so that the tints are the legend's
     mixed = alpha * colourise(labels, palette) + (1 - alpha) * grey[..., None]
-    mixed[labels == IGNORE] = image[labels == IGNORE]
+    ignored = labels == ignored_label(len(palette))
+    mixed[ignored] = image[ignored]
     mixed[borders(labels, max(1, round(min(labels.shape) / 250)))] *= 0.25
     return np.rint(mixed).astype(np.uint8)
 
 
-def present(labels: Array, *others: Array | None) -> list[int]:
+def present(labels: Array, *others: Array | None, ignore: int = IGNORE) -> list[int]:
     """The label values that occur, the largest region first; those only in `others` follow."""
     found: list[int] = []
     for array in [labels, *(other for other in others if other is not None)]:
-        values, counts = np.unique(array[array != IGNORE], return_counts=True)
+        values, counts = np.unique(array[array != ignore], return_counts=True)
         found += [v for v in values[np.argsort(-counts, kind="stable")].tolist() if v not in found]
     return found
 
@@ -127,7 +139,7 @@ def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> I
     `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high. One place per class at most.
     """
     rows, columns = labels.shape
-    for label in present(labels):
+    for label in present(labels, ignore=ignored_label(len(names))):
         mask = labels == label
         middle_y, middle_x = (where.mean() for where in np.nonzero(mask))
         total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # sums of rectangles from (0, 0)
@@ -183,7 +195,7 @@ def show_segmentation(
     title: str | None = None,
 ) -> Figure:
     """Picture, truth (if given) and prediction side by side, class names in large regions, and a legend."""
-    found = present(labels, truth)
+    found = present(labels, truth, ignore=ignored_label(len(names)))
     panels = [("picture", None), *([("truth", truth)] if truth is not None else []), ("prediction", labels)]
     tall = 3.1 * min(max(image.shape[0] / image.shape[1], 0.4), 1.6)
     tall = max(tall, 0.19 * min(len(found), 15)) + 0.3 + 0.3 * (title is not None)
@@ -223,7 +235,8 @@ def score_map(ax: Axes, scores: Array, title: str, highest: float = 1.0) -> None
     bar.set_ticks([0, highest / 2, highest])
 
 
-def _tidy(ax: Axes, title: str) -> None:
+def tidy(ax: Axes, title: str) -> None:
+    """Title on the left, no frame above and on the right, small ticks, marks above the grid."""
     ax.set_title(title, fontsize=10, color=INK, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8.5)
@@ -258,7 +271,7 @@ def class_iou_bars(
         for other, dot in zip(others.values(), dots, strict=True):
             ax.plot([100 * other[name] for name in group], y, clip_on=False, **dot)
         mean = f"mean {np.nanmean(values):.1f} %" if np.isfinite(values).any() else "none"
-        _tidy(ax, f"{kind} classes, {mean}")
+        tidy(ax, f"{kind} classes, {mean}")
         ax.set_yticks(y, group)
         ax.set(xlim=(0, 100), ylim=(len(group) - 0.4, -0.6), xlabel="IoU (%)")
         ax.grid(axis="x", color=FAINT, linewidth=0.7)
@@ -289,7 +302,7 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
             x, y = _series(history, key)
             scale = 100 if "%" in title else 1
             ax.plot(x, scale * y, line, color=colour, lw=1.8 if line == "-" else 1.3, ms=4, label=name)
-        _tidy(ax, title)
+        tidy(ax, title)
         ax.grid(color=FAINT, linewidth=0.7)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="iteration", ylim=(0, 100 if "%" in title else None))
@@ -297,4 +310,43 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
             ax.yaxis.set_major_formatter("{x:.3g}")
         else:
             ax.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def show_label_values(ax: Axes, labels: Array, palette: Sequence[Colour], title: str = "") -> None:
+    """A small label map (H,W) in its colours, each pixel's value written into it; ignored pixels are white."""
+    show_image(ax, colourise(labels, palette), title)
+    for (row, column), value in np.ndenumerate(labels):
+        ax.text(column, row, str(value), ha="center", va="center", **OUTLINED)
+
+
+def seed_dots(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, title: str, zero: bool = False
+) -> Figure:
+    """Panels side by side, a row per name with one marker per value (seed 0, 1, ...) and a bar at their mean.
+
+    panels: {panel title: {row name: its values}}; rows keep their order. zero: draw a line at 0 and give all panels one
+    scale, for differences.
+    """
+    most = max(len(values) for rows in panels.values() for values in rows.values())
+    if most > len(MARKERS):
+        raise ValueError(f"seed_dots: a row has {most} values; wanted {len(MARKERS)} at most, one marker each")
+    rows_of = [list(rows) for rows in panels.values()]
+    shared, tallest = all(names == rows_of[0] for names in rows_of), max(map(len, rows_of))
+    figure = Plot(2.2 + 2.9 * len(panels), 1.3 + 0.26 * tallest, title)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=zero)[0]
+    for ax, (panel, rows) in zip(axes, panels.items(), strict=True):
+        for y, values in enumerate(rows.values()):
+            ax.plot([np.mean(values)] * 2, [y - 0.36, y + 0.36], color=VERMILION, lw=2.4, zorder=1)
+            for marker, value in zip(MARKERS, values, strict=False):
+                ax.plot(value, y, marker=marker, alpha=0.85, clip_on=False, **DOT)
+        tidy(ax, panel)
+        ax.set_yticks(range(len(rows)), list(rows) if ax.get_subplotspec().is_first_col() or not shared else [])
+        ax.set(ylim=(tallest - 0.4, -0.6), xlabel=xlabel)
+        ax.grid(color=FAINT, linewidth=0.7)
+        if zero:
+            ax.axvline(0, color=INK, lw=1)
+    keys = [Line2D([], [], marker=marker, label=f"seed {i}", **DOT) for i, marker in enumerate(MARKERS[:most])]
+    keys.append(Line2D([], [], color=VERMILION, lw=2.4, label="mean"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
     return figure

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sptseg.metrics import Scores, SegmentationMetrics, iou_per_class, scores
+from sptseg.metrics import Scores, SegmentationMetrics, bootstrap, iou_per_class, scores
 from sptseg.splits import IGNORE, Split
 
 SPLIT = Split.from_names("farm", ["cow", "grass", "sheep", "sky"], unseen=["sheep", "sky"])
@@ -141,3 +141,25 @@ def test_large_counts_stay_exact() -> None:
     confusion = torch.zeros(4, 4, dtype=torch.long)
     confusion[0, 0], confusion[0, 1] = 3 * 10**9, 1
     assert iou_per_class(confusion)[0].item() == 3 * 10**9 / (3 * 10**9 + 1)
+
+
+def test_intervals_by_hand() -> None:
+    """Of two pictures, one right and one wrong, a quarter of the draws is both times the right one."""
+    confusions = torch.zeros(2, 4, 4)
+    confusions[0, 0, 0], confusions[1, 2, 3] = 6, 6
+    low, high = bootstrap(confusions, SPLIT)
+    assert (low.pixel_accuracy, high.pixel_accuracy) == (0, 1)
+    assert (low.iou["cow"], high.iou["cow"], high.iou["sheep"]) == (1, 1, 0)  # draws without a class do not count
+    assert math.isnan(low.iou["grass"])
+    low, high = bootstrap(confusions, SPLIT, level=0.4)
+    assert (low.pixel_accuracy, high.pixel_accuracy) == (0.5, 0.5)
+
+
+def test_one_picture_has_no_width_and_a_seed_repeats() -> None:
+    confusions = torch.randint(0, 9, (5, 4, 4))
+    for end in bootstrap(confusions[:1], SPLIT, samples=9):
+        whole = scores(confusions[0], SPLIT)
+        assert end.iou == pytest.approx(whole.iou)
+        assert (end.pixel_accuracy, end.hiou) == pytest.approx((whole.pixel_accuracy, whole.hiou))
+    assert bootstrap(confusions, SPLIT, samples=50, seed=1) == bootstrap(confusions, SPLIT, samples=50, seed=1)
+    assert bootstrap(confusions, SPLIT, samples=50, seed=1) != bootstrap(confusions, SPLIT, samples=50, seed=2)

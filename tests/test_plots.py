@@ -299,3 +299,43 @@ def test_training_curves_refuse_an_empty_history() -> None:
 def test_seen_and_unseen_colours_differ_in_lightness() -> None:
     seen, unseen = (np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) for colour in (plots.BLUE, plots.ORANGE))
     assert abs(seen - unseen) > 0.2
+
+
+# label values and seeds
+
+
+def test_label_values_are_written_into_their_pixels() -> None:
+    figure = plots.Plot(2, 2)
+    plots.show_label_values(figure.subplots(), np.array([[0, 2], [255, 1]]), PALETTE, "labels")
+    (ax,) = figure.axes
+    assert {(t.get_text(), *t.get_position()) for t in ax.texts} == {
+        ("0", 0, 0), ("2", 1, 0), ("255", 0, 1), ("1", 1, 1),
+    }  # fmt: skip
+    assert (np.array(ax.images[0].get_array())[1, 0] == 255).all()
+
+
+def test_seed_dots_have_a_marker_per_seed_and_a_bar_at_the_mean() -> None:
+    figure = plots.seed_dots({"hIoU": {"a": [1.0, 3.0], "b": [5.0]}}, "hIoU (%)", "two", zero=True)
+    (ax,) = figure.axes
+    dots = [line for line in ax.lines if line.get_marker() in plots.MARKERS]
+    assert [(*np.asarray(line.get_xydata())[0], line.get_marker()) for line in dots] == [
+        (1, 0, "D"),
+        (3, 0, "o"),
+        (5, 1, "D"),
+    ]
+    bars = [np.asarray(line.get_xydata())[:, 0].tolist() for line in ax.lines if line.get_color() == plots.VERMILION]
+    assert bars == [[2, 2], [5, 5]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seed 0", "seed 1", "mean"]
+
+
+def test_seed_dots_share_row_names_only_if_they_are_the_same() -> None:
+    same = plots.seed_dots({"x": {"a": [1.0]}, "y": {"a": [2.0]}}, "", "")
+    other = plots.seed_dots({"x": {"a": [1.0]}, "y": {"b": [2.0]}}, "", "")
+    names = [[[t.get_text() for t in ax.get_yticklabels()] for ax in figure.axes] for figure in (same, other)]
+    assert names == [[["a"], [""]], [["a"], ["b"]]]
+
+
+def test_seed_dots_refuse_more_seeds_than_markers() -> None:
+    with pytest.raises(ValueError, match="a row has 6 values; wanted 5 at most"):
+        plots.seed_dots({"x": {"a": [1.0] * 6}}, "", "")

@@ -1,9 +1,10 @@
 # make demo    a picture-book scene, segmented by the embedded model
 # make test    the quick tests; make test-slow: the others; make lint: style and types
+# make notebooks: all notebooks, quick, their figures compared with the recorded ones; make notebooks-full: as committed
 # make embedded: trains what lies in data/ again; make ablation: the table of data/README.md
 PYTHON ?= python3
 
-.PHONY: demo test test-slow lint embedded ablation
+.PHONY: demo test test-slow lint notebooks notebooks-full embedded ablation
 
 demo: .venv/.installed
 	.venv/bin/sptseg demo
@@ -18,6 +19,12 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+notebooks: .venv/.installed
+	.venv/bin/sptseg notebooks check --jobs 2
+
+notebooks-full: .venv/.installed
+	.venv/bin/sptseg notebooks run --save --jobs 2
 
 embedded: .venv/.installed
 	test -f data/tiny_clip.safetensors || .venv/bin/sptseg pretrain --output data/tiny_clip.safetensors

@@ -25,7 +25,8 @@ def show(figure: Figure, sentence: str) -> None:
 
     The PNG has 256 colours, so that a notebook of many figures stays small.
     """
-    small = Image.open(io.BytesIO(png_bytes(figure))).convert("RGB").quantize(256)
+    full = Image.open(io.BytesIO(png_bytes(figure))).convert("RGB")
+    small = full.quantize(256, Image.Quantize.FASTOCTREE)  # the default method loses rare colours: those of legends
     buffer = io.BytesIO()
     small.save(buffer, format="png", optimize=True)
     display(Picture(buffer.getvalue(), format="png", alt=sentence))

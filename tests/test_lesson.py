@@ -1,11 +1,14 @@
 """What the notebooks' cells share."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 from sptseg import lesson
 from sptseg.plots import Plot
@@ -59,3 +62,17 @@ def test_metrics_are_written_and_shown(shown: list[Any], tmp_path: Path) -> None
     assert "| hiou | 0.75 |" in shown[0].data
     with pytest.raises(ValueError, match="the metric slope is nan"):
         lesson.write_metrics(tmp_path, {"hiou": 0.5, "slope": float("nan")})
+
+
+def test_the_small_patches_of_a_legend_keep_their_colours(shown: list[Any]) -> None:
+    figure = Plot(4, 4)
+    figure.set_layout_engine("none")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    figure.add_axes((0, 0.1, 1, 0.9)).imshow(noise)
+    colours = [(0, 158, 115), (240, 228, 66), (0, 114, 178)]
+    for i, colour in enumerate(colours):
+        figure.add_artist(Rectangle((0.1 * i, 0), 0.04, 0.03, color=np.array(colour) / 255))
+    lesson.show(figure, "Noise, and three patches.")
+    picture = np.asarray(Image.open(io.BytesIO(shown[0].data)).convert("RGB")).astype(int)
+    for i, colour in enumerate(colours):
+        assert np.abs(picture[-5, 40 * i + 8] - colour).max() < 12

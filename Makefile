@@ -1,10 +1,10 @@
 # make demo    a picture-book scene, segmented by the embedded model
-# make test    the quick tests; make test-slow: the others; make lint: style and types
+# make test    the quick tests; make test-slow, make test-browser: the others; make lint: style and types
 # make notebooks: all notebooks, quick, their figures compared with the recorded ones; make notebooks-full: as committed
 # make embedded: trains what lies in data/ again; make ablation: the table of data/README.md
 PYTHON ?= python3
 
-.PHONY: demo test test-slow lint notebooks notebooks-full embedded ablation
+.PHONY: demo test test-slow test-browser lint notebooks notebooks-full embedded ablation
 
 demo: .venv/.installed
 	.venv/bin/sptseg demo
@@ -13,7 +13,10 @@ test: .venv/.installed
 	.venv/bin/python -m pytest
 
 test-slow: .venv/.installed
-	.venv/bin/python -m pytest -m "slow or browser"
+	.venv/bin/python -m pytest -m slow
+
+test-browser: .venv/.installed
+	.venv/bin/python -m pytest -m browser
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

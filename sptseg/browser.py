@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from sptseg import plots
 from sptseg.failures import KINDS, Predictions, confusion, error_map, errors
 from sptseg.metrics import iou_per_class
-from sptseg.panels import WIDE, Explorer, Panel, message, named_overlay, percent, row, table, unseen_note
+from sptseg.panels import WIDE, Explorer, Panel, message, named_overlay, pairs, percent, row, table, unseen_note
 from sptseg.spectra import luminance
 from sptseg.splits import IGNORE, spread_palette
 
 Array = np.ndarray
+ALL = "errors of all kinds"
 KIND_COLOURS = spread_palette(len(KINDS))
 
 
@@ -32,7 +33,7 @@ class FailureBrowser(Explorer):
         self.errors = errors(predictions, radius)
         self.names = [plots.marked(name, split.names(split.unseen)) for name in split.classes]
         self.kind = ipywidgets.Dropdown(
-            options=[("errors of all kinds", None), *((f"{i}  {kind}", kind) for i, kind in enumerate(KINDS, start=1))],
+            options=[(ALL, ALL), *((f"{i}  {kind}", kind) for i, kind in enumerate(KINDS, start=1))],
             description="Sort by", tooltip="What the pictures are sorted by", layout=Layout(width="320px"), **WIDE,
         )  # fmt: skip
         self.rank = ipywidgets.IntSlider(
@@ -45,7 +46,7 @@ class FailureBrowser(Explorer):
         self.panels = {name: Panel(name) for name in ("picture", "truth", "prediction", "errors")}
         self.note, self.kinds, self.table = HTML(), HTML(), HTML()
         controls = row([self.kind, self.rank, self.back, self.forth])
-        super().__init__([controls, self.note, row(self.panels.values()), row([self.kinds, self.table])])
+        super().__init__([controls, self.note, pairs(self.panels.values()), row([self.kinds, self.table])])
         self.kind.observe(self._sorted, "value")
         self.rank.observe(self.update, "value")
         self.update()
@@ -62,7 +63,7 @@ class FailureBrowser(Explorer):
     @property
     def position(self) -> int:
         """Which of the predictions' pictures is shown."""
-        return self.errors.worst(self.kind.value)[self.rank.value - 1]
+        return self.errors.worst(None if self.kind.value == ALL else self.kind.value)[self.rank.value - 1]
 
     def update(self, _change: object = None) -> None:
         """Shows the picture at this place, its truth, prediction and errors, and their figures."""

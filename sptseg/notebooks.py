@@ -1,18 +1,18 @@
 """The notebooks as programs: run by papermill, their figures compared with recorded ones, saved with their outputs.
 
 A notebook has one cell tagged `parameters`, and its last cell writes its figures to `metrics.json`. Every run has a
-folder of its own, `OUTPUT/NAME/`, which gets both the executed notebook and these figures. Baselines lie beside the
-notebooks' folder, in `tests/baselines/`, as {"figure": {"value": v, "tolerance": t}}.
+folder of its own, `OUTPUT/NAME/`, which gets both the executed notebook and these figures.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
+import io
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from PIL import Image
 from tqdm import tqdm
+
+from sptseg.baselines import baseline_file, compare, record
+from sptseg.files import write
 
 Notebook = dict[str, Any]  # as JSON
 Given = Annotated[
@@ -34,7 +38,6 @@ Names = tyro.conf.Positional[tuple[str, ...]]
 COMMON = ("quick", "seed", "device", "data_root", "output_dir")  # parameters of every notebook
 LARGEST = 1_500_000  # bytes of a committed notebook
 QUICK_TIMEOUT, FULL_TIMEOUT = 300, 900  # seconds a cell; the longest take a few
-TIMING = re.compile(r"(^|_)(seconds?|milliseconds?|ms)(_|$)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -177,7 +180,22 @@ def save(executed: Path, target: Path, seconds: float) -> None:
     size = len(text.encode())
     if size > LARGEST:
         raise ValueError(f"{target} would have {size / 1e6:.1f} MB; wanted {LARGEST / 1e6} at most: show fewer figures")
-    target.write_text(text, encoding="utf-8")
+    write(target, text)
+    for figure in picture(notebook):
+        write(target.parent / "pictures" / f"{target.stem}.png", figure)
+
+
+def picture(notebook: Notebook) -> list[bytes]:
+    """The figures of the cell tagged `picture`, as small PNGs: the README's map shows one."""
+    cells = [cell for cell in notebook["cells"] if "picture" in cell["metadata"].get("tags", ())]
+    found = []
+    for data in (output.get("data", {}).get("image/png") for cell in cells for output in cell["outputs"]):
+        if data:
+            image = Image.open(io.BytesIO(base64.b64decode("".join(data)))).convert("RGB")
+            image.thumbnail((480, 300), Image.Resampling.LANCZOS)
+            image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer := io.BytesIO(), "png", optimize=True)
+            found.append(buffer.getvalue())
+    return found
 
 
 def execute(
@@ -345,50 +363,3 @@ def check(
     print(summary(outcomes))
     if any(outcome.error or outcome.drift for outcome in outcomes):
         raise SystemExit(1)
-
-
-def baseline_file(path: Path, full: bool = False) -> Path:
-    return path.resolve().parents[1] / "tests" / "baselines" / ("full" if full else "") / f"{path.stem}.json"
-
-
-def lasting(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures that another machine should give too: all but timings, told by their names."""
-    return {name: value for name, value in figures.items() if not TIMING.search(name)}
-
-
-def compare(recorded: Mapping[str, Mapping[str, float]], figures: Mapping[str, float]) -> dict[str, str]:
-    """A sentence for every figure that drifted, is missing, or is new."""
-    found, drift = lasting(figures), {}
-    for name, wanted in recorded.items():
-        value, room = wanted["value"], wanted["tolerance"]
-        if name not in found:
-            drift[name] = f"{name} is missing; recorded is {value:g}"
-        elif abs(found[name] - value) > room:
-            off = f"it drifted by {found[name] - value:+g}"
-            drift[name] = f"{name} is {found[name]:g}; recorded is {value:g} ± {room:g}: {off}"
-    new = {name: f"{name} is new, {value:g}: record it with --update" for name, value in found.items()}
-    return drift | {name: line for name, line in new.items() if name not in recorded}
-
-
-def tolerance(name: str, value: float) -> float:
-    """Room for other machines' rounding: 1 %, and 0.002 at least; for what a training ends with 5 %, and 0.05."""
-    share, least = (0.05, 0.05) if "train" in name else (0.01, 0.002)
-    return float(f"{max(share * abs(value), least):.2g}")
-
-
-def record(file: Path, figures: Mapping[str, float]) -> list[str]:
-    """Writes a baseline; tolerances set there by hand stay. Returns a line for every change."""
-    old = json.loads(file.read_text()) if file.is_file() else {}
-    new = {
-        name: {"value": value, "tolerance": old[name]["tolerance"] if name in old else tolerance(name, value)}
-        for name, value in lasting(figures).items()
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(new, indent=1) + "\n")
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    lines = [f"{file.stem}: {name}: {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in changed]
-    return lines or [f"{file.stem}: nothing changed"]
-
-
-def _shown(figure: Mapping[str, float] | None) -> str:
-    return f"{figure['value']:g} ± {figure['tolerance']:g}" if figure else "none"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import ipywidgets
 import numpy as np
-from ipywidgets import HTML, Box, Layout, VBox
+from ipywidgets import HTML, Box, HBox, Layout, VBox
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.font_manager import findfont
@@ -61,7 +61,7 @@ class Panel(VBox):
     def __init__(self, title: str) -> None:
         self.name, self.title = title, HTML(f"<b>{escape(title)}</b>")
         self.image = ipywidgets.Image(layout=Layout(width=f"{PANEL}px", flex="0 0 auto"))  # no tooltip: 8.1.9 breaks
-        super().__init__([self.title, self.image], layout=Layout(width=f"{PANEL + 30}px"))
+        super().__init__([self.title, self.image], layout=Layout(width=f"{PANEL + 14}px"))
         self.add_class("panel-" + title.split(":")[0].replace(" ", "-"))
 
     def show(self, picture: Array, remark: str = "") -> None:
@@ -119,6 +119,12 @@ def _factor(picture: Array, width: float = PANEL) -> int:
 def row(parts: Iterable[ipywidgets.Widget]) -> Box:
     """Side by side while there is room, else below each other."""
     return Box(list(parts), layout=Layout(flex_flow="row wrap", align_items="flex-start"))
+
+
+def pairs(panels: Iterable[Panel]) -> Box:
+    """Four pictures side by side, or two above two where the page is narrow."""
+    first, second, third, fourth = panels
+    return row([HBox([first, second]), HBox([third, fourth])])
 
 
 def table(head: Sequence[str], rows: Iterable[tuple[Colour, Sequence[str]]], note: str = "") -> str:

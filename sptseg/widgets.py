@@ -37,6 +37,7 @@ from sptseg.panels import (
     before_and_after,
     message,
     named_overlay,
+    pairs,
     percent,
     row,
     shrunk,
@@ -104,7 +105,7 @@ class FrequencyExplorer(Explorer):
         self.panels["picture"].show(self.picture)
         self.note, self.table = HTML(), HTML()
         controls = [row([self.band, self.remove]), row([ipywidgets.Label("Presets"), *self.presets]), self.note]
-        super().__init__([*controls, row(self.panels.values()), self.table])
+        super().__init__([*controls, pairs(self.panels.values()), self.table])
         self._choosing, self._predict_soon = False, AfterPause(self.predict)
         for control in (self.band, self.remove):
             control.observe(self._changed, "value")
@@ -262,7 +263,7 @@ class FilterExplorer(Explorer):
             ("filter: amplitude", abs(response), 0, float(abs(response).max()), "cividis"),
             ("filter: phase, degrees", np.rad2deg(np.angle(response)), -180, 180, "twilight_shifted"),
             ("tokens before", before, -spread, spread, "RdBu_r"),
-            ("added by the prompt", added, -most, most, "RdBu_r"),
+            ("added by prompt", added, -most, most, "RdBu_r"),
             ("tokens after", after, -spread, spread, "RdBu_r"),
         ]
 

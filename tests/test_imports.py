@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "sptseg"
 ORDER = """
     files ops splits textures pen drawings scenes losses metrics plots transforms datasets clip encoder decoder model
     research checkpoints pretraining inference evaluation streams states training presets datacheck preflight ablation
-    hub spectra failures charts lesson panels browser widgets measure benchmark explore notebooks
-    demo options cli
+    hub spectra failures charts lesson panels browser widgets measure benchmark explore baselines
+    notebooks demo options cli
 """.split()
 EXEMPT = ("__init__", "__main__")
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

@@ -145,7 +145,7 @@ def test_the_filter_explorer_shows_what_the_prompt_adds(model: SptSeg) -> None:
     explorer = FilterExplorer(model, [toy()[0], stripes(8, 32)])
     before = all_bytes(explorer.panels)
     explorer.channel.value = (explorer.channel.value + 1) % 32
-    assert renewed(explorer.panels, before) >= {"filter: amplitude", "tokens before", "added by the prompt"}
+    assert renewed(explorer.panels, before) >= {"filter: amplitude", "tokens before", "added by prompt"}
     before = all_bytes(explorer.panels)
     explorer.picture.value = 1
     assert {"tokens before", "tokens after"} <= renewed(explorer.panels, before) <= set(before) - {"filter: amplitude"}
@@ -206,6 +206,7 @@ def test_the_failure_browser_steps_from_the_worst_picture_to_the_best(model: Spt
 
 def test_the_failure_browser_sorts_by_kind(model: SptSeg) -> None:
     browser = FailureBrowser(failures.collect(model, Toys(6), SPLIT))
+    assert browser.kind.label == "errors of all kinds"  # an option whose value is None would look empty
     browser.rank.value = 3
     for kind in failures.KINDS:
         browser.kind.value = kind

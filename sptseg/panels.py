@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from textwrap import fill
-from typing import Any, Literal
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -152,9 +152,13 @@ def unseen_note(names: Iterable[str]) -> str:
     return plots.UNSEEN_NOTE if any(name.endswith(plots.MARK) for name in names) else ""
 
 
-def percent(share: float, sign: Literal["-", "+"] = "-") -> str:
-    """A share 0..1, or with the sign "+" a difference of two; nan as a dash."""
-    return "–" if share != share else f"{100 * share:{sign}.1f} %"
+def percent(share: float) -> str:
+    return "–" if share != share else f"{100 * share:.1f} %"
+
+
+def points(change: float) -> str:
+    """The difference of two shares, in percentage points."""
+    return "–" if change != change else f"{100 * change:+.1f} points"
 
 
 def _bold(size: int) -> ImageFont.FreeTypeFont:

@@ -39,6 +39,7 @@ from sptseg.panels import (
     named_overlay,
     pairs,
     percent,
+    points,
     row,
     shrunk,
     spectrum_picture,
@@ -137,7 +138,7 @@ class FrequencyExplorer(Explorer):
         self.panels["prediction"].show(self._masks())
         measure = "Share of the picture" if self.label is None else "IoU"
         rows = [
-            (self.result.palette[i], (self.names[i], percent(before), percent(after), percent(after - before, "+")))
+            (self.result.palette[i], (self.names[i], percent(before), percent(after), points(after - before)))
             for i, before, after in self.changes()
         ]
         self.table.value = table((measure, "whole picture", "filtered", "change"), rows, unseen_note(self.names))

@@ -98,12 +98,13 @@ def test_the_change_of_a_class_is_that_of_its_iou_or_area(model: SptSeg) -> None
     image, label = toy()
     explorer = FrequencyExplorer(model, image, CLASSES, label, unseen=SPLIT.names(SPLIT.unseen))
     explorer.choose(0.0, 0.05)
-    kept = label != 255
+    kept, table_of = label != 255, explorer.table.value
     for i, before, after in explorer.changes():
         for result, iou in ((explorer.whole, before), (explorer.result, after)):
             found, true = (result.labels == i) & kept, label == i
             expected = (found & true).sum() / (found | true).sum() if (found | true).any() else float("nan")
             assert iou == pytest.approx(expected, nan_ok=True)
+        assert (f"{100 * (after - before):+.1f} points" if after == after and before == before else "–") in table_of
     assert "boat*" not in CLASSES and explorer.names[2] == "boat*"
     without = FrequencyExplorer(model, image, CLASSES)
     assert sum(before for _, before, _ in without.changes()) == pytest.approx(1)

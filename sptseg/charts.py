@@ -98,27 +98,27 @@ def class_band_table(
 ) -> Figure:
     """A table of IoU changes in percentage points, a row per class, a column per band; the class hurt most comes first.
 
-    Dark is a loss; figures whose interval contains 0 are in brackets.
+    Dark is a loss; figures whose interval contains 0 are in brackets; a class that does not occur has empty cells.
     """
+    import seaborn  # here, as it takes seconds to load
+
     ordered = sorted(changes, key=lambda name: np.nansum([each.change for each in changes[name]]))
     values = 100 * np.array([[each.change for each in changes[name]] for name in ordered])
+    unsure = [[each.low <= 0 <= each.high for each in changes[name]] for name in ordered]
+    texts = [
+        [f"({v:+.0f})" if doubt else f"{v:+.0f}" for v, doubt in zip(*row, strict=True)]
+        for row in zip(values, unsure, strict=True)
+    ]
     figure = Plot(2.2 + 0.95 * len(bands), 1.2 + 0.215 * len(ordered), title)
     ax = figure.subplots()
-    deepest = max(1.0, -np.nanmin(values))
-    ax.imshow(-values, cmap="cividis_r", vmin=0, vmax=deepest, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        each = changes[ordered[row]][column]
-        sure = each.low > 0 or each.high < 0
-        text = "-" if np.isnan(value) else f"{value:+.0f}" if sure else f"({value:+.0f})"
-        ax.text(
-            column, row, text, ha="center", va="center", size=8.5, color="white" if -value > 0.45 * deepest else INK
-        )
-    ax.set_xticks(range(len(bands)), bands, fontsize=8.5)
-    ax.set_yticks(range(len(ordered)), [marked(name, unseen) for name in ordered], fontsize=8.5)
+    seaborn.heatmap(
+        values, vmin=min(-1.0, np.nanmin(values)), vmax=0, cmap="cividis", cbar=False, ax=ax,
+        annot=np.array(texts), fmt="", annot_kws={"size": 8.5},
+        xticklabels=list(bands), yticklabels=[marked(name, unseen) for name in ordered],
+    )  # fmt: skip
     ax.xaxis.tick_top()
     ax.set_xlabel(f"{UNSEEN_NOTE}; (in brackets): the 95 % interval contains 0", fontsize=8.5)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
+    ax.tick_params(length=0, labelsize=8.5, labelrotation=0)
     return figure
 
 

@@ -108,7 +108,7 @@ def bare_encoder(model: SptSeg, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
 
 def to_labels(model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
     size = (images.shape[-2], images.shape[-1])
-    return [logits.labels(size) for logits in window_logits(model, images, text, window_batch=max(8, len(images)))]
+    return [logits.labels(size) for logits in window_logits(model, images, text, window_batch=max(4, len(images)))]
 
 
 def large_picture(sizes: Sizes, device: torch.device) -> Work:

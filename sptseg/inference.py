@@ -151,7 +151,7 @@ def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
 
 @torch.inference_mode()
 def window_logits(
-    model: SptSeg, images: Tensor, text: Tensor, *, offset: Tensor | None = None, window_batch: int = 8
+    model: SptSeg, images: Tensor, text: Tensor, *, offset: Tensor | None = None, window_batch: int = 4
 ) -> list[WindowLogits]:
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 

@@ -6,11 +6,11 @@ scaled so that white noise of variance v has power v at every frequency, whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -352,14 +352,3 @@ def filter_radial(response: Array) -> FilterRadial:
         columns += [np.array([values.mean() for values in each])]
         columns += [np.stack([np.quantile(values, (0.1, 0.5, 0.9)) for values in each], axis=1)]
     return FilterRadial(np.arange(len(rings)) / min(height, width), *columns)
-
-
-def seed_differences(
-    rows: Sequence[Mapping[str, Any]], name: str, other: str, figure: str = "hiou"
-) -> dict[int, float]:
-    """A figure of one configuration less that of another, by training seed, from the runs of `sptseg ablate`."""
-    runs = {(row["name"], row["seed"]): row["scores"][figure] for row in rows}
-    seeds = [seed for run, seed in runs if run == name and (other, seed) in runs]
-    if not seeds:
-        raise ValueError(f"no seed has runs of both {name!r} and {other!r}; run sptseg ablate with both")
-    return {seed: runs[name, seed] - runs[other, seed] for seed in seeds}

@@ -302,13 +302,3 @@ def test_the_response_is_what_the_layer_does_to_a_wave() -> None:
         y = prompt(x, token[None], prompt.filter((8, 6)))
         gained = (torch.fft.fft2(y, dim=(1, 2)) / torch.fft.fft2(x, dim=(1, 2)))[0, rows, columns]
         assert np.allclose(gained.detach().numpy(), response[rows, columns], atol=1e-4)
-
-
-def test_seed_differences() -> None:
-    rows = [
-        {"name": name, "seed": seed, "scores": {"hiou": value}}
-        for name, seed, value in [("a", 0, 0.5), ("a", 1, 0.7), ("b", 1, 0.6), ("b", 2, 0.1)]
-    ]
-    assert spectra.seed_differences(rows, "a", "b") == {1: pytest.approx(0.1)}
-    with pytest.raises(ValueError, match="'c'"):
-        spectra.seed_differences(rows, "a", "c")

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sptseg.files import write
+
 TIMING = re.compile(r"(^|_)(seconds?|milliseconds?|ms)(_|$)")
 
 
@@ -49,8 +51,7 @@ def record(file: Path, figures: Mapping[str, float]) -> list[str]:
         name: {"value": value, "tolerance": old[name]["tolerance"] if name in old else tolerance(name, value)}
         for name, value in lasting(figures).items()
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(new, indent=1) + "\n")
+    write(file, json.dumps(new, indent=1) + "\n")
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     lines = [f"{file.stem}: {name}: {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in changed]
     return lines or [f"{file.stem}: nothing changed"]

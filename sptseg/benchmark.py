@@ -51,7 +51,6 @@ from sptseg.splits import Split
 from sptseg.splits import scenes as scenes_split
 from sptseg.streams import Positions, TrainingStream, collate, label_table, set_apart
 from sptseg.training import TrainConfig, Trainee, parameter_groups, step, training_augmentation
-from sptseg.widgets import FrequencyExplorer
 
 Suite = Literal["inference", "training", "loss", "data", "widgets"]
 PLAIN = Path(__file__).parents[1] / "tests" / "plain.py"
@@ -310,6 +309,10 @@ def data(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
 
 def widgets(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     """What one movement of the band explorer's slider takes: filtering at once, the masks after a pause."""
+    try:
+        from sptseg.widgets import FrequencyExplorer  # ipywidgets is an optional part
+    except ImportError as error:
+        raise ValueError("the widgets suite needs ipywidgets: pip install 'sptseg[notebooks]'") from error
     image, _ = scenes.draw(7, size=sizes.side)
     explorer = FrequencyExplorer(load_model(), image, ["tree", "sky", "grass", "house"])
     yield from watch.compare(

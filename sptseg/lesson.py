@@ -15,6 +15,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sptseg.files import write
 from sptseg.plots import png_bytes
 
 NOT_YET = "Not yet: replace the `...` above and run the cell again."
@@ -66,9 +67,7 @@ def write_metrics(output_dir: str | Path, metrics: Mapping[str, float]) -> None:
     if wrong:
         raise ValueError(f"the metric {wrong[0]} is {metrics[wrong[0]]}; wanted a finite number: leave out what is not")
     values = {name: round(float(value), 6) for name, value in metrics.items()}
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(values, indent=1) + "\n")
+    write(Path(output_dir) / "metrics.json", json.dumps(values, indent=1) + "\n")
     say(
         "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in values.items())])
     )

@@ -1,6 +1,8 @@
 """The shape of the package: modules in one order, each importing only from those before it, each short."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +57,9 @@ def test_a_module_imports_only_from_those_before_it(module: str) -> None:
 def test_a_module_is_read_in_one_sitting(module: str) -> None:
     lines = len((PACKAGE / f"{module}.py").read_text().splitlines())
     assert lines <= 400, f"{module}.py has {lines} lines; 400 at most"
+
+
+def test_the_command_line_needs_none_of_the_optional_parts() -> None:
+    extras = "IPython ipywidgets nbformat papermill skimage tensorboard voila".split()
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({extras})); import sptseg.cli"
+    subprocess.run([sys.executable, "-c", hidden], check=True)

@@ -41,9 +41,8 @@ from sptseg.measure import (
     cores,
     line,
     machine,
-    matrix_product_rate,
-    operations,
     peak_memory,
+    utilisation,
 )
 from sptseg.model import ModelConfig, SptSeg, build_model
 from sptseg.ops import resize_positions
@@ -140,11 +139,10 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             cases[f"{count} classes, {name}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
             against[f"{count} classes, {name}"] = bare_name
     against["bare encoder, bf16"] = "bare encoder, float32"
-    rates = {name: matrix_product_rate(watch, dtype) for name, (_, dtype) in widths.items()}
     for row in watch.compare("inference", cases, against):
         assert row.seconds is not None
-        share = operations(cases[row.case]) / row.seconds / rates[row.case.rpartition(" ")[2]]
-        yield replace(row, extra={"windows_per_second": len(images) / row.seconds, "utilisation": share})
+        used = utilisation(watch, cases[row.case], row.seconds, widths[row.case.rpartition(" ")[2]][1])
+        yield replace(row, extra={"windows_per_second": len(images) / row.seconds, **used})
     yield Row("inference", "labels that are equal in bf16 and float32", extra={"share": equal_labels(sizes, device)})
     name = f"{sizes.many} classes, picture of {sizes.large} x {sizes.large}, float32, above the weights"
     yield Row("inference", name, peak_gib=peak_memory(large_picture, sizes, device, device=device))
@@ -245,9 +243,8 @@ def training(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     rows = watch.compare("training", {names[0]: forward, names[1]: made.step}, {names[1]: names[0]})
     seconds = rows[1].seconds
     assert seconds is not None
-    share = operations(made.step) / seconds / matrix_product_rate(watch, dtype)
     yield rows[0]
-    extra = {"images_per_second": made.batch / seconds, "utilisation": share}
+    extra = {"images_per_second": made.batch / seconds, **utilisation(watch, made.step, seconds, dtype)}
     yield replace(rows[1], extra=extra, peak_gib=peak_memory(training_step, sizes, watch.device, device=watch.device))
     with tempfile.TemporaryDirectory() as folder:
         loader = iter(stream_loader(Path(folder), made, sizes, workers=min(8, cores())))

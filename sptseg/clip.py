@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sptseg.files import write
+from sptseg.ops import attend, linear
 
 TINY = "tiny"
 TEMPLATES = ("a photo of a {}",)
@@ -221,22 +221,12 @@ def check_visual(name: str, visual: object) -> None:
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """open_clip's residual attention block on tokens (B, N, D), equal to `block(x)`.
-
-    On the CPU, under autograd, attention as two batched matrix products trains faster than the fused kernel, whose
-    backward pass is slow there: twice as fast for 256 tokens, a tenth for 1024. It keeps all attention weights (50 MB a
-    block and picture for 1024 tokens and 12 heads), so longer sequences use the fused kernel.
-    """
+    """open_clip's residual attention block on tokens (B, N, D), equal to `block(x)`."""
     assert isinstance(block, ResidualAttentionBlock)
-    if x.device.type != "cpu" or x.shape[1] > 1200 or not torch.is_grad_enabled():
-        return block(x)
-    attention, (batch, tokens, width) = block.attn, x.shape
-    heads = attention.num_heads
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = (  # each (B * heads, N, head width)
-        qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, -1)
-    )
-    weights = torch.bmm(query * math.sqrt(heads / width), key.transpose(1, 2)).softmax(dim=-1).to(value.dtype)
-    mixed = torch.bmm(weights, value).view(batch, heads, tokens, -1).transpose(1, 2).reshape(batch, tokens, width)
-    x = x + block.ls_1(attention.out_proj(mixed))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    attention, (expand, activation, contract) = block.attn, cast("tuple[Any, Any, Any]", block.mlp)
+    qkv = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
+    mixed = attend(query, key, value).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(linear(mixed, attention.out_proj.weight, attention.out_proj.bias))
+    hidden = activation(linear(block.ln_2(x), expand.weight, expand.bias))
+    return x + block.ls_2(linear(hidden, contract.weight, contract.bias))

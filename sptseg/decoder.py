@@ -14,12 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sptseg.ops import Grid, from_windows, grid_to_tokens, pad_to_multiple, to_windows, tokens_to_grid
+from sptseg.ops import Grid, from_windows, grid_to_tokens, linear, pad_to_multiple, to_windows, tokens_to_grid
 
 DecoderKind = Literal["spectral", "cross_attention"]
 DecoderStart = Literal["random", "dense_clip"]
 LOW_FREQUENCY_SHARE = 0.9
 START_THRESHOLD = 0.3  # cosine of patch and text at which a dense start says "maybe"; learned from there
+
+
+class Linear(nn.Linear):
+    """torch's, by `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:
@@ -53,10 +60,10 @@ class HighLowAttention(nn.Module):
         self.window = window
         self.low_width = low_heads * self.head_width
         high_width = width - self.low_width
-        self.high_qkv = nn.Linear(width, 3 * high_width, bias=False)
-        self.low_query = nn.Linear(width, self.low_width, bias=False)
-        self.low_key_value = nn.Linear(width, 2 * self.low_width, bias=False)
-        self.low_projection = nn.Linear(self.low_width, self.low_width)
+        self.high_qkv = Linear(width, 3 * high_width, bias=False)
+        self.low_query = Linear(width, self.low_width, bias=False)
+        self.low_key_value = Linear(width, 2 * self.low_width, bias=False)
+        self.low_projection = Linear(self.low_width, self.low_width)
 
     def high(self, x: Tensor) -> Tensor:
         """Padded grid (B, H, W, E) -> (B, H, W, h_hi * d)."""
@@ -91,7 +98,7 @@ class QueryUpdate(nn.Module):
         super().__init__()
         norm = nn.RMSNorm if keep_direction else nn.LayerNorm
         self.feedforward = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+            Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), Linear(4 * width, width)
         )
         self.norm_attention = norm(width)
         self.norm_feedforward = norm(width)
@@ -120,7 +127,7 @@ class SpectralGuidedLayer(nn.Module):
         self.top_down = nn.Parameter(torch.zeros(width, width) if residual else torch.eye(width))
         self.residual = residual
         self.attention_dropout = nn.Dropout(dropout)
-        self.update_projection = None if last else nn.Linear(width, width)
+        self.update_projection = None if last else Linear(width, width)
         self.update = None if last else QueryUpdate(width, dropout, keep_direction=residual)
 
     def selected(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -153,10 +160,10 @@ class CrossAttentionLayer(nn.Module):
     def __init__(self, width: int, heads: int, *, dropout: float, last: bool, keep_direction: bool) -> None:
         super().__init__()
         self.head_width = width // heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = None if last else nn.Linear(width, width)
-        self.update_projection = None if last else nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = None if last else Linear(width, width)
+        self.update_projection = None if last else Linear(width, width)
         self.update = None if last else QueryUpdate(width, dropout, keep_direction)
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -208,7 +215,7 @@ class Decoder(nn.Module):
             raise ValueError(f"the embedding width {width} is no multiple of decoder_heads {heads}; choose a divisor")
         if kind == "spectral" and heads < 2:
             raise ValueError(f"the spectral decoder needs at least 2 heads, one for each branch, got {heads}")
-        self.query_map = nn.Linear(2 * width, width)
+        self.query_map = Linear(2 * width, width)
         last = [i == layers - 1 for i in range(layers)]
         dense = start == "dense_clip"
         if kind == "spectral":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sptseg.clip import run_block
-from sptseg.ops import Grid, fourier_filter, resample_filter, resize_positions, tokens_to_grid
+from sptseg.ops import Grid, fourier_filter, linear, resample_filter, resize_positions, tokens_to_grid
 
 
 class SpectralPrompt(nn.Module):
@@ -132,13 +132,14 @@ class PromptedEncoder(nn.Module):
         x = self.embed(images)
         class_token, patches = x[:, :1], x[:, 1:]
         weight = self.spectral_prompt.filter(grid) if self.spectral_prompt is not None else None
+        projected = None if self.prompts is None else self.prompt_projection(self.prompts)  # (1 + depth, K, D)
         for i, block in enumerate(self.visual.transformer.resblocks):
             if self.spectral_prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
                 patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
             parts = [class_token, patches]
-            if self.prompts is not None and i <= self.prompt_depth:
-                prompts = self.prompt_dropout(self.prompt_projection(self.prompts[i]).expand(len(patches), -1, -1))
+            if projected is not None and i <= self.prompt_depth:
+                prompts = self.prompt_dropout(projected[i].expand(len(patches), -1, -1))
                 parts.insert(1, prompts.to(patches.dtype))
             tokens = torch.cat(parts, dim=1)
             if self.checkpointing and torch.is_grad_enabled():
@@ -153,6 +154,6 @@ class PromptedEncoder(nn.Module):
         grid = self.grid_of(images)
         (x,) = deque(self.states(images), maxlen=1)  # (B, ..., D) after the last block
         tokens = torch.cat([x[:, :1], x[:, -grid[0] * grid[1] :]], dim=1)
-        embedded = self.visual.ln_post(self.prompt_norm(tokens)) @ self.visual.proj
+        embedded = linear(self.visual.ln_post(self.prompt_norm(tokens)), cast(Tensor, self.visual.proj).T)
         embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
         return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]

@@ -102,10 +102,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def utilisation(watch: Stopwatch, work: Work, seconds: float, dtype: torch.dtype) -> dict[str, float]:
+    """On a GPU, {"utilisation": operations a second, as a share of those in a large matrix product}."""
+    if watch.device.type == "cpu":
+        return {}  # there it would compare oneDNN with MKL, see `sptseg.ops.linear`
+    return {"utilisation": operations(work) / seconds / matrix_product_rate(watch, dtype)}
+
+
 @torch.inference_mode()
 def matrix_product_rate(watch: Stopwatch, dtype: torch.dtype) -> float:
     """Floating-point operations a second in a large matrix product: what utilisation is measured against."""
-    n = 8192 if watch.device.type == "cuda" else 1024
+    n = 8192
     a = torch.randn(n, n, device=watch.device).to(dtype)
     (row,) = watch.compare("", {"product": lambda: a @ a}, {})
     assert row.seconds is not None

@@ -37,9 +37,8 @@ def test_inference_against_the_bare_encoder(tmp_path: Path, monkeypatch: pytest.
     for width in ("float32", "bf16"):
         for classes in (QUICK.few, QUICK.many):
             row = rows[f"{classes} classes, {width}"]
-            assert row["against"] == f"bare encoder, {width}" and row["ratio"] > 0.5
+            assert row["against"] == f"bare encoder, {width}" and row["ratio"] > 0.3
             assert row["extra"]["windows_per_second"] == pytest.approx(1 / row["seconds"])
-            assert 0 < row["extra"]["utilisation"] < 2
     assert rows["labels that are equal in bf16 and float32"]["extra"]["share"] >= 0.99
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +18,38 @@ from sptseg import ops
 side = st.integers(1, 9)
 grids = st.tuples(side, side)
 few = settings(max_examples=25, deadline=None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (4, 5), (2, 3, 4), (1, 1)])
+def test_linear_equals_torchs_in_value_and_gradient(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight, cotangent = torch.randn(*shape, 7), torch.randn(6, 7), torch.randn(*shape, 6)
+    inputs = [x.requires_grad_(), weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
+    ours, plain = ops.linear(*inputs), F.linear(*inputs)
+    assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert_close(torch.autograd.grad(ours, inputs, cotangent), torch.autograd.grad(plain, inputs, cotangent))
+
+
+def test_linear_goes_by_the_types() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert_close(ops.linear(x.double(), weight.double()), x.double() @ weight.double().T)
+    with torch.autocast("cpu"):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 600])  # below and above where float32 goes head by head
+def test_attention_equals_plain_attention_in_value_and_gradient(tokens: int, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype).requires_grad_() for n in (5, tokens, tokens))
+    ours = ops.attend(query, key, value)
+    wide = [part.detach().double().requires_grad_() for part in (query, key, value)]
+    plain = (wide[0] @ wide[1].transpose(-2, -1) / math.sqrt(8)).softmax(dim=-1) @ wide[2]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
+    assert_close(ours.double(), plain, **tolerance)
+    cotangent = torch.randn(ours.shape, dtype=dtype)
+    gradients = torch.autograd.grad(ours, (query, key, value), cotangent)
+    for gradient, expected in zip(gradients, torch.autograd.grad(plain, wide, cotangent.double()), strict=True):
+        assert_close(gradient.double(), expected, **tolerance)
 
 
 def random_filter(grid: ops.Grid, channels: int = 2) -> Tensor:

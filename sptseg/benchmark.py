@@ -75,7 +75,7 @@ QUICK = Sizes(TINY, side=64, few=3, many=5, large=160, loss_classes=6, batch=2, 
 
 
 def plain_twins() -> ModuleType:
-    """tests/plain.py of a clone: the losses in plain PyTorch."""
+    """tests/plain.py of a clone: the model and its losses in plain PyTorch."""
     if not PLAIN.is_file():
         raise ValueError(f"the plain losses to compare with are missing ({PLAIN}); run the loss suite from a clone")
     spec = importlib.util.spec_from_file_location("plain", PLAIN)
@@ -139,6 +139,11 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             cases[f"{count} classes, {name}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
             against[f"{count} classes, {name}"] = bare_name
     against["bare encoder, bf16"] = "bare encoder, float32"
+    if PLAIN.is_file():
+        plain = torch.inference_mode()(plain_twins().labels)
+        for count, embeddings in text.items():
+            cases[name := f"plain PyTorch, {count} classes, float32"] = lambda e=embeddings: plain(model, images, e)
+            against[name] = "bare encoder, float32"
     for row in watch.compare("inference", cases, against):
         assert row.seconds is not None
         used = utilisation(watch, cases[row.case], row.seconds, widths[row.case.rpartition(" ")[2]][1])
@@ -228,6 +233,14 @@ class Training:
         batch = (self.images, self.labels) if images is None or labels is None else (images, labels)
         step(self.accelerator, self.trainee, self.optimizer, [batch], self.split, self.config)
 
+    def plain_step(self) -> None:
+        """The same in plain PyTorch, float32."""
+        plain = plain_twins()
+        self.optimizer.zero_grad()
+        logits = plain.mask_logits(self.model, self.images, self.trainee.text)
+        plain.segmentation_loss(logits, self.labels, "spt")["total"].backward()
+        self.optimizer.step()
+
 
 def training_step(sizes: Sizes, device: torch.device) -> Work:
     return Training(sizes, device).step
@@ -240,10 +253,15 @@ def training(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     bare = bare_encoder(made.model, sizes, dtype)
     forward = torch.inference_mode()(lambda: bare(made.images.to(dtype)))
     names = (f"bare encoder, forward, batch {made.batch}", f"step, batch {made.batch}, {sizes.few} classes")
-    rows = watch.compare("training", {names[0]: forward, names[1]: made.step}, {names[1]: names[0]})
+    cases, against = {names[0]: forward, names[1]: made.step}, {names[1]: names[0]}
+    if PLAIN.is_file() and watch.device.type == "cpu":
+        cases[name := f"plain PyTorch, step, batch {made.batch}, {sizes.few} classes"] = made.plain_step
+        against[name] = names[0]
+    rows = watch.compare("training", cases, against)
     seconds = rows[1].seconds
     assert seconds is not None
     yield rows[0]
+    yield from rows[2:]
     extra = {"images_per_second": made.batch / seconds, **utilisation(watch, made.step, seconds, dtype)}
     yield replace(rows[1], extra=extra, peak_gib=peak_memory(training_step, sizes, watch.device, device=watch.device))
     with tempfile.TemporaryDirectory() as folder:

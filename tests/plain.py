@@ -1,11 +1,114 @@
-"""The loss terms the slow, obvious way: all maps at full size, in the logits' own type, with autograd's gradients."""
+"""The model and its losses the obvious way: all maps at full size, in the logits' own type, autograd's gradients."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
+
+from sptseg.decoder import CrossAttentionLayer, Decoder, HighLowAttention, QueryUpdate
+from sptseg.encoder import PromptedEncoder
+from sptseg.model import SptSeg
+from sptseg.ops import resize_positions
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def encode(encoder: PromptedEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit patch embeddings (B, E, H, W) and image embeddings (B, E); open_clip's own blocks, no dropout."""
+    clip = encoder.visual
+    grid = images.shape[2] // encoder.patch_size[0], images.shape[3] // encoder.patch_size[1]
+    patches = F.conv2d(images, clip.conv1.weight, stride=clip.patch_size).flatten(2).transpose(1, 2)
+    token = clip.class_embedding.expand(len(images), 1, -1)
+    x = torch.cat([token, patches], dim=1) + resize_positions(clip.positional_embedding, clip.grid_size, grid)
+    if encoder.class_embedding_twice:
+        x = torch.cat([token + x[:, :1], x[:, 1:]], dim=1)
+    x = clip.ln_pre(x)
+    token, patches = x[:, :1], x[:, 1:]
+    for i, block in enumerate(clip.transformer.resblocks):
+        if i in encoder.spectral_layers:
+            patches = patches + filtered(patches * token, encoder.spectral_prompt.filter(grid), grid)
+        prompts = patches[:, :0]
+        if encoder.prompts is not None and i <= encoder.prompt_depth:
+            prompts = linear(encoder.prompt_projection, encoder.prompts[i]).expand(len(images), -1, -1)
+        x = block(torch.cat([token, prompts, patches], dim=1))
+        token, patches = x[:, :1], x[:, 1 + prompts.shape[1] :]
+    token, patches = (F.normalize(clip.ln_post(encoder.prompt_norm(y)) @ clip.proj, dim=-1) for y in (token, patches))
+    return patches.transpose(1, 2).unflatten(2, grid), token[:, 0]
+
+
+def filtered(tokens: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
+    """irfft2(rfft2(X) * F) of tokens (B, N, D)."""
+    spectrum = torch.fft.rfft2(tokens.unflatten(1, grid), dim=(1, 2), norm="ortho")
+    return torch.fft.irfft2(spectrum * weight, s=grid, dim=(1, 2), norm="ortho").flatten(1, 2)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, head_width: int) -> Tensor:
+    """Heads one by one, side by side in the last axis of query (..., N, h * d), key and value (..., M, h * d)."""
+    heads = zip(*(x.split(head_width, dim=-1) for x in (query, key, value)), strict=True)
+    return torch.cat([(q @ k.mT / math.sqrt(head_width)).softmax(dim=-1) @ v for q, k, v in heads], dim=-1)
+
+
+def high_low(module: HighLowAttention, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Y (B, N, E): attention inside windows, and from every token to the pooled grid."""
+    (height, width), s = grid, module.window
+    x = F.pad(tokens.unflatten(1, grid), (0, 0, 0, -width % s, 0, -height % s))
+    windows = x.unfold(1, s, s).unfold(2, s, s).flatten(4).mT  # (B, H/s, W/s, s², E)
+    query, key, value = linear(module.high_qkv, windows).chunk(3, dim=-1)
+    high = attention(query, key, value, module.head_width).unflatten(3, (s, s))
+    high = high.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    key, value = linear(module.low_key_value, windows.mean(dim=3).flatten(1, 2)).chunk(2, dim=-1)
+    low = attention(linear(module.low_query, tokens), key, value, module.head_width)
+    return torch.cat([high.flatten(1, 2), linear(module.low_projection, low)], dim=-1)
+
+
+def updated(module: QueryUpdate, queries: Tensor, update: Tensor) -> Tensor:
+    queries = module.norm_attention(queries + update)
+    expand, _, _, contract = module.feedforward
+    return module.norm_feedforward(queries + linear(contract, linear(expand, queries).relu()))
+
+
+def decode(decoder: Decoder, patches: Tensor, image: Tensor, text: Tensor) -> Tensor:
+    """Mask logits (B, C, H, W)."""
+    grid, tokens = patches.shape[2:], patches.flatten(2).transpose(1, 2)
+    text = text.expand(len(image), -1, -1)
+    queries = linear(decoder.query_map, torch.cat([image[:, None] * text, text], dim=-1))
+    layer: Any
+    for layer in decoder.layers:
+        if isinstance(layer, CrossAttentionLayer):
+            query, key = linear(layer.query, queries), linear(layer.key, tokens)
+            logits = query @ key.mT / math.sqrt(layer.head_width) / (query.shape[-1] // layer.head_width)
+            if layer.update is not None:
+                mixed = attention(query, key, linear(layer.value, tokens), layer.head_width)
+                queries = updated(layer.update, queries, linear(layer.update_projection, mixed))
+            continue
+        y = high_low(layer.attention, tokens, grid)
+        if layer.selection_vector is not None:
+            y = F.cosine_similarity(y, layer.selection_vector, dim=-1).clamp(0, 1)[..., None] * y
+        y = y @ layer.top_down + (tokens if layer.residual else 0)
+        logits = queries @ y.mT
+        if layer.update is not None:
+            queries = updated(layer.update, queries, linear(layer.update_projection, logits.softmax(dim=-1) @ y))
+    if decoder.log_scale is not None:
+        logits = decoder.log_scale.exp() * (logits * decoder.unit - decoder.threshold)
+    return logits.unflatten(2, grid)
+
+
+def mask_logits(model: SptSeg, images: Tensor, text: Tensor) -> Tensor:
+    """The twin of `SptSeg.forward` of a model with a decoder, without dropout."""
+    return decode(model.decoder, *encode(model.encoder, images), text)
+
+
+def labels(model: SptSeg, images: Tensor, text: Tensor) -> Tensor:
+    """(B, S, S')."""
+    large = F.interpolate(mask_logits(model, images, text), size=images.shape[2:], mode="bilinear", align_corners=False)
+    return large.sigmoid().argmax(dim=1)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -20,7 +123,7 @@ def focal_loss(logits: Tensor, target: Tensor, pairs: Tensor) -> Tensor:
 
 def blur(maps: Tensor) -> Tensor:
     """An 11 x 11 Gaussian window, sigma 1.5, with 5 zeros of padding, on every map of (B, C, S, S')."""
-    d = torch.arange(-5, 6, dtype=maps.dtype)
+    d = torch.arange(-5, 6, dtype=maps.dtype, device=maps.device)
     window = torch.exp(-(d[:, None] ** 2 + d[None] ** 2) / (2 * 1.5**2))
     window = (window / window.sum()).expand(maps.shape[1], 1, 11, 11)
     return F.conv2d(maps, window, padding=5, groups=maps.shape[1])

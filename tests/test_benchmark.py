@@ -39,12 +39,14 @@ def test_inference_against_the_bare_encoder(tmp_path: Path, monkeypatch: pytest.
             row = rows[f"{classes} classes, {width}"]
             assert row["against"] == f"bare encoder, {width}" and row["ratio"] > 0.3
             assert row["extra"]["windows_per_second"] == pytest.approx(1 / row["seconds"])
+    assert rows[f"plain PyTorch, {QUICK.few} classes, float32"]["ratio"] > 0.3
     assert rows["labels that are equal in bf16 and float32"]["extra"]["share"] >= 0.99
 
 
 def test_training_against_the_bare_encoders_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of("training", tmp_path, monkeypatch)
     assert rows["step, batch 2, 3 classes"]["ratio"] > 1
+    assert rows["plain PyTorch, step, batch 2, 3 classes"]["ratio"] > 1
     extra = rows["steps, loading included"]["extra"]
     assert extra["hours_voc_20k"] == pytest.approx(20_000 * 16 / extra["images_per_second"] / 3600)
     assert extra["hours_coco_stuff_80k"] == pytest.approx(4 * extra["hours_voc_20k"])

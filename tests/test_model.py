@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import open_clip
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -406,6 +407,40 @@ def test_run_block_equals_the_block(tokens: int, layer_scale: float | None, quic
         assert_close(ours_gradient, theirs_gradient, atol=2e-3, rtol=1e-4)
     with torch.no_grad():
         assert_close(run_block(block, ours), expected, atol=1e-5, rtol=1e-5)
+
+
+# The plain twin
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 56)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prompt_depth": 1, "spectral_layers": (0, 2), "decoder_window": 2, "decoder_layers": 2},
+        {"prompt_tokens": 0, "class_embedding_twice": False},
+        {"start": "dense_clip", "selection": False},
+        {"start": "dense_clip"},
+        {"spectral_layers": (), "decoder": "cross_attention"},
+        {"spectral_layers": (), "decoder": "cross_attention", "start": "dense_clip"},
+    ],
+    ids=lambda changes: ",".join(changes) or "released",
+)
+def test_the_model_equals_its_plain_twin_in_value_and_gradient(changes: dict[str, Any], size: tuple[int, int]) -> None:
+    model = new_model(**changes).eval()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.2)  # away from zeros and ones, which hide what is left out
+    if model.config.selection and model.config.decoder == "spectral":
+        select_tokens(model)
+    images, text = torch.randn(2, 3, *size), text_of(4)
+    ours, theirs = model(images, text), plain.mask_logits(model, images, text)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
+    cotangent = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(logits, [*trained.values()], cotangent) for logits in (ours, theirs)]
+    for name, gradient, expected in zip(trained, *gradients, strict=True):
+        zero = 1e-7 * cotangent.norm()  # keys' biases have no gradient but what rounding leaves
+        assert (gradient - expected).norm() < 1e-3 * expected.norm() + zero, name
 
 
 # Text

@@ -43,6 +43,7 @@ def evaluate_command(
     seen_offset: float | None = None,
     limit: int | None = None,
     skip_unreadable: bool = False,
+    workers: int = 2,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Scores of a model on a data set: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean.
@@ -56,16 +57,16 @@ def evaluate_command(
         seen_offset: what the scores of seen classes are lowered by; by default the model's own, 0 across data sets.
         limit: look at the first pictures only.
         skip_unreadable: leave out pictures that cannot be read, and list them, instead of stopping at the first.
+        workers: processes that read ahead.
         json_file: write the scores there, each class's IoU too.
     """
     dataset, split = data.load("evaluation")
     model = which.load()
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
     across = bool(shown) and {*shown, *new} != set(split.classes)
-    if across and seen_offset is None:
-        seen_offset = 0.0
-    options = {"seen_offset": seen_offset, "limit": limit, "skip_unreadable": skip_unreadable}
-    scores = evaluate(model, dataset, split, **options)
+    seen_offset = 0.0 if across and seen_offset is None else seen_offset
+    options = {"limit": limit, "skip_unreadable": skip_unreadable, "workers": workers}
+    scores = evaluate(model, dataset, split, seen_offset=seen_offset, **options)
     report = scores.as_dict() | ({"left_out": list(scores.left_out)} if skip_unreadable else {})
     print(scores.table())
     print_left_out(scores.left_out)

@@ -220,12 +220,21 @@ def check_visual(name: str, visual: object) -> None:
         )
 
 
-def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """open_clip's residual attention block on tokens (B, N, D), equal to `block(x)`."""
+def run_block(block: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """open_clip's residual attention block on tokens x (B, N, D), equal to `block(x)`.
+
+    With `context` (B, K, D), equal to the first N tokens of `block(cat([x, context], dim=1))`: all that is computed of
+    the context are its keys and values.
+    """
     assert isinstance(block, ResidualAttentionBlock)
     attention, (expand, activation, contract) = block.attn, cast("tuple[Any, Any, Any]", block.mlp)
-    qkv = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, x.shape[-1]
+    qkv = linear(block.ln_1(x), weight, bias)
     query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
+    if context is not None:
+        further = linear(block.ln_1(context), weight[width:], bias[width:])
+        further = further.unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), further, strict=True))
     mixed = attend(query, key, value).transpose(1, 2).flatten(2)
     x = x + block.ls_1(linear(mixed, attention.out_proj.weight, attention.out_proj.bias))
     hidden = activation(linear(block.ln_2(x), expand.weight, expand.bias))

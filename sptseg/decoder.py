@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sptseg.ops import Grid, from_windows, grid_to_tokens, linear, pad_to_multiple, to_windows, tokens_to_grid
+from sptseg.ops import Grid, attend, from_windows, grid_to_tokens, linear, pad_to_multiple, to_windows, tokens_to_grid
 
 DecoderKind = Literal["spectral", "cross_attention"]
 DecoderStart = Literal["random", "dense_clip"]
@@ -69,7 +69,7 @@ class HighLowAttention(nn.Module):
         """Padded grid (B, H, W, E) -> (B, H, W, h_hi * d)."""
         windows = to_windows(self.high_qkv(x), self.window)
         query, key, value = split_heads(windows, 3, self.head_width)
-        attended = join_heads(F.scaled_dot_product_attention(query, key, value))
+        attended = join_heads(attend(query, key, value))
         return from_windows(attended, self.window, (x.shape[1], x.shape[2]))
 
     def low(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class HighLowAttention(nn.Module):
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window)
         (query,) = split_heads(self.low_query(x.flatten(1, 2)), 1, self.head_width)
         key, value = split_heads(self.low_key_value(grid_to_tokens(pooled)), 2, self.head_width)
-        attended = join_heads(F.scaled_dot_product_attention(query, key, value))
+        attended = join_heads(attend(query, key, value))
         return self.low_projection(attended).unflatten(1, x.shape[1:3])
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:

@@ -126,8 +126,12 @@ class PromptedEncoder(nn.Module):
             x = torch.cat([x[:, :1] + token, x[:, 1:]], dim=1)
         return visual.ln_pre(x)
 
-    def states(self, images: Tensor) -> Iterator[Tensor]:
-        """Tokens after every block: (B, 1 + K + N, D) while the block has prompts, else (B, 1 + N, D)."""
+    def states(self, images: Tensor, *, of_prompts: bool = True) -> Iterator[Tensor]:
+        """Tokens after every block: (B, 1 + K + N, D) while the block has prompts, else (B, 1 + N, D).
+
+        Nothing reads what a block makes of its prompts. So without `of_prompts` it makes keys and values of them only,
+        and the tokens are always (B, 1 + N, D).
+        """
         grid = self.grid_of(images)
         x = self.embed(images)
         class_token, patches = x[:, :1], x[:, 1:]
@@ -137,23 +141,24 @@ class PromptedEncoder(nn.Module):
             if self.spectral_prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
                 patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
-            parts = [class_token, patches]
+            prompts = None
             if projected is not None and i <= self.prompt_depth:
-                prompts = self.prompt_dropout(projected[i].expand(len(patches), -1, -1))
-                parts.insert(1, prompts.to(patches.dtype))
-            tokens = torch.cat(parts, dim=1)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_block, block, tokens, use_reentrant=False, preserve_rng_state=False)
+                prompts = self.prompt_dropout(projected[i].expand(len(patches), -1, -1)).to(patches.dtype)
+            if prompts is not None and of_prompts:
+                tokens, context = torch.cat([class_token, prompts, patches], dim=1), None
             else:
-                x = run_block(block, tokens)
+                tokens, context = torch.cat([class_token, patches], dim=1), prompts
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_block, block, tokens, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run_block(block, tokens, context)
             yield x
             class_token, patches = x[:, :1], x[:, -patches.shape[1] :]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
-        (x,) = deque(self.states(images), maxlen=1)  # (B, ..., D) after the last block
-        tokens = torch.cat([x[:, :1], x[:, -grid[0] * grid[1] :]], dim=1)
-        embedded = linear(self.visual.ln_post(self.prompt_norm(tokens)), cast(Tensor, self.visual.proj).T)
+        (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
+        embedded = linear(self.visual.ln_post(self.prompt_norm(x)), cast(Tensor, self.visual.proj).T)
         embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
         return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]

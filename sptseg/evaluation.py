@@ -54,18 +54,26 @@ def summary(scores: Scores) -> dict[str, float | None]:
     return {name: value for name, value in scores.as_dict().items() if name != "iou"}
 
 
-class Prepared(Dataset[tuple[Sample, Tensor] | OSError]):
-    """Pictures as they are and as a model sees them; what was raised in place of those that cannot be read."""
+class Prepared(Dataset[tuple[Sample, Tensor] | Exception]):
+    """Pictures as they are and as a model sees them; in place of those that cannot be had, what was raised."""
 
     def __init__(self, dataset: Dataset[Sample], prepare: v2.Transform) -> None:
         self.dataset, self.prepare = dataset, prepare
 
-    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | OSError:
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | Exception:
         try:
             sample = self.dataset[index]
-        except OSError as error:
+        except (OSError, ValueError) as error:  # raised here, a worker's traceback would come along
             return error
         return sample, self.prepare(tv_tensors.Image(sample["image"]))
+
+
+def first(dataset: Dataset[Sample], limit: int | None) -> range:
+    """Positions of the first `limit` pictures of a data set, or of all."""
+    length = len(dataset)  # pyright: ignore[reportArgumentType]
+    if length < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"the data set has {length} pictures, and limit is {limit}; wanted at least one picture")
+    return range(length)[:limit]
 
 
 def predictions(
@@ -95,15 +103,15 @@ def predictions(
     reading = {"num_workers": workers, "collate_fn": list, "pin_memory": model.device.type == "cuda"}
     loader = DataLoader(Prepared(dataset, prepare), batch_size, sampler=indices, **reading)
     for batch in loader:
-        for error in batch:
-            if isinstance(error, OSError):
-                if left_out is None:
-                    raise error
-                left_out.append(str(error))
         samples, images = [], []
-        for sample, image in (each for each in batch if not isinstance(each, OSError)):
-            samples.append(sample)
-            images.append(image)
+        for each in batch:
+            if not isinstance(each, Exception):
+                samples.append(each[0])
+                images.append(each[1])
+            elif left_out is not None and isinstance(each, OSError):
+                left_out.append(str(each))
+            else:
+                raise each
         found: dict[int, WindowLogits] = {}
         for size in {image.shape for image in images}:
             same = [i for i, image in enumerate(images) if image.shape == size]
@@ -134,14 +142,13 @@ def evaluate(
     leaves pictures that cannot be read out and lists them in the scores, instead of stopping at the first. `precision`
     is that of the weights (see `at_precision`), unless an `accelerator` brings its own. `workers` processes read ahead.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; wanted at least 1")
+    if not 0 <= workers <= 1024:
+        raise ValueError(f"workers is {workers}; wanted 0 to 1024")
     if accelerator is None:
         model, accelerator = at_precision(model, precision), new_accelerator("no")
     model.to(accelerator.device)
     metrics = SegmentationMetrics(split, accelerator.device)
-    count = len(dataset) if limit is None else min(limit, len(dataset))  # pyright: ignore[reportArgumentType]
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    mine = first(dataset, limit)[accelerator.process_index :: accelerator.num_processes]
     hidden = not (progress and accelerator.is_main_process)
     left_out: list[str] = []
     found = predictions(

@@ -100,11 +100,8 @@ def collect(
     memory: a thousand of VOC's take 3 GB.
     """
     offset = model.config.seen_offset if seen_offset is None else seen_offset
-    count = len(dataset) if limit is None else min(limit, len(dataset))  # pyright: ignore[reportArgumentType]
-    if count < 1:
-        raise ValueError(f"the data set has {len(dataset)} pictures, and limit is {limit}; wanted at least one picture")  # pyright: ignore[reportArgumentType]
-    pictures = []
-    for sample, logits in evaluation.predictions(model, dataset, split, seen_offset=0.0, indices=range(count)):
+    pictures, looked_at = [], evaluation.first(dataset, limit)
+    for sample, logits in evaluation.predictions(model, dataset, split, seen_offset=0.0, indices=looked_at):
         label = torch.as_tensor(sample["label"]).numpy()
         highest = label[label != IGNORE].max(initial=0)
         if highest >= len(split.classes):

@@ -5,8 +5,6 @@ Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,18 +26,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of query (B, h, N, d), key (B, h, M, d) and value (B, h, M, d): (B, h, N, d).
+    """Scaled dot-product attention of query (..., N, d), key (..., M, d) and value (..., M, d): (..., N, d).
 
-    On x86 CPUs one head after the other takes 50 to 75 % of the time of torch's fused kernel, in bf16 and, for long
-    sequences, in float32. Under autograd it keeps all attention weights (in float32 50 MB for 1024 tokens and 12
-    heads), so sequences of more than 1200 tokens take the fused kernel.
+    Torch's fused kernel is slow on x86 CPUs, most of all in bf16 and in the backward pass. There all heads at once, or
+    one after the other if their weights would not stay in the cache, take down to half of its time. Under autograd
+    this keeps all attention weights (in float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the
+    fused kernel.
     """
-    shortest = 1 if query.dtype == torch.bfloat16 else 512
-    longest = 1200 if torch.is_grad_enabled() else math.inf
-    if not on_x86(query) or not shortest <= key.shape[-2] <= longest:
+    keys = key.shape[-2]
+    if not on_x86(query) or (keys > 1200 and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(query, key, value)
     query = query * query.shape[-1] ** -0.5
-    heads = zip(*(part.flatten(0, 1).unbind(0) for part in (query, key, value.transpose(-2, -1))), strict=True)
+    if keys < 512:
+        return (query @ key.mT).softmax(dim=-1).to(value.dtype) @ value
+    heads = zip(*(part.flatten(0, -3).unbind(0) for part in (query, key, value.mT)), strict=True)
     return torch.stack([linear(linear(q, k).softmax(dim=-1).to(v.dtype), v) for q, k, v in heads]).view_as(query)
 
 

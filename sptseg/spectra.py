@@ -22,7 +22,7 @@ from torchvision.transforms.functional import center_crop
 from sptseg.datasets import Sample
 from sptseg.decoder import HighLowAttention
 from sptseg.encoder import PromptedEncoder, SpectralPrompt
-from sptseg.evaluation import predictions
+from sptseg.evaluation import first, predictions
 from sptseg.inference import augmentation
 from sptseg.model import SptSeg
 from sptseg.ops import Grid, band_filter, radial_frequency, tokens_to_grid
@@ -145,9 +145,8 @@ def class_counts(
     model: SptSeg, dataset: Dataset[Sample], split: Split, *, limit: int | None = None, batch_size: int = 16
 ) -> Array:
     """Pixels per picture and class, (P, 3, C): hits, true, predicted; all that IoU needs, and it adds up."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))  # pyright: ignore[reportArgumentType]
     rows = []
-    for sample, logits in predictions(model, dataset, split, indices=range(count), batch_size=batch_size):
+    for sample, logits in predictions(model, dataset, split, indices=first(dataset, limit), batch_size=batch_size):
         label = torch.as_tensor(sample["label"])
         predicted = logits.labels((label.shape[0], label.shape[1])).cpu()[label != IGNORE]
         label = label[label != IGNORE].long()

@@ -409,6 +409,17 @@ def test_run_block_equals_the_block(tokens: int, layer_scale: float | None, quic
         assert_close(run_block(block, ours), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_of_a_context_only_keys_and_values_count() -> None:
+    block: Any = PLAIN_CLIP.visual.transformer.resblocks[0]
+    x, context = (torch.randn(2, n, 32, requires_grad=True) for n in (17, 3))
+    ours, theirs = run_block(block, x, context), block(torch.cat([x, context], dim=1))[:, :17]
+    assert_close(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    gradients = (torch.autograd.grad(value, (x, context), cotangent) for value in (ours, theirs))
+    for gradient, expected in zip(*gradients, strict=True):
+        assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
 # The plain twin
 
 

@@ -139,6 +139,11 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             cases[f"{count} classes, {name}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
             against[f"{count} classes, {name}"] = bare_name
     against["bare encoder, bf16"] = "bare encoder, float32"
+    if device.type == "cuda":  # on a CPU it takes minutes to compile, and gains little
+        compiled = at_precision(model, "bf16")
+        compiled.compile(dynamic=True)
+        cases["compiled, bf16"] = lambda: to_labels(compiled, images, text[sizes.few])
+        against["compiled, bf16"] = "bare encoder, bf16"
     if PLAIN.is_file():
         plain = torch.inference_mode()(plain_twins().labels)
         for count, embeddings in text.items():

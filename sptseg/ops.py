@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
+MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # torch on x86
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,7 +45,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def on_x86(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return x.device.type == "cpu" and MKL_AND_ONEDNN
 
 
 def tokens_to_grid(tokens: Tensor, grid: Grid) -> Tensor:

@@ -420,6 +420,18 @@ def test_of_a_context_only_keys_and_values_count() -> None:
         assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
 
+# Compiled
+
+
+def test_torch_compile_gets_one_graph_for_any_batch_and_number_of_classes() -> None:
+    model = new_model().eval()
+    traced: Any = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for stance, batch, classes in (("default", 2, 7), ("fail_on_recompile", 5, 9)):
+        images, text = torch.randn(batch, 3, 40, 48), text_of(classes)
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            assert_close(traced(images, text), model(images, text), rtol=1e-4, atol=1e-5)
+
+
 # The plain twin
 
 

@@ -173,9 +173,14 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
         )
     try:
         model: Any = open_clip.create_model(name, pretrained=weights, precision="fp32")
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # there is no list of what open_clip may raise at a file
         if weights is None:
             raise
+        if Path(weights).is_file():
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(
+                f"{weights} holds no weights of {name} ({reason}); wanted a file of such a model"
+            ) from error
         raise ValueError(
             f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads them "
             f"once where there is a network, or give the path of a file that holds them"

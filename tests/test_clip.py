@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import open_clip
@@ -13,6 +14,7 @@ from conftest import WORDS, small_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save
 from torch.testing import assert_close
 
 from sptseg import clip as clips
@@ -179,3 +181,30 @@ def test_random_weights_and_a_file_of_them(tmp_path: Path) -> None:
     loaded = load_clip("ViT-S-32", str(tmp_path / "weights.pt")).model.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in clip.model.state_dict().items())
     assert_close(clip.class_embeddings(["a unicorn"]).norm(), torch.tensor(1.0))
+
+
+WRONG_WEIGHTS = {
+    "noise.pt": bytes(range(256)),
+    "empty.pt": b"",
+    "noise.safetensors": bytes(range(256)),
+    "pickle.bin": pickle.dumps({"x": 1}),
+    "other.safetensors": save({"a": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_files_that_hold_no_weights_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(WRONG_WEIGHTS[name])
+    with pytest.raises(ValueError, match=rf"{name} holds no weights of ViT-S-32 \(.+\); wanted a file"):
+        load_clip("ViT-S-32", str(tmp_path / name))
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"state_dict": Touch()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt holds no weights"):
+        load_clip("ViT-S-32", str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()

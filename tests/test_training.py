@@ -614,7 +614,7 @@ def test_data_sets_are_told_apart_by_what_they_hold() -> None:
 
 @pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="other C libraries have no mallopt")
 def test_large_blocks_are_kept_for_the_next_use() -> None:
-    """Pages that the kernel hands out to a block of 64 MiB, 16384 of them, once it was there before; the fewest of five times."""
+    """Else the kernel hands out 16384 pages for 64 MiB each time; the fewest of five times count."""
     program = """
 import resource, torch
 from sptseg.evaluation import new_accelerator

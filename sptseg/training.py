@@ -222,16 +222,9 @@ def fit(
     config = config or TrainConfig()
     if output is None and (resume or config.tensorboard):
         raise ValueError("resume and tensorboard need an output folder; give output=")
-    if config.setting != "supervised" and not split.unseen:
-        raise ValueError(
-            f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen"
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "this model has nothing to train, as dense CLIP; give it prompts, spectral layers or a decoder"
-        )
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
+    check_trainable(model, split, config)
     folder = None if output is None else Path(output)
     tracker = "tensorboard" if config.tensorboard else None
     accelerator = new_accelerator(config.precision, log_with=tracker, project_dir=folder)
@@ -282,12 +275,8 @@ def fit(
             progress.left_out += [line for line in dict.fromkeys(lines) if line not in progress.left_out]
             if not math.isfinite(terms["total"]):
                 names = gather_object([name for batch in batches for name in batch.name])
-                kept_one = folder is not None and (folder / STATE).is_file() and (progress.iteration or first)
-                kept = f"the last good state is {folder}/{STATE}" if kept_one else "no state was saved before"
-                raise FloatingPointError(
-                    f"the loss is {terms['total']} at iteration {iteration}, on {', '.join(names)}; lower "
-                    f"learning_rate, or use precision='no'; {kept}"
-                )
+                state = None if folder is None or not progress.iteration else folder / STATE
+                raise not_finite(terms["total"], iteration, names, state)
             images += config.batch_size
             bar.update()
             done = iteration + 1
@@ -311,9 +300,10 @@ def fit(
             if folder is not None and main and config.setting == "inductive" and done == config.iterations // 2:
                 save_model(model, folder / HALFWAY, {**facts, "iteration": done})
             saved = config.save_every and (done % config.save_every == 0 or last)
-            if folder is not None and main and (saved or (stopped and not last)):
-                progress.iteration = done
-                save_state(folder, model, optimizer, accelerator.scaler, progress, settings)
+            if folder is not None and (saved or (stopped and not last)):
+                progress.iteration, progress.left_out = done, sorted(set(gather_object(progress.left_out)))
+                if main:
+                    save_state(folder, model, optimizer, accelerator.scaler, progress, settings)
             if stopped and not last:
                 accelerator.wait_for_everyone()  # until the state is written
                 break
@@ -323,12 +313,9 @@ def fit(
         for tracker in accelerator.trackers:
             tracker.finish()
         if main:
-            name = signal.Signals(stopped).name
-            print(
-                f"stopped by {name} after iteration {done} of {config.iterations}; the state is in {folder}: "
-                "go on with resume=True (command line: the same command and --resume)",
-                file=sys.stderr,
-            )
+            what = f"stopped by {signal.Signals(stopped).name} after iteration {done} of {config.iterations}"
+            how = "go on with resume=True (command line: the same command and --resume)"
+            print(f"{what}; the state is in {folder}: {how}", file=sys.stderr)
         raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
     left_out = sorted(set(gather_object(progress.left_out)))
     if folder is not None and main:
@@ -338,6 +325,25 @@ def fit(
         tracker.finish()  # accelerator.end_training() would also end the process group, which evaluate counts with
     accelerator.wait_for_everyone()
     return FitResult(model, history, left_out)
+
+
+def check_trainable(model: SptSeg, split: Split, config: TrainConfig) -> None:
+    if config.setting != "supervised" and not split.unseen:
+        raise ValueError(
+            f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "this model has nothing to train, as dense CLIP; give it prompts, spectral layers or a decoder"
+        )
+
+
+def not_finite(loss: float, iteration: int, names: Sequence[str], state: Path | None) -> FloatingPointError:
+    kept = "no state was saved before" if state is None else f"the last good state is {state}"
+    return FloatingPointError(
+        f"the loss is {loss} at iteration {iteration}, on {', '.join(names)}; lower learning_rate, or use "
+        f"precision='no'; {kept}"
+    )
 
 
 def read(loader: Iterator[Any]) -> Example:

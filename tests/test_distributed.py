@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from toys import SPLIT, Toys, toy_config, toy_model
 
+from sptseg.files import read_sealed
+from sptseg.states import STATE
 from sptseg.training import evaluate, fit
 
 ODD = {"length": 5, "sizes": ((32, 32), (40, 33))}
@@ -56,6 +58,14 @@ except SystemExit as error:
 rest = Toys()
 fit(toy_model(dropout=0.1), rest, SPLIT, config, output=folder + "/stopped", resume=True)
 fit(toy_model(dropout=0.1), Toys(), SPLIT, config, output=folder + "/unstopped")
+
+class Holes(Toys):
+    def __getitem__(self, index):
+        if rank == 1 and index % 2:  # on one process only
+            raise OSError("an odd picture")
+        return super().__getitem__(index)
+
+fit(toy_model(), Holes(), SPLIT, toy_config(skip_unreadable=True, save_every=2), output=folder + "/holes")
 found = {"histories": histories, "scores": scores, "read": pictures.read, "code": code, "rest": len(rest.read)}
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 state.destroy_process_group()
@@ -109,3 +119,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(two: Path) -
     assert [each["rest"] for each in found(two)] == [3 * 2, 3 * 2], "the other three iterations were left"
     resumed = weights(two / "stopped")
     assert all(resumed[name].equal(value) for name, value in weights(two / "unstopped").items())
+
+
+def test_a_state_lists_what_any_process_left_out(two: Path) -> None:
+    assert read_sealed(two / "holes" / STATE)["left_out"] == ["an odd picture"]

@@ -46,6 +46,7 @@ from sptseg.measure import (
 )
 from sptseg.model import ModelConfig, SptSeg, build_model
 from sptseg.ops import resize_positions
+from sptseg.presets import VOC
 from sptseg.splits import Split
 from sptseg.splits import scenes as scenes_split
 from sptseg.streams import Positions, TrainingStream, collate, label_table, set_apart
@@ -272,7 +273,7 @@ def training(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     extra = {"images_per_second": made.batch / seconds, **utilisation(watch, made.step, seconds, dtype)}
     yield replace(rows[1], extra=extra, peak_gib=peak_memory(training_step, sizes, watch.device, device=watch.device))
     with tempfile.TemporaryDirectory() as folder:
-        loader = iter(stream_loader(Path(folder), made, sizes, workers=min(8, cores())))
+        loader = iter(stream_loader(Path(folder), made, sizes, workers=VOC.train.workers))
         steps = 2 * sizes.repeats if watch.device.type == "cpu" else 40
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""Pure tensor functions: tokens and grids, windows with explicit padding, Fourier filtering, frequency bands, resizing.
+"""Pure tensor functions: products and attention, tokens and grids, windows, Fourier filters, frequency bands, resizing.
 
 Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
 """

@@ -49,7 +49,7 @@ from sptseg.ops import resize_positions
 from sptseg.presets import VOC
 from sptseg.splits import Split
 from sptseg.splits import scenes as scenes_split
-from sptseg.streams import Positions, TrainingStream, collate, label_table, set_apart
+from sptseg.streams import Positions, TrainingStream, label_table, loading
 from sptseg.training import TrainConfig, Trainee, parameter_groups, step, training_augmentation
 
 Suite = Literal["inference", "training", "loss", "data", "widgets"]
@@ -125,20 +125,17 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     text = {count: unit(count, model.encoder.visual.output_dim).to(device) for count in (sizes.few, sizes.many)}
     cases: dict[str, Work] = {}
     against: dict[str, str] = {}
+    counted: dict[str, torch.dtype] = {}  # what is compiled, or fused into one kernel, is no countable product
     widths: dict[str, tuple[Precision, torch.dtype]] = {
         "float32": ("no", torch.float32),
         "bf16": ("bf16", torch.bfloat16),
     }
-    for name, (precision, dtype) in widths.items():
-        narrow, bare, bare_name = (
-            at_precision(model, precision),
-            bare_encoder(model, sizes, dtype),
-            f"bare encoder, {name}",
-        )
-        cases[bare_name] = torch.inference_mode()(lambda bare=bare, dtype=dtype: bare(images.to(dtype)))
+    for width, (precision, dtype) in widths.items():
+        narrow, bare = at_precision(model, precision), bare_encoder(model, sizes, dtype)
+        cases[f"bare encoder, {width}"] = torch.inference_mode()(lambda bare=bare, dtype=dtype: bare(images.to(dtype)))
         for count, embeddings in text.items():
-            cases[f"{count} classes, {name}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
-            against[f"{count} classes, {name}"] = bare_name
+            cases[name := f"{count} classes, {width}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
+            against[name], counted[name] = f"bare encoder, {width}", dtype
     against["bare encoder, bf16"] = "bare encoder, float32"
     if device.type == "cuda":  # on a CPU it takes minutes to compile, and gains little
         compiled = at_precision(model, "bf16")
@@ -152,9 +149,8 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             against[name] = "bare encoder, float32"
     for row in watch.compare("inference", cases, against):
         assert row.seconds is not None
-        count, _, width = row.case.partition(" classes, ")
-        ours = count.isdigit()  # of the others, what is compiled or fused into one kernel cannot be counted
-        used = utilisation(watch, cases[row.case], row.seconds, widths[width][1]) if ours else {}
+        dtype = counted.get(row.case)
+        used = {} if dtype is None else utilisation(watch, cases[row.case], row.seconds, dtype)
         yield replace(row, extra={"windows_per_second": len(images) / row.seconds, **used})
     yield Row("inference", "labels that are equal in bf16 and float32", extra={"share": equal_labels(sizes, device)})
     name = f"{sizes.many} classes, picture of {sizes.large} x {sizes.large}, float32, above the weights"
@@ -241,9 +237,8 @@ class Training:
         batch = (self.images, self.labels) if images is None or labels is None else (images, labels)
         step(self.accelerator, self.trainee, self.optimizer, [batch], self.split, self.config)
 
-    def plain_step(self) -> None:
+    def plain_step(self, plain: ModuleType) -> None:
         """The same in plain PyTorch, float32."""
-        plain = plain_twins()
         self.optimizer.zero_grad()
         logits = plain.mask_logits(self.model, self.images, self.trainee.text)
         plain.segmentation_loss(logits, self.labels, "spt")["total"].backward()
@@ -263,8 +258,8 @@ def training(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     names = (f"bare encoder, forward, batch {made.batch}", f"step, batch {made.batch}, {sizes.few} classes")
     cases, against = {names[0]: forward, names[1]: made.step}, {names[1]: names[0]}
     if PLAIN.is_file() and watch.device.type == "cpu":
-        cases[name := f"plain PyTorch, step, batch {made.batch}, {sizes.few} classes"] = made.plain_step
-        against[name] = names[0]
+        plain, name = plain_twins(), f"plain PyTorch, step, batch {made.batch}, {sizes.few} classes"
+        cases[name], against[name] = lambda: made.plain_step(plain), names[0]
     rows = watch.compare("training", cases, against)
     seconds = rows[1].seconds
     assert seconds is not None
@@ -302,15 +297,7 @@ def stream_loader(folder: Path, made: Training, sizes: Sizes, workers: int) -> D
     dataset = ImageMaskFolder(folder, made.split)
     stream = TrainingStream(dataset, training_augmentation(made.model, made.config), table, 0)
     positions = Positions(range(10**6), made.batch, 1, 0, 1)
-    pin = made.accelerator.device.type == "cuda"
-    return DataLoader(
-        stream,
-        batch_sampler=positions,
-        num_workers=workers,
-        pin_memory=pin,
-        collate_fn=collate,
-        worker_init_fn=set_apart,
-    )
+    return loading(stream, positions, workers, pin_memory=made.accelerator.device.type == "cuda")
 
 
 def data(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:

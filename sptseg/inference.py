@@ -29,13 +29,12 @@ from sptseg import plots
 from sptseg.datasets import open_image
 from sptseg.encoder import SpectralPrompt
 from sptseg.files import write
-from sptseg.losses import interpolation
+from sptseg.losses import interpolation, maps_at_once
 from sptseg.model import ModelConfig, SptSeg, upsample
 from sptseg.splits import Colour, spread_palette
 from sptseg.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, test_transform
 
 STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
-CHUNK_PIXELS = 2**18  # scores that are looked at together: they stay in a CPU's cache; a GPU takes 128 times as many
 Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
 
@@ -111,12 +110,11 @@ class WindowLogits:
     def best(self, size: tuple[int, int], classes_at_once: int | None = None) -> tuple[Tensor, Tensor]:
         """The highest score per pixel (*size) and its class's position, int64, first of equals.
 
-        Classes are looked at a few at a time (by default as many as CHUNK_PIXELS allow): no map of all of them exists.
+        Classes are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
         """
         device = self.logits.device
         if classes_at_once is None:
-            pixels = CHUNK_PIXELS if device.type == "cpu" else 128 * CHUNK_PIXELS
-            classes_at_once = max(1, pixels // max(size[0] * size[1], self.size[0] * self.size[1]))
+            classes_at_once = maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
         best = torch.full(size, -torch.inf, device=device)
         labels = torch.zeros(size, dtype=torch.long, device=device)
         for start in range(0, self.logits.shape[1], classes_at_once):

@@ -27,7 +27,7 @@ ALPHA = 0.25  # focal: weight of positives; 1 - ALPHA of negatives
 C1, C2 = 0.01**2, 0.03**2  # SSIM
 SIGMA, RADIUS = 1.5, 5
 TILE = 32  # rows that are blurred together: a matrix product with 42 columns, where the whole band has as many as rows
-PIXELS_AT_ONCE = 2**18  # what stays in the cache of a CPU core; a GPU takes 128 times as many, to be filled
+PIXELS_AT_ONCE = 2**18  # what stays in the cache of a CPU core
 
 
 def segmentation_loss(
@@ -114,12 +114,16 @@ def chunks(present: Tensor, size: tuple[int, int]) -> Iterator[tuple[Tensor, boo
 
     Absent classes have an empty target, which takes less than half of the work.
     """
-    pixels = PIXELS_AT_ONCE if present.device.type == "cpu" else 128 * PIXELS_AT_ONCE
-    at_once = max(1, pixels // (size[0] * size[1]))
+    at_once = maps_at_once(size[0] * size[1], present.device)
     for absent in (False, True):
         for chunk in (present != absent).nonzero().flatten().split(at_once):
             if len(chunk):
                 yield chunk, absent
+
+
+def maps_at_once(pixels: int, device: torch.device) -> int:
+    """How many maps of so many pixels to work on together: few on a CPU, whose cache is small, many to fill a GPU."""
+    return max(1, (PIXELS_AT_ONCE if device.type == "cpu" else 128 * PIXELS_AT_ONCE) // pixels)
 
 
 @dataclass(frozen=True)

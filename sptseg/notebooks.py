@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from sptseg.baselines import baseline_file, compare, record
 from sptseg.files import write
+from sptseg.measure import cores
 
 Notebook = dict[str, Any]  # as JSON
 Given = Annotated[
@@ -248,7 +249,7 @@ def own_kernel(jobs: int) -> Iterator[None]:
     """Kernels of this interpreter only, which share the cores."""
     before = dict(os.environ)
     os.environ.pop("JUPYTER_PATH", None)  # a kernel "python3" found there would win
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ The last three are the literature's protocol: ZegCLIP's configuration files, as 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from sptseg import datasets
 from sptseg.datasets import Sample
+from sptseg.measure import cores
 from sptseg.model import EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig
 from sptseg.splits import Split
 from sptseg.streams import Setting
@@ -134,7 +134,7 @@ EMBEDDED = Preset(SCENES_TO_TRAIN, EMBEDDED_CONFIG, EMBEDDED_TRAINING)
 VOC = Preset(
     Data("data/VOCdevkit/VOC2012", "voc2012"),
     replace(SPT_RELEASED, clip="ViT-B-16-quickgelu", clip_weights="openai", image_size=(512, 512), prompt_tokens=10),
-    TrainConfig(iterations=20_000, workers=min(12, os.cpu_count() or 1)),  # each makes 50 crops a second or so
+    TrainConfig(iterations=20_000, workers=min(12, cores())),  # each makes 50 crops a second or so
 )
 COCO_STUFF = Preset(
     Data("data/coco_stuff164k", "coco-stuff"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from sptseg import scenes
 from sptseg.clip import Clip, new_tiny_clip, run_block, save_tiny_clip
 from sptseg.files import read_sealed, write_sealed
+from sptseg.measure import cores
 from sptseg.ops import from_windows, resize_positions, to_windows
 from sptseg.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -81,7 +81,7 @@ class PretrainConfig:
     pool: int = 40_000
     weight_decay: float = 0.05
     dense_losses: bool = True
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = field(default_factory=cores)
 
     def scaled(self, images: int) -> PretrainConfig:
         """The same stages with about so many pictures in all."""

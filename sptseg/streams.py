@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sptseg.datasets import Sample
 from sptseg.splits import IGNORE, Split
@@ -110,6 +110,12 @@ def set_apart(_worker: int) -> None:
     """A loading process leaves the group that launcher and terminal send signals to; it still ends with its parent."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+
+
+def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """The batches of a training stream, read by `workers` processes."""
+    reading = {"num_workers": workers, "pin_memory": pin_memory, "collate_fn": collate, "worker_init_fn": set_apart}
+    return DataLoader(stream, batch_sampler=positions, **reading)
 
 
 def mixed_seed(*numbers: int) -> int:

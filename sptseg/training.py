@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
@@ -47,10 +47,9 @@ from sptseg.streams import (
     Positions,
     Setting,
     TrainingStream,
-    collate,
     label_table,
+    loading,
     mixed_seed,
-    set_apart,
 )
 from sptseg.transforms import Augmentation
 
@@ -255,9 +254,7 @@ def fit(
     stream = TrainingStream(dataset, augment, table, config.seed, config.skip_unreadable)
     rank, processes = accelerator.process_index, accelerator.num_processes
     positions = Positions(range(first, config.iterations), config.batch_size, config.accumulation, rank, processes)
-    pin = accelerator.device.type == "cuda"
-    reading = {"num_workers": config.workers, "pin_memory": pin, "collate_fn": collate, "worker_init_fn": set_apart}
-    loader = iter(DataLoader(stream, batch_sampler=positions, **reading))
+    loader = iter(loading(stream, positions, config.workers, pin_memory=accelerator.device.type == "cuda"))
     seconds, images = time.perf_counter(), 0
     hidden = not (main and config.progress)
     bar = tqdm(total=config.iterations, initial=first, desc="training", disable=hidden, mininterval=1)
@@ -275,8 +272,8 @@ def fit(
             progress.left_out += [line for line in dict.fromkeys(lines) if line not in progress.left_out]
             if not math.isfinite(terms["total"]):
                 names = gather_object([name for batch in batches for name in batch.name])
-                state = None if folder is None or not progress.iteration else folder / STATE
-                raise not_finite(terms["total"], iteration, names, state)
+                kept = folder is not None and progress.iteration and (folder / STATE).is_file()
+                raise not_finite(terms["total"], iteration, names, folder / STATE if folder and kept else None)
             images += config.batch_size
             bar.update()
             done = iteration + 1

@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sptseg"
 ORDER = """
-    files ops splits textures pen drawings scenes losses metrics plots transforms datasets clip encoder decoder model
-    research checkpoints pretraining inference evaluation streams states training presets datacheck preflight ablation
-    hub spectra failures charts lesson panels browser widgets measure benchmark explore baselines
+    files measure ops splits textures pen drawings scenes losses metrics plots transforms datasets clip encoder
+    decoder model research checkpoints pretraining inference evaluation streams states training presets datacheck
+    preflight ablation hub spectra failures charts lesson panels browser widgets benchmark explore baselines
     notebooks demo options cli
 """.split()
 EXEMPT = ("__init__", "__main__")

@@ -1,11 +1,32 @@
 """Spectral Prompt Tuning: zero-shot semantic segmentation with a frozen CLIP."""
 
-from sptseg import clip, datasets, losses, metrics, scenes, splits, training, transforms
-from sptseg.checkpoints import import_research_checkpoint, save_model
-from sptseg.hub import from_pretrained, load_model, push_to_hub, save_pretrained
-from sptseg.inference import Segmentation, segment
-from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, SptSeg, build_model
-from sptseg.training import TrainConfig, evaluate, fit
+import sys
+
+from sptseg import checkpoints, datasets, scenes, training
+from sptseg.checkpoints import (
+    from_pretrained,
+    import_research_checkpoint,
+    load_model,
+    push_to_hub,
+    save_model,
+    save_pretrained,
+)
+from sptseg.datasets import splits, transforms
+from sptseg.inference import Segmentation, evaluate, metrics, segment
+from sptseg.model import (
+    DENSE_CLIP,
+    EMBEDDED_CONFIG,
+    SPT_RELEASED,
+    ZEGCLIP,
+    ModelConfig,
+    SptSeg,
+    build_model,
+    clip,
+)
+from sptseg.training import TrainConfig, fit, losses
+
+for module in (clip, losses, metrics, splits, transforms):  # `from sptseg.losses import ...` as well
+    sys.modules[f"sptseg.{module.__name__.rpartition('.')[2]}"] = module
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +39,7 @@ __all__ = [
     "SptSeg",
     "TrainConfig",
     "build_model",
+    "checkpoints",
     "clip",
     "datasets",
     "evaluate",

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sptseg.clip import Clip, WordTokenizer
-from sptseg.research import Imported, import_research
+from sptseg.checkpoints.research import Imported, import_research
+from sptseg.model.clip import Clip, WordTokenizer
 
 REFERENCE = Path(__file__).parent / "reference"
 WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from sptseg.decoder import CrossAttentionLayer, Decoder, HighLowAttention, QueryUpdate
-from sptseg.encoder import PromptedEncoder
-from sptseg.model import SptSeg
-from sptseg.ops import resize_positions
+from sptseg.model.decoder import CrossAttentionLayer, Decoder, HighLowAttention, QueryUpdate
+from sptseg.model.encoder import PromptedEncoder
+from sptseg.model.ops import resize_positions
+from sptseg.model.spt_seg import SptSeg
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

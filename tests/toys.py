@@ -10,11 +10,12 @@ from conftest import small_clip
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from sptseg.clip import Clip
-from sptseg.datasets import Sample
-from sptseg.model import ModelConfig, SptSeg, build_model
-from sptseg.splits import IGNORE, Split
-from sptseg.training import TrainConfig
+from sptseg.datasets.folders import Sample
+from sptseg.datasets.splits import IGNORE, Split
+from sptseg.model.clip import Clip
+from sptseg.model.config import ModelConfig
+from sptseg.model.spt_seg import SptSeg, build_model
+from sptseg.training.loop import TrainConfig
 
 SPLIT = Split.from_names("toys", ["grass", "water", "boat", "tree", "house"], unseen=["boat", "house"])
 COLOURS = torch.tensor([[40, 160, 40], [30, 60, 200], [200, 40, 40], [10, 80, 10], [220, 220, 90]])

@@ -1,0 +1,7 @@
+"""Why it works and where it fails, as arrays, tables and figures."""
+
+# fmt: off
+from sptseg.analysis import charts, failures, spectra
+from sptseg.analysis.charts import class_iou_bars, training_curves
+from sptseg.analysis.failures import KINDS, Predictions, error_map, errors, pairs
+from sptseg.analysis.spectra import Array, filter_picture, filter_response, radial_power, spectral_prompt_of

@@ -1,0 +1,141 @@
+"""Hugging Face Hub: models with a card that states data, split, seeds and figures; `load_model` of paths and ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors, hf_hub_download
+
+from sptseg.checkpoints import checkpoint as checkpoints
+from sptseg.checkpoints.checkpoint import WEIGHTS_FILE
+from sptseg.checkpoints.research import IMPORTED, refuse_text
+from sptseg.inference import Scores
+from sptseg.model import Clip, SptSeg, check_public
+from sptseg.system import write
+
+About = Mapping[str, Any]  # JSON values
+METHODS = {"spectral": "SPT-SEG", "cross_attention": "ZegCLIP", "none": "dense CLIP"}
+METRICS = {"pixel_accuracy": "accuracy", "miou_seen": "mean_iou", "miou_unseen": "mean_iou", "hiou": "hiou"}
+TAGS = ["zero-shot", "semantic-segmentation", "clip", "arxiv:2312.12754"]
+REFUSALS = {  # the first that fits counts
+    errors.LocalEntryNotFoundError: "is not here, and the Hub cannot be reached; connect, or give a folder's path",
+    errors.RepositoryNotFoundError: "is no path here and no open Hub repository; closed ones need `hf auth login`",
+    errors.RevisionNotFoundError: "does not exist; wanted a branch, a tag or a commit of the repository",
+    errors.EntryNotFoundError: f"holds no {WEIGHTS_FILE}; wanted a model that sptseg pushed",
+}
+CARD = """---
+{metadata}
+---
+# {title}
+Zero-shot semantic segmentation: classes are given by name, also such as training showed no mask of. Made with `sptseg`,
+an independent re-implementation of [Spectral Prompt Tuning](https://arxiv.org/abs/2312.12754) and its baselines.
+```python
+import sptseg
+model = sptseg.load_model("{repo_id}")
+{use}
+```
+- **Training data:** {data}; **seeds:** {seeds}
+- **Split:** {split}; unseen in training: {classes}
+- **CLIP, frozen:** {clip}
+- **Licence:** {license}
+- **Files:** the model is read from `model.safetensors` alone, which holds no code; `config.json` shows all settings.
+## Figures
+{figures}
+"""
+
+
+def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> SptSeg:
+    """As `checkpoints.load_model`; `source` may also be a Hub id, "owner/name", if there is no folder "owner" here."""
+    local = Path(source).parent.is_dir() or not is_hub_id(source)  # a mistyped path is not asked of the Hub
+    return checkpoints.load_model(source, clip) if local else from_pretrained(source, clip=clip)
+
+
+def from_pretrained(repo_id_or_folder: str | Path, *, revision: str | None = None, clip: Clip | None = None) -> SptSeg:
+    """A model in evaluation mode, from a folder that `save_pretrained` wrote, or a branch, tag or commit on the Hub.
+
+    Only `model.safetensors` is read, tensors and JSON; nothing is executed, or opened by a path that stands in it.
+    """
+    path = Path(repo_id_or_folder, WEIGHTS_FILE)
+    if is_hub_id(repo_id_or_folder) and not path.parent.exists():
+        try:
+            path = Path(hf_hub_download(str(repo_id_or_folder), WEIGHTS_FILE, revision=revision))
+        except tuple(REFUSALS) as error:
+            why = next(text for kind, text in REFUSALS.items() if isinstance(error, kind))
+            raise FileNotFoundError(f"{repo_id_or_folder}, revision {revision or 'main'}, {why}") from error
+    elif not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; wanted a folder that holds it, or a Hub id owner/name")
+    elif revision is not None:
+        raise ValueError(f"{path.parent} is a folder here, without revisions such as {revision!r}; leave revision out")
+    return checkpoints.load_model(path, clip)
+
+
+def is_hub_id(source: object) -> bool:
+    """Whether this can be a Hub id, "owner/name"; a `Path` never is, nor is a checkpoint's file name."""
+    return isinstance(source, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", source, re.ASCII))
+
+
+def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: Scores | None) -> Path:
+    """Writes `model.safetensors`, `config.json` and the card `README.md` into a folder of their own; returns it.
+
+    `about`: `data`, `split` (name), `unseen` (list of names), `seeds` (default: the `train["seed"]` that `fit` stores),
+    `license` (a Hub identifier; default apache-2.0, none for imported weights), with scores also `evaluated_on` and
+    perhaps `command`, and anything else. Without `scores`, which must be this model's, the card has no figures.
+    """
+    folder = Path(folder)
+    if model.config.clip != IMPORTED:
+        check_public(model.config.clip, model.config.clip_weights, "the model")
+    if (folder / "history.json").exists():
+        raise ValueError(f"{folder} holds a training run, whose config.json would be lost; give another folder")
+    card = model_card(model, {"repo_id": folder.resolve().name, **about}, scores)
+    checkpoints.save_model(model, folder, about)
+    settings = {"model": dataclasses.asdict(model.config), "about": dict(about), "scores": scores and scores.as_dict()}
+    write(folder / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write(folder / "README.md", str(card))
+    return folder
+
+
+def model_card(model: SptSeg, about: About, scores: Scores | None) -> ModelCard:
+    """The card of a model that `about["repo_id"]` is loaded from; refuses to leave out what a reader must know."""
+    imported = model.config.clip == IMPORTED  # weights under a licence that only its owner knows
+    facts = {"seeds": about.get("train", {}).get("seed"), "license": None if imported else "apache-2.0", **about}
+    wanted = ("data", "split", "unseen", "seeds", "license", *(["evaluated_on"] if scores else []))
+    missing = [key for key in wanted if facts.get(key) in (None, "")]
+    if missing or isinstance(facts["unseen"], str):
+        raise ValueError(f"the card needs {', '.join(missing) or 'a list of names as unseen'}; complete about")
+    facts["title"] = f"{METHODS[model.config.decoder]}, {facts['split']}"
+    facts |= {"classes": ", ".join(facts["unseen"]) or "none", "seeds": str(facts["seeds"]).strip("[](),")}
+    facts["clip"] = "in the file" if imported else f"{model.config.clip} {model.config.clip_weights or '(embedded)'}"
+    example = json.dumps(facts["unseen"][:2] or ["tree", "road"])
+    facts["use"] = f'sptseg.segment(model, "photo.jpg", classes={example}).show()'
+    if model.clip.tokenizer is refuse_text:
+        facts["use"] = "mask_logits = model(images, text)  # unit embeddings (C, E); the file has no text encoder"
+    facts["figures"], results = "None were given with this model.", {}
+    if scores:
+        where = f"On {facts['evaluated_on']}" + (f" (`{facts['command']}`)" if "command" in facts else "")
+        note = "in percent (S: seen, U: unseen classes); one checkpoint's, no mean over seeds, which differ much in U"
+        facts["figures"] = f"{where}, {note}.\n\n{scores.table()}"
+        task, values = ("image-segmentation", facts["split"], facts["evaluated_on"]), scores.as_dict()
+        known = [name for name in METRICS if values[name] is not None]
+        figures = [EvalResult(*task, METRICS[name], round(values[name], 4), metric_name=name) for name in known]
+        results = {"model_name": facts["title"], "eval_results": figures}
+    kind = {"license": facts["license"], "library_name": "sptseg", "pipeline_tag": "image-segmentation", "tags": TAGS}
+    return ModelCard(CARD.format(**facts, metadata=ModelCardData(**kind, **results).to_yaml()))
+
+
+def push_to_hub(model: SptSeg, repo_id: str, *, about: About, scores: Scores | None, private: bool = False) -> str:
+    """Uploads what `save_pretrained` writes in one commit, to a new repository if need be; returns the commit's URL."""
+    if not is_hub_id(repo_id):
+        raise ValueError(f"{repo_id!r} is no Hub id; wanted owner/name")
+    with tempfile.TemporaryDirectory() as temporary:
+        save_pretrained(model, temporary, about={**about, "repo_id": repo_id}, scores=scores)
+        api = HfApi(library_name="sptseg")
+        api.create_repo(repo_id, private=private, exist_ok=True)  # which leaves an existing one as public as it is
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id} exists and is public, so nothing was pushed; make it private, or rename")
+        return api.upload_folder(repo_id=repo_id, folder_path=temporary, commit_message="Upload model").commit_url

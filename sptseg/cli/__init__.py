@@ -1,0 +1,5 @@
+"""One function per command."""
+
+# fmt: off
+from sptseg.cli.commands import main
+from sptseg.cli.options import Which

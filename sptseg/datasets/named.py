@@ -1,0 +1,78 @@
+"""Data sets by name, as commands and presets choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torch.utils.data import Dataset
+
+from sptseg.datasets import folders as datasets
+from sptseg.datasets.folders import Sample
+from sptseg.datasets.splits import Split, names
+
+Stream = Literal["evaluation", "training"]
+Layout = Literal["folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "camvid"]
+NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
+    "voc2012": lambda root, subset: datasets.voc2012(root, subset),  # type: ignore[arg-type]
+    "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset),  # type: ignore[arg-type]
+    "context-otseg": lambda root, subset: datasets.context(root, subset, "otseg"),  # type: ignore[arg-type]
+    "context-cascade": lambda root, subset: datasets.context(root, subset, "cascade"),  # type: ignore[arg-type]
+    "ade20k": lambda root, subset: datasets.ade20k(root, subset),  # type: ignore[arg-type]
+    "camvid": lambda root, subset: datasets.camvid(root),
+}
+SUBSETS = {  # for training, for evaluation
+    "folder": ("", ""),
+    "camvid": ("", ""),
+    "voc2012": ("trainaug", "val"),
+    "ade20k": ("training", "validation"),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pictures and classes.
+
+    Attributes:
+        data: "scenes" (the picture-book world) or a folder.
+        layout: how the folder is laid out: "folder" for images/, masks/ and classes.txt, or a data set's own layout.
+        subset: of a data set that has several, such as train, trainaug or val; by default the layout's usual one.
+        images: how many scenes to draw (data "scenes" only).
+        seed: of the scenes.
+        unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
+        prompts: other words for CLIP, comma-separated, such as "tv monitor=television".
+    """
+
+    data: str = "scenes"
+    layout: Layout = "folder"
+    subset: str = ""
+    images: int = 300
+    seed: int = 0
+    unseen: str = ""
+    prompts: str = ""
+
+    def resolved(self, stream: Stream) -> Data:
+        """The same with the subset named."""
+        return replace(self, subset=self.subset or SUBSETS.get(self.layout, ("train", "val"))[stream == "evaluation"])
+
+    def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
+        """The data set and its split."""
+        if self.data == "scenes":
+            dataset = datasets.Scenes(self.images, self.seed, stream)
+        elif self.layout == "folder":
+            dataset = datasets.ImageMaskFolder(self.data)
+        else:
+            dataset = NamedLayouts[self.layout](Path(self.data), self.resolved(stream).subset)
+        split: Split = dataset.split  # type: ignore[attr-defined]
+        if self.unseen:
+            split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
+        if self.prompts:
+            pairs = [pair.partition("=") for pair in names(self.prompts)]
+            split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
+        return dataset, split
+
+
+SCENES_TO_TRAIN = Data(images=5000)
+SCENES_TO_SCORE = Data(seed=1000)  # the table's, apart from those that choices are made on

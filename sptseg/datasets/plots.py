@@ -1,0 +1,213 @@
+"""Arrays to pictures: label colours, overlays, legends, bars, curves; PNG bytes of either.
+
+Figures are matplotlib objects of their own (no pyplot, no global state); nothing is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Collection, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from sptseg.datasets.splits import IGNORE, Colour, ignored_label
+from sptseg.system import write
+
+Array = np.ndarray
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito
+INK, FAINT = "#22252a", "#d9d9d9"
+MARK = "*"
+UNSEEN_NOTE = f"{MARK} unseen in training"
+MARKERS = ("D", "o", "s", "^", "v")
+STROKE = [withStroke(linewidth=2.4, foreground="black")]
+OUTLINED: dict[str, Any] = {"color": "white", "size": 8.5, "weight": "bold", "path_effects": STROKE}
+DOT: dict[str, Any] = {"ls": "none", "ms": 4.5, "mfc": "white", "mec": INK}
+LEGEND: dict[str, Any] = {"loc": "center left", "frameon": False, "fontsize": 9, "borderaxespad": 0}
+
+
+class Plot(Figure):
+    """A matplotlib figure that a notebook shows without pyplot."""
+
+    def __init__(self, width: float, height: float, title: str | None = None) -> None:
+        super().__init__(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
+        if title is not None:
+            self.suptitle(title, fontsize=12, color=INK)
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self)
+
+
+def png_bytes(figure: Figure, dpi: float | None = None) -> bytes:
+    """The figure as a PNG file, at its own resolution or `dpi`; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: str | PathLike[str], **options: Any) -> None:
+    """Writes a figure whole or not at all, in the format of the path's suffix; PNG without one."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix[1:] or "png", **options)
+    write(path, buffer.getvalue())
+
+
+def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 255, 255)) -> Array:
+    """Labels (H,W) -> colours (H,W,3) uint8; label 255 gets the colour `ignore`."""
+    last = ignored_label(len(palette))
+    wrong = labels[((labels < 0) | (labels >= len(palette))) & (labels != last)]
+    if wrong.size:
+        raise ValueError(
+            f"colourise: label {wrong[0]} has no colour; wanted 0 to {len(palette) - 1}, or {last} (ignored)"
+        )
+    table = np.full((last + 1, 3), ignore, np.uint8)
+    table[: len(palette)] = palette
+    return table[labels]
+
+
+def borders(labels: Array, width: int = 1) -> Array:
+    """Where the class changes within `width` pixels to the right or below: bool (H,W)."""
+    edge = np.zeros(labels.shape, bool)
+    for step in range(1, width + 1):
+        edge[:-step] |= labels[:-step] != labels[step:]
+        edge[:, :-step] |= labels[:, :-step] != labels[:, step:]
+    return edge
+
+
+def overlay(image: Array, labels: Array, palette: Sequence[Colour], alpha: float = 0.55) -> Array:
+    """The image (H,W,3) uint8 in grey, tinted by class, with thin dark borders; ignored pixels stay coloured."""
+    if image.shape[:2] != labels.shape:
+        raise ValueError(f"overlay: the image is {image.shape[:2]} and the labels {labels.shape}; wanted equal sizes")
+    grey = image @ np.array([0.299, 0.587, 0.114])  # so that the tints are the legend's
+    mixed = alpha * colourise(labels, palette) + (1 - alpha) * grey[..., None]
+    ignored = labels == ignored_label(len(palette))
+    mixed[ignored] = image[ignored]
+    mixed[borders(labels, max(1, round(min(labels.shape) / 250)))] *= 0.25
+    return np.rint(mixed).astype(np.uint8)
+
+
+def present(labels: Array, *others: Array | None, ignore: int = IGNORE) -> list[int]:
+    """The label values that occur, the largest region first; those only in `others` follow."""
+    found: list[int] = []
+    for array in [labels, *(other for other in others if other is not None)]:
+        values, counts = np.unique(array[array != ignore], return_counts=True)
+        found += [v for v in values[np.argsort(-counts, kind="stable")].tolist() if v not in found]
+    return found
+
+
+def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> Iterator[tuple[str, float, float]]:
+    """Where names fit inside their regions: (name, x, y), the middle as shares of width and height.
+
+    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high. One place per class at most.
+    """
+    rows, columns = labels.shape
+    for label in present(labels, ignore=ignored_label(len(names))):
+        mask = labels == label
+        middle_y, middle_x = (where.mean() for where in np.nonzero(mask))
+        total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # sums of rectangles from (0, 0)
+        for room in (1.6, 1.3, 1.0):  # rather with some air around
+            h, w = (math.ceil(n * letter * room * columns) for n in (2.5, len(names[label]) + 1))
+            inside = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
+            tops, lefts = np.nonzero(inside >= 0.95 * h * w)
+            if len(tops):
+                ys, xs = tops + h / 2, lefts + w / 2
+                best = np.argmin((ys - middle_y) ** 2 + (xs - middle_x) ** 2)
+                yield names[label], float(xs[best] / columns), float(ys[best] / rows)
+                break
+
+
+def show_image(ax: Axes, image: Array, title: str = "", cmap: str = "gray", highest: float = 255) -> AxesImage:
+    """A picture without axes, its title above; values (H,W), from 0 to `highest`, through a colour map."""
+    ax.set_title(title, fontsize=10, color=INK)
+    ax.set_axis_off()
+    return ax.imshow(image, cmap=cmap, vmin=0, vmax=highest, interpolation="nearest")
+
+
+def marked(name: str, unseen: Collection[str]) -> str:
+    """The name, with a mark if the class is unseen in training."""
+    return f"{name}{MARK}" if name in unseen else name
+
+
+def write_names(ax: Axes, labels: Array, names: Sequence[str], unseen: Collection[str] = ()) -> None:
+    """Class names into the regions that have room for them, in outlined letters."""
+    height, width = labels.shape
+    for name, x, y in label_spots(labels, names):
+        ax.text(x * width, y * height, marked(name, unseen), ha="center", va="center", **OUTLINED)
+
+
+def legend(ax: Axes, names: Sequence[str], palette: Sequence[Colour], unseen: Collection[str] = ()) -> None:
+    """Fills the axes with colour patches and names; unseen classes carry a mark, explained below them."""
+    patches = [
+        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour), edgecolor=INK, lw=0.6, label=marked(name, unseen))
+        for name, colour in zip(names, palette, strict=True)
+    ]
+    if set(names) & set(unseen):
+        patches.append(Patch(alpha=0, label=UNSEEN_NOTE))
+    ax.set_axis_off()
+    ax.legend(handles=patches, ncols=1 + len(patches) // 15, **LEGEND)
+
+
+def show_segmentation(
+    image: Array,
+    labels: Array,
+    names: Sequence[str],
+    palette: Sequence[Colour],
+    unseen: Collection[str] = (),
+    truth: Array | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Picture, truth (if given) and prediction side by side, class names in large regions, and a legend."""
+    found = present(labels, truth, ignore=ignored_label(len(names)))
+    panels = [("picture", None), *([("truth", truth)] if truth is not None else []), ("prediction", labels)]
+    tall = 3.1 * min(max(image.shape[0] / image.shape[1], 0.4), 1.6)
+    tall = max(tall, 0.19 * min(len(found), 15)) + 0.3 + 0.3 * (title is not None)
+    figure = Plot(3.1 * len(panels) + 1.8, tall, title)
+    axes = figure.subplots(1, len(panels) + 1, squeeze=False, width_ratios=[3.1] * len(panels) + [1.6])[0]
+    for ax, (name, mask) in zip(axes, panels, strict=False):
+        show_image(ax, image if mask is None else overlay(image, mask, palette), name)
+        if mask is not None:
+            write_names(ax, mask, names, unseen)
+    legend(axes[-1], [names[i] for i in found], [palette[i] for i in found], unseen)
+    return figure
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Array]], titles: Sequence[str], row_titles: Sequence[str] | None = None, panel: float = 1.9
+) -> Figure:
+    """A grid of pictures; `titles` stand above the columns, `row_titles` beside the rows; `panel` is in inches."""
+    wrong = {len(row) for row in rows} - {len(titles)}
+    if not rows or wrong:
+        raise ValueError(f"contact_sheet: {len(titles)} titles, rows of {sorted(wrong)}; wanted one per column")
+    figure = Plot(panel * len(titles) + 0.3 * (row_titles is not None), panel * len(rows) + 0.3)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            show_image(axes[i, j], picture, titles[j] if i == 0 else "")
+        if row_titles is not None:
+            axes[i, 0].set_axis_on()
+            axes[i, 0].set(xticks=[], yticks=[], frame_on=False, ylabel=row_titles[i])
+    return figure
+
+
+def score_map(ax: Axes, scores: Array, title: str, highest: float = 1.0) -> None:
+    """Scores (H,W), from 0 to `highest`, with a colour bar."""
+    shown = show_image(ax, scores, title, "cividis", highest)
+    bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03, label="score", format="{x:.2g}")
+    bar.ax.tick_params(labelsize=8)
+    bar.set_ticks([0, highest / 2, highest])
+
+
+def tidy(ax: Axes, title: str) -> None:
+    """Title on the left, no frame above and on the right, small ticks, marks above the grid."""
+    ax.set_title(title, fontsize=10, color=INK, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8.5)
+    ax.set_axisbelow(True)

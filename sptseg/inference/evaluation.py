@@ -1,0 +1,182 @@
+"""Scores of a model over a data set, on one process or many."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils.dataclasses import KwargsHandler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from sptseg.datasets import Sample, Split, test_transform
+from sptseg.inference.metrics import Scores, SegmentationMetrics
+from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
+from sptseg.model import SptSeg
+
+
+def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
+    """An accelerator with its own precision; accelerate otherwise keeps the first one's for the whole process."""
+    AcceleratorState._reset_state()
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **options)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks for the next use, as it keeps small ones.
+
+    Else it returns them, and the kernel clears each page anew: that can take a third of a training step on the CPU.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned
+
+
+def summary(scores: Scores) -> dict[str, float | None]:
+    """The four summary figures, without the classes'."""
+    return {name: value for name, value in scores.as_dict().items() if name != "iou"}
+
+
+class Prepared(Dataset[tuple[Sample, Tensor] | Exception]):
+    """Pictures as they are and as a model sees them; in place of those that cannot be had, what was raised."""
+
+    def __init__(self, dataset: Dataset[Sample], prepare: v2.Transform) -> None:
+        self.dataset, self.prepare = dataset, prepare
+
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | Exception:
+        try:
+            sample = self.dataset[index]
+        except (OSError, ValueError) as error:  # raised here, a worker's traceback would come along
+            return error
+        return sample, self.prepare(tv_tensors.Image(sample["image"]))
+
+
+def first(dataset: Dataset[Sample], limit: int | None) -> range:
+    """Positions of the first `limit` pictures of a data set, or of all."""
+    length = len(dataset)  # pyright: ignore[reportArgumentType]
+    if length < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"the data set has {length} pictures, and limit is {limit}; wanted at least one picture")
+    return range(length)[:limit]
+
+
+def predictions(
+    model: SptSeg,
+    dataset: Dataset[Sample],
+    split: Split,
+    *,
+    seen_offset: float | None = None,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 16,
+    autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
+    left_out: list[str] | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Sample, WindowLogits]]:
+    """Each picture of a data set (or those at `indices`), in order, with its logits for all classes of the split.
+
+    `logits.labels(size)` are the predicted labels. `seen_offset` is subtracted from the scores of the seen classes;
+    None takes the model's own. Pictures that cannot be read raise OSError, or are left out, and what was said of each
+    is added to `left_out`, if that is given. `workers` processes read ahead.
+    """
+    model.eval()
+    text = model.class_embeddings(split.texts())
+    offset = torch.zeros(len(split.classes))
+    offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
+    prepare = test_transform(augmentation(model.config))
+    indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
+    reading = {"num_workers": workers, "collate_fn": list, "pin_memory": model.device.type == "cuda"}
+    loader = DataLoader(Prepared(dataset, prepare), batch_size, sampler=indices, **reading)
+    for batch in loader:
+        samples, images = [], []
+        for each in batch:
+            if not isinstance(each, Exception):
+                samples.append(each[0])
+                images.append(each[1])
+            elif left_out is not None and isinstance(each, OSError):
+                left_out.append(str(each))
+            else:
+                raise each
+        found: dict[int, WindowLogits] = {}
+        for size in {image.shape for image in images}:
+            same = [i for i, image in enumerate(images) if image.shape == size]
+            stacked = torch.stack([images[i] for i in same])
+            with autocast():
+                logits = window_logits(model, stacked, text, offset=offset, window_batch=batch_size)
+            found |= zip(same, logits, strict=True)
+        yield from ((sample, found[i]) for i, sample in enumerate(samples))
+
+
+def evaluate(
+    model: SptSeg,
+    dataset: Dataset[Sample],
+    split: Split,
+    *,
+    seen_offset: float | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    precision: Precision = "no",
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+    skip_unreadable: bool = False,
+    workers: int = 0,
+) -> Scores:
+    """Scores over a data set (or its first `limit` pictures); every picture counts once, however many processes.
+
+    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own. `skip_unreadable`
+    leaves pictures that cannot be read out and lists them in the scores, instead of stopping at the first. `precision`
+    is that of the weights (see `at_precision`), unless an `accelerator` brings its own. `workers` processes read ahead.
+    """
+    if not 0 <= workers <= 1024:
+        raise ValueError(f"workers is {workers}; wanted 0 to 1024")
+    if accelerator is None:
+        model, accelerator = at_precision(model, precision), new_accelerator("no")
+    model.to(accelerator.device)
+    metrics = SegmentationMetrics(split, accelerator.device)
+    mine = first(dataset, limit)[accelerator.process_index :: accelerator.num_processes]
+    hidden = not (progress and accelerator.is_main_process)
+    left_out: list[str] = []
+    found = predictions(
+        model,
+        dataset,
+        split,
+        seen_offset=seen_offset,
+        indices=mine,
+        batch_size=batch_size,
+        autocast=accelerator.autocast,
+        left_out=left_out if skip_unreadable else None,
+        workers=workers,
+    )
+    for sample, logits in tqdm(found, desc="evaluating", total=len(mine), disable=hidden, mininterval=1):
+        label = torch.as_tensor(sample["label"])
+        predicted = logits.labels((label.shape[0], label.shape[1]))
+        metrics.update(predicted, label.to(accelerator.device))
+    return replace(metrics.compute(), left_out=tuple(gather_object(left_out)))
+
+
+def by_training(scores: Scores, shown: Collection[str]) -> dict[str, Any]:
+    """mIoU of the classes whose names are among `shown`, of the others and of all: for figures across data sets.
+
+    JSON values; classes that do not occur are left out, and a mean without any class is None.
+    """
+    known = {name: value for name, value in scores.iou.items() if value == value}
+
+    def mean(names: Collection[str]) -> float | None:
+        return sum(known[name] for name in names) / len(names) if names else None
+
+    old, new = ([name for name in known if (name in shown) is wanted] for wanted in (True, False))
+    both = [name for name in scores.iou if name in shown]
+    return {"shown": both, "miou": mean(known), "miou_shown": mean(old), "miou_new": mean(new)}

@@ -1,0 +1,164 @@
+"""Pictures of any size through a model in sliding windows, and the logits put together again."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from sptseg.model import ModelConfig, SpectralPrompt, SptSeg, interpolation, maps_at_once, upsample
+
+STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
+Precision = Literal["no", "bf16", "fp16"]
+Box = tuple[int, int, int, int]
+
+
+def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
+    """The protocol's crop and test size for a model, in proportion to its `image_size` (512: into 2048 x 512)."""
+    side = min(config.image_size)
+    mean, std = (CLIP_MEAN, CLIP_STD) if config.normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), mean=mean, std=std)
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one axis: every `stride`, the last one flush with the end."""
+    if length <= window:
+        return [0]
+    return [*range(0, length - window, stride), length - window]
+
+
+def windows_of(size: tuple[int, int], window: tuple[int, int]) -> list[Box]:
+    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is."""
+    (height, width), (window_height, window_width) = size, window
+    return [
+        (top, left, min(window_height, height), min(window_width, width))
+        for top in window_starts(height, window_height, max(1, round(STRIDE_SHARE * window_height)))
+        for left in window_starts(width, window_width, max(1, round(STRIDE_SHARE * window_width)))
+    ]
+
+
+def pad_to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Pads (B, 3, H, W) with zeros (the mean colour) below and on the right to multiples of the patch size."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % patch[1], 0, -height % patch[0]))
+
+
+@dataclass(frozen=True)
+class WindowLogits:
+    """Mask logits of every window at token resolution, from which scores of any class are drawn at any size.
+
+    logits (windows, C, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
+    `size`. `offset` (C,) is subtracted from the scores.
+    """
+
+    logits: Tensor
+    boxes: list[Box]
+    window: tuple[int, int]
+    size: tuple[int, int]
+    offset: Tensor
+
+    def scores(self, classes: slice, size: tuple[int, int]) -> Tensor:
+        """Sigmoid scores of some classes (c, *size): averaged where windows overlap, lowered by the offset, resized."""
+        logits, device = self.logits[:, classes], self.logits.device
+        rows, columns = (  # upsampling as two matrix products: several times as fast on a CPU
+            interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
+        )
+        if len(self.boxes) == 1:
+            _, _, height, width = self.boxes[0]
+            total = (rows[:height] @ logits[0] @ columns[:width].T).sigmoid_()
+        else:
+            total = logits.new_zeros(logits.shape[1], *self.size, dtype=torch.float32)
+            count = logits.new_zeros(self.size, dtype=torch.float32)
+            for window, (top, left, height, width) in zip(logits, self.boxes, strict=True):
+                here = slice(top, top + height), slice(left, left + width)
+                total[:, *here] += (rows[:height] @ window @ columns[:width].T).sigmoid_()
+                count[here] += 1
+            total /= count
+        total -= self.offset[classes, None, None]
+        return total if size == self.size else upsample(total[None], size)[0]
+
+    def labels(self, size: tuple[int, int], classes_at_once: int | None = None) -> Tensor:
+        """Position of the highest score per pixel: (*size) int64, first of equals."""
+        return self.best(size, classes_at_once)[1]
+
+    def best(self, size: tuple[int, int], classes_at_once: int | None = None) -> tuple[Tensor, Tensor]:
+        """The highest score per pixel (*size) and its class's position, int64, first of equals.
+
+        Classes are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
+        """
+        device = self.logits.device
+        if classes_at_once is None:
+            classes_at_once = maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
+        best = torch.full(size, -torch.inf, device=device)
+        labels = torch.zeros(size, dtype=torch.long, device=device)
+        for start in range(0, self.logits.shape[1], classes_at_once):
+            scores = self.scores(slice(start, start + classes_at_once), size)
+            if len(scores) == 1:
+                labels.masked_fill_(scores[0] > best, start)
+                torch.maximum(best, scores[0], out=best)
+            else:
+                value, index = scores.max(dim=0)
+                labels = torch.where(value > best, index + start, labels)
+                best = torch.maximum(best, value)
+        return best, labels
+
+
+def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
+    """A copy of a model for inference, whose weights are kept in a narrower type: "bf16" or "fp16"; "no": the model.
+
+    The spectral filter and its Fourier transforms, the scale of the logits, the logits and the text tower (shared with
+    the model) stay in float32. Layer norms compute in float32 inside.
+    """
+    if precision == "no":
+        return model
+    narrow = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
+    narrow.about = model.about
+    exact = {id(p) for m in narrow.modules() if isinstance(m, SpectralPrompt) for p in m.parameters()}
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in narrow.requires_grad_(False).parameters():
+        if id(parameter) not in exact and parameter.ndim:
+            parameter.data = parameter.data.to(dtype)
+    return narrow.eval()
+
+
+@torch.inference_mode()
+def window_logits(
+    model: SptSeg, images: Tensor, text: Tensor, *, offset: Tensor | None = None, window_batch: int = 4
+) -> list[WindowLogits]:
+    """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
+
+    images (B, 3, H, W) normalised, text (C, E), offset (C,) or None -> one `WindowLogits` per picture. Where memory
+    runs out, the number of windows at a time is halved, with a warning.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    boxes = windows_of(size, model.config.image_size)
+    crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
+    parts, done = [], 0
+    while done < len(crops):
+        batch = pad_to_patches(torch.stack(crops[done : done + window_batch]), model.encoder.patch_size)
+        try:
+            parts.append(model(batch.to(model.device, non_blocking=True), text).float())
+            done += len(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not ran_out_of_memory(error):
+                raise
+            window_batch = len(batch) // 2
+            warnings.warn(
+                f"memory ran out with {len(batch)} windows at once; going on with {window_batch}", stacklevel=2
+            )
+    logits = torch.cat(parts).unflatten(0, (len(images), len(boxes)))
+    patch_height, patch_width = model.encoder.patch_size
+    window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
+    offset = torch.zeros(len(text)) if offset is None else offset
+    return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device)) for per_image in logits]
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory, or the host's, was too small; torch has a class for the former only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

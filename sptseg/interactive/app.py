@@ -1,0 +1,122 @@
+"""The frequency explorer as an app of its own, in a browser on this computer: `sptseg explore`.
+
+Voila runs one small notebook, written for the occasion into a folder that is removed afterwards. It listens on the
+loopback address only, asks for a token, takes no code from the page, and serves nothing else: no sources, no files, no
+other notebooks.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import tempfile
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from sptseg.interactive.widgets import FrequencyExplorer
+from sptseg import scenes
+from sptseg.checkpoints import load_model
+from sptseg.datasets import as_array, enlarge, names, splits
+
+LOOPBACK = "127.0.0.1"
+IDLE = 600  # seconds until the kernel of a page that was closed is ended
+# Nothing is fetched from elsewhere: Voila's page asks a CDN for fonts, and works without.
+POLICY = "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
+TITLE = """# Frequency explorer
+Cut a band of frequencies out of the picture, and see what the model still finds. The slider's ends are moved with the
+mouse, or with the arrow keys."""
+
+
+def explorer(picture: str, model: str, classes: str, seed: int) -> FrequencyExplorer:
+    """What the page shows; arguments as those of `explore`."""
+    from sptseg.interactive.widgets import FrequencyExplorer  # ipywidgets is an optional part
+
+    world = splits.scenes()
+    if picture or classes:
+        image = picture or enlarge(scenes.draw(seed)[0], 3)
+        return FrequencyExplorer(load_model(model), image, names(classes) or world.classes)
+    image, label = (enlarge(array, 3) for array in scenes.draw(seed))
+    return FrequencyExplorer(load_model(model), image, world.classes, label, world.names(world.unseen))
+
+
+def explore(
+    picture: tyro.conf.Positional[str] = "",
+    model: str = "embedded",
+    classes: str = "",
+    port: int = 8866,
+    browser: bool = True,
+    seed: int = 7,
+) -> None:
+    """Serves the frequency explorer as an app in the browser, to this computer only, until Ctrl-C.
+
+    Args:
+        picture: an image file; without one, a drawn scene, whose IoU per class is shown.
+        model: as for `sptseg evaluate`.
+        classes: names, comma-separated; by default those of the drawn scenes.
+        port: where to listen.
+        browser: open a browser window; else only the address is printed.
+        seed: of the drawn scene.
+    """
+    if find_spec("voila") is None or find_spec("ipywidgets") is None:
+        raise ValueError("the explorer needs Voila and ipywidgets; install them with: pip install 'sptseg[notebooks]'")
+    if picture:
+        as_array(picture := str(Path(picture).resolve()))
+    model = str(Path(model).resolve()) if Path(model).exists() else model
+    load_model(model).class_embeddings(names(classes) or splits.scenes().classes)
+    with socket.socket() as probe:
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be used ({error.strerror}); give another one with --port") from error
+    with tempfile.TemporaryDirectory(prefix="sptseg-explore-") as folder:
+        _serve(Path(folder), f"explorer({picture!r}, {model!r}, {classes!r}, {seed})", port, browser)
+
+
+def _serve(folder: Path, call: str, port: int, browser: bool) -> None:
+    """Runs Voila on a notebook of one cell, in this process."""
+    import nbformat
+    from traitlets.config import Config
+    from voila.app import Voila
+
+    token = secrets.token_urlsafe(24)
+    url = f"http://{LOOPBACK}:{port}/?token={token}"
+
+    class App(Voila):
+        def launch_browser(self) -> None:  # called when the server listens
+            print(f"The explorer is at {url}\nCtrl-C ends it.", flush=True)
+            if browser:  # through a file, so that the token is on no command line
+                page = folder / "open.html"
+                page.write_text(f'<meta http-equiv="refresh" content="0;url={url}">')
+                webbrowser.open(page.as_uri())
+
+    cells = [
+        nbformat.v4.new_markdown_cell(TITLE),
+        nbformat.v4.new_code_cell(f"from sptseg.interactive.app import explorer\n{call}"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = folder / "explore.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebook)
+    config = {
+        "Voila": {
+            "ip": LOOPBACK,
+            "port": port,
+            "port_retries": 0,
+            "token": token,
+            "connection_dir_root": str(folder),
+            "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
+        },
+        "VoilaConfiguration": {"strip_sources": True, "file_allowlist": [], "allow_template_override": "NO"},
+        "MappingKernelManager": {"cull_idle_timeout": IDLE, "cull_interval": IDLE // 10},
+        "KernelSpecManager": {"kernel_dirs": []},  # no kernel but this interpreter's
+    }
+    app = App(config=Config(config), config_file_paths=[], log_level="ERROR")  # whatever is configured elsewhere
+    app.initialize([str(notebook)])
+    if not ipaddress.ip_address(app.ip).is_loopback:
+        raise RuntimeError(f"the explorer would listen on {app.ip}; it must on {LOOPBACK} only")
+    app.start()

@@ -1,0 +1,365 @@
+"""The notebooks as programs: run by papermill, their figures compared with recorded ones, saved with their outputs.
+
+A notebook has one cell tagged `parameters`, and its last cell writes its figures to `metrics.json`. Every run has a
+folder of its own, `OUTPUT/NAME/`, which gets both the executed notebook and these figures.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from sptseg.interactive.baselines import baseline_file, compare, record
+from sptseg.system import cores, write
+
+Notebook = dict[str, Any]  # as JSON
+Given = Annotated[
+    tuple[tuple[str, str], ...], tyro.conf.arg(aliases=["-p"], metavar="KEY VALUE"), tyro.conf.UseAppendAction
+]
+Names = tyro.conf.Positional[tuple[str, ...]]
+
+COMMON = ("quick", "seed", "device", "data_root", "output_dir")  # parameters of every notebook
+LARGEST = 1_500_000  # bytes of a committed notebook
+QUICK_TIMEOUT, FULL_TIMEOUT = 300, 900  # seconds a cell; the longest take a few
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: `figures` is its metrics.json, `error` empty if all went well, `drift` a line per figure."""
+
+    name: str
+    seconds: float
+    cells: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+    stalled: bool = False
+    drift: tuple[str, ...] = ()
+    held: str = ""
+
+    @property
+    def verdict(self) -> str:
+        word = "failed" if self.error else "drifted" if self.drift else "ok"
+        return f"{word}, at the second try" if self.stalled else word
+
+
+def find(names: Sequence[str] = ()) -> list[Path]:
+    """Notebooks by number ("01"), name or path; all of the folder for none."""
+    folders = (Path("notebooks"), Path(__file__).parents[2] / "notebooks")
+    known = {path.stem: path for path in next(filter(None, (sorted(f.glob("*.ipynb")) for f in folders)), [])}
+    found: dict[Path, None] = {}
+    for name in names or known or [""]:
+        path = Path(name)
+        matches = [path] if path.suffix == ".ipynb" and path.is_file() else []
+        matches = matches or [path for stem, path in known.items() if name in (stem, stem.partition("_")[0])]
+        if not matches and not known:
+            raise ValueError(
+                "there is no folder notebooks/ here or beside the package; run this in a clone of the repository, or "
+                "give a notebook's path"
+            )
+        if not matches:
+            raise ValueError(f"there is no notebook {name}{near(name, known)}; there are {', '.join(known)}")
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {matches[0]}" if matches else ""
+
+
+def read(path: Path) -> Notebook:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def source(cell: Mapping[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def code_cells(path: Path) -> int:
+    return sum(cell["cell_type"] == "code" for cell in read(path)["cells"])
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    """Names and defaults from the one cell tagged `parameters`: plain assignments of literals."""
+    cells = [cell for cell in read(path)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
+    if len(cells) != 1:
+        raise ValueError(f"{path} has {len(cells)} cells tagged 'parameters'; wanted exactly one")
+    defaults = {}
+    for statement in ast.parse(source(cells[0])).body:
+        try:
+            assert isinstance(statement, ast.Assign) and len(statement.targets) == 1
+            defaults[ast.unparse(statement.targets[0])] = ast.literal_eval(statement.value)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(
+                f"{path}: the parameters cell holds {ast.unparse(statement)!r}; wanted NAME = LITERAL only"
+            ) from error
+    return defaults
+
+
+def chosen(given: Sequence[tuple[str, str]], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Parameters given as text, in the types of the notebook's defaults; unknown ones are refused."""
+    values = {}
+    for key, text in given:
+        if key == "output_dir":
+            raise ValueError(
+                "every notebook writes to a folder of its own; give --output, not the parameter output_dir"
+            )
+        if key not in defaults:
+            raise ValueError(f"{name} has no parameter {key}{near(key, defaults)}; it has {', '.join(defaults)}")
+        value: Any = text
+        if not isinstance(defaults[key], str):
+            with suppress(ValueError, SyntaxError):
+                value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        if isinstance(defaults[key], float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(defaults[key]):
+            kind = type(defaults[key]).__name__
+            raise ValueError(f"{name}: the parameter {key} is {text!r}; wanted {kind}, such as {defaults[key]!r}")
+        values[key] = value
+    return values
+
+
+def digest(notebook: Notebook) -> str:
+    """A hash of all cells' types and sources: what outputs are outputs of."""
+    cells = [[cell["cell_type"], source(cell)] for cell in notebook["cells"]]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def committed(executed: Notebook, folders: Iterable[Path]) -> Notebook:
+    """An executed notebook as it is committed: with its outputs, without what depends on the machine or the hour.
+
+    Papermill's cell and metadata go; paths of `folders` become relative; of widgets their words stay, as their state
+    would only show where their scripts can be loaded; the hash of the sources says what the outputs belong to.
+    """
+    cells, count = [], 0
+    for cell in executed["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if "injected-parameters" in tags:
+            continue
+        cell = {**cell, "metadata": {"tags": tags} if tags else {}}
+        if cell["cell_type"] == "code":
+            count += 1
+            cell["execution_count"] = count
+            for output in cell["outputs"]:
+                output.get("data", {}).pop(WIDGET, None)
+                if "execution_count" in output:
+                    output["execution_count"] = count
+        cells.append(cell)
+    text = json.dumps(cells)
+    for folder in folders:
+        text = text.replace(json.dumps(str(folder))[1:-1], ".")
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    notebook: Notebook = {"cells": json.loads(text), "nbformat": 4, "nbformat_minor": 5}
+    about = {"sources": digest(notebook)}
+    return {**notebook, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, "sptseg": about}}
+
+
+def save(executed: Path, target: Path, seconds: float) -> None:
+    """Writes an executed notebook with its outputs over its source, and how long it took."""
+    notebook = committed(read(executed), (executed.parent.resolve(), executed.parent, target.resolve().parents[1]))
+    notebook["metadata"]["sptseg"]["seconds"] = round(seconds)
+    text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    size = len(text.encode())
+    if size > LARGEST:
+        raise ValueError(f"{target} would have {size / 1e6:.1f} MB; wanted {LARGEST / 1e6} at most: show fewer figures")
+    write(target, text)
+    for figure in picture(notebook):
+        write(target.parent / "pictures" / f"{target.stem}.png", figure)
+
+
+def picture(notebook: Notebook) -> list[bytes]:
+    """The figures of the cell tagged `picture`, as small PNGs: the README's map shows one."""
+    cells = [cell for cell in notebook["cells"] if "picture" in cell["metadata"].get("tags", ())]
+    found = []
+    for data in (output.get("data", {}).get("image/png") for cell in cells for output in cell["outputs"]):
+        if data:
+            image = Image.open(io.BytesIO(base64.b64decode("".join(data)))).convert("RGB")
+            image.thumbnail((480, 300), Image.Resampling.LANCZOS)
+            image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer := io.BytesIO(), "png", optimize=True)
+            found.append(buffer.getvalue())
+    return found
+
+
+def execute(
+    path: Path, folder: Path, values: Mapping[str, Any], timeout: int, on_cell: Callable[..., None] | None = None
+) -> Outcome:
+    """Runs one notebook in a kernel, in a thread of its own; its folder gets it, executed, and its metrics.json.
+
+    A run that stalls is tried once more: now and then a kernel's reply to a cell with widgets is lost.
+    """
+    try:
+        import papermill
+        from jupyter_core.utils import ensure_event_loop
+        from nbclient.exceptions import CellTimeoutError
+        from papermill.exceptions import PapermillExecutionError
+    except ImportError as error:
+        raise ValueError("notebooks need papermill and Jupyter: pip install 'sptseg[notebooks]'") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = folder / "metrics.json"
+    metrics.unlink(missing_ok=True)  # the last run's
+    cells = code_cells(path)
+    started, error = time.perf_counter(), ""
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the outcome says it
+    for tries in (1, 2):
+        try:
+            papermill.execute_notebook(
+                path, folder / path.name, {**values, "output_dir": str(folder)}, kernel_name="python3",
+                language="python", progress_bar=False, execution_timeout=timeout, on_cell_execute=on_cell,
+                extra_arguments=["--log-level=CRITICAL"],
+            )  # fmt: skip
+            error = ""
+        except CellTimeoutError:
+            error = f"a cell took longer than {timeout} seconds, twice; more go with --timeout"
+            if tries == 1:
+                continue
+        except PapermillExecutionError as failure:
+            last = (failure.evalue.strip().splitlines() or [""])[-1]
+            error = f"In [{failure.exec_count}]: {failure.ename}: {last}"
+        except RuntimeError as failure:  # such as a dead kernel
+            error = f"{type(failure).__name__}: {failure}"
+        break
+    ensure_event_loop().close()  # this thread's, which papermill leaves open
+    if not error and not metrics.is_file():
+        error = "it wrote no metrics.json; its last cell should call lesson.write_metrics(output_dir, ...)"
+    figures = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    return Outcome(path.stem, time.perf_counter() - started, cells, figures, error, stalled=tries == 2)
+
+
+@contextmanager
+def own_kernel(jobs: int) -> Iterator[None]:
+    """Kernels of this interpreter only, which share the cores."""
+    before = dict(os.environ)
+    os.environ.pop("JUPYTER_PATH", None)  # a kernel "python3" found there would win
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def run_all(
+    paths: Sequence[Path], given: Sequence[tuple[str, str]], output: Path, *, quick: bool, timeout: int, jobs: int
+) -> Iterator[tuple[Path, Outcome]]:
+    """Runs notebooks, `jobs` at a time, in the order in which they end; a failure stops none of the others."""
+    defaults = {path: parameters(path) for path in paths}
+    given = [*given, ("quick", "true")] if quick else given
+    values = {path: chosen(given, known, path.stem) for path, known in defaults.items()}
+    doubled = [path.stem for path in paths if [other.stem for other in paths].count(path.stem) > 1]
+    if doubled:
+        raise ValueError(f"two notebooks are called {doubled[0]}, and would write to the same folder; run them apart")
+    codes = sum(code_cells(path) for path in paths)
+    timeout = timeout or (QUICK_TIMEOUT if quick else FULL_TIMEOUT)
+    with own_kernel(jobs), tqdm(total=codes, unit="cell", disable=None) as bar, ThreadPool(jobs) as pool:
+
+        def one(path: Path) -> tuple[Path, Outcome]:
+            def on_cell(**_: Any) -> None:
+                bar.set_description(path.stem, refresh=False)
+                bar.update()
+
+            return path, execute(path, output / path.stem, values[path], timeout, on_cell)
+
+        for path, outcome in pool.imap_unordered(one, paths):
+            tqdm.write(f"{outcome.name}: {outcome.error or 'ran through'} ({outcome.seconds:.0f} s)")
+            yield path, outcome
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table, and under it what went wrong."""
+    rows = [
+        f"| {o.name} | {o.seconds:.0f} | {o.cells} | {o.held or len(o.figures)} | {o.verdict} |"
+        for o in sorted(outcomes, key=lambda o: o.name)
+    ]
+    wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
+    return "\n".join(["| notebook | seconds | cells | figures | verdict |", "|---|---|---|---|---|", *rows, *wrong])
+
+
+def run(
+    names: Names = (),
+    param: Given = (),
+    quick: bool = False,
+    output: Path = Path("runs/notebooks"),
+    save_outputs: Annotated[bool, tyro.conf.arg(name="save")] = False,
+    timeout: int = 0,
+    jobs: int = 1,
+) -> None:
+    """Runs notebooks with papermill and tells how it went.
+
+    Args:
+        names: numbers (01), names or paths; all by default.
+        param: a parameter of the notebooks; may be given several times.
+        quick: fewer pictures and steps.
+        output: where each notebook gets a folder, for its executed copy and its metrics.json.
+        save_outputs: write the executed notebooks back over their sources, as they are committed.
+        timeout: seconds that a cell may take; by default 300 with --quick, else 900.
+        jobs: how many to run at a time.
+    """
+    if save_outputs and (param or quick):
+        raise ValueError("--save keeps outputs of the default parameters only; leave out -p and --quick")
+    outcomes = []
+    for path, outcome in run_all(find(names), param, output, quick=quick, timeout=timeout, jobs=jobs):
+        if save_outputs and not outcome.error:
+            try:
+                save(output / path.stem / path.name, path, outcome.seconds)
+            except ValueError as error:
+                outcome = replace(outcome, error=str(error))
+        outcomes.append(outcome)
+    print(summary(outcomes))
+    if any(outcome.error for outcome in outcomes):
+        raise SystemExit(1)
+
+
+def check(
+    names: Names = (),
+    param: Given = (),
+    update: bool = False,
+    full: bool = False,
+    output: Path = Path("runs/notebooks-check"),
+    timeout: int = 0,
+    jobs: int = 1,
+) -> None:
+    """Runs notebooks, quick, and compares their figures with the recorded ones in tests/baselines.
+
+    Args:
+        names: numbers (01), names or paths; all by default.
+        param: a parameter of the notebooks, such as another model to compare; may be given several times.
+        update: record the figures anew, and print what changed; tolerances that are there stay.
+        full: at the default parameters, with baselines of their own in tests/baselines/full.
+        output: where each notebook gets a folder.
+        timeout: seconds that a cell may take; by default 300, with --full 900.
+        jobs: how many to run at a time.
+    """
+    if update and param:
+        raise ValueError("--update records figures of the default parameters only; leave out -p")
+    outcomes = []
+    for path, outcome in run_all(find(names), param, output, quick=not full, timeout=timeout, jobs=jobs):
+        file = baseline_file(path, full)
+        if update and not outcome.error:
+            print("\n".join(record(file, outcome.figures)))
+        if not outcome.error:
+            recorded = json.loads(file.read_text()) if file.is_file() else {}
+            drift = compare(recorded, outcome.figures)
+            held = f"{len(recorded.keys() - drift)} of {len(recorded)} held"
+            outcome = replace(outcome, drift=tuple(drift.values()), held=held)
+        outcomes.append(outcome)
+    print(summary(outcomes))
+    if any(outcome.error or outcome.drift for outcome in outcomes):
+        raise SystemExit(1)

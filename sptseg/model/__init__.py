@@ -1,0 +1,15 @@
+"""Pictures and class names to mask logits: the whole method."""
+
+# fmt: off
+from sptseg.model import clip, decoder, encoder, ops
+from sptseg.model.clip import (
+    Clip, TINY, check_public, data_file, fingerprint, load_clip, new_tiny_clip, run_block, save_tiny_clip,
+)
+from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, SPT_RELEASED, ZEGCLIP, check_values
+from sptseg.model.decoder import HighLowAttention
+from sptseg.model.encoder import PromptedEncoder, SpectralPrompt
+from sptseg.model.ops import (
+    Grid, band_filter, from_windows, grid_to_tokens, interpolation, maps_at_once, radial_frequency, resize_positions,
+    to_windows, tokens_to_grid,
+)
+from sptseg.model.spt_seg import SptSeg, build_model, upsample

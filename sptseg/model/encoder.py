@@ -1,0 +1,164 @@
+"""The prompted image encoder: open_clip's own VisionTransformer, frozen, with deep prompts and spectral prompts."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sptseg.model.clip import run_block
+from sptseg.model.ops import Grid, fourier_filter, linear, resample_filter, resize_positions, tokens_to_grid
+
+
+class SpectralPrompt(nn.Module):
+    """Adds to the patch tokens X (B, H, W, D) a filtered version of them, gated by the class token c (B, 1, 1, D):
+
+        S = irfft2( rfft2(X * c) * F ),   X <- X + S
+
+    F is learned, complex, one per channel, shared by all layers that use it. Source: paper, section "Spectral Prompt
+    Tuning" (the gate by the class token is in the released code).
+
+    `weight` holds F as real numbers (H, W//2+1, D, 2), for the grid it was made for; on other grids F is resampled over
+    normalised frequency (ours; the released code works on its own grid only).
+    """
+
+    def __init__(self, grid: Grid, width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, width, 2))
+
+    def filter(self, grid: Grid) -> Tensor:
+        """F for a grid: (H, W//2+1, D) complex64."""
+        return resample_filter(torch.view_as_complex(self.weight.float()), self.grid, grid)
+
+    def forward(self, patches: Tensor, class_token: Tensor, weight: Tensor) -> Tensor:
+        return patches + fourier_filter(patches * class_token[:, None, None], weight)
+
+
+class PromptedEncoder(nn.Module):
+    """A frozen VisionTransformer whose blocks see learned prompts.
+
+    Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`.
+    Everything in `visual` is frozen and stays in evaluation mode.
+
+    Args:
+        visual: open_clip's image tower, of L blocks, width D, patch size P.
+        grid: the token grid that the spectral filter is made for.
+        prompt_tokens: K; 0 for none.
+        prompt_depth: how many blocks after the first get prompts of their own (paper: L - 1, all of them).
+        spectral_layers: blocks before which the spectral prompt is added (paper: the first two).
+        class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
+            otherwise CLIP's own class token.
+    """
+
+    prompts: nn.Parameter | None
+    spectral_prompt: SpectralPrompt | None
+
+    def __init__(
+        self,
+        visual: VisionTransformer,
+        *,
+        grid: Grid,
+        prompt_tokens: int,
+        prompt_depth: int,
+        spectral_layers: Sequence[int],
+        class_embedding_twice: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.visual = visual.requires_grad_(False).eval()
+        width, layers = visual.positional_embedding.shape[1], len(visual.transformer.resblocks)
+        if not 0 <= prompt_depth < layers:
+            raise ValueError(f"prompt_depth is {prompt_depth}; this CLIP has {layers} blocks, so 0 to {layers - 1} go")
+        if not set(spectral_layers) <= set(range(layers)):
+            raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has the blocks 0 to {layers - 1}")
+        self.checkpointing = (
+            False  # gradient checkpointing: blocks run again in the backward pass instead of being kept
+        )
+        self.prompt_depth = prompt_depth
+        self.spectral_layers = frozenset(spectral_layers)
+        self.class_embedding_twice = class_embedding_twice
+        self.prompts = self.spectral_prompt = None
+        if prompt_tokens:
+            bound = math.sqrt(6 / (3 * math.prod(visual.patch_size) + width))
+            self.prompts = nn.Parameter(torch.empty(1 + prompt_depth, prompt_tokens, width).uniform_(-bound, bound))
+            self.prompt_projection = nn.Linear(width, width)
+            nn.init.kaiming_normal_(self.prompt_projection.weight, mode="fan_out")
+            self.prompt_dropout = nn.Dropout(dropout)
+        if self.spectral_layers:
+            self.spectral_prompt = SpectralPrompt(grid, width)
+        self.prompt_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def train(self, mode: bool = True) -> PromptedEncoder:
+        super().train(mode)
+        self.visual.eval()  # frozen parts never train, whatever the mode
+        return self
+
+    @property
+    def patch_size(self) -> Grid:
+        return cast(Grid, self.visual.patch_size)
+
+    def grid_of(self, images: Tensor) -> Grid:
+        """The token grid of images (B, 3, height, width), whose sides must be multiples of the patch size."""
+        (height, width), (patch_height, patch_width) = images.shape[-2:], self.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"images are {height} x {width}; both sides must be multiples of the patch size {patch_height} x "
+                f"{patch_width}; resize or pad them, or use sptseg.segment, which does"
+            )
+        return height // patch_height, width // patch_width
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens before the first block (B, 1 + N, D)."""
+        visual, grid = self.visual, self.grid_of(images)
+        patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([token, patches], dim=1)
+        x = x + resize_positions(visual.positional_embedding, visual.grid_size, grid).to(x.dtype)
+        if self.class_embedding_twice:  # released code, kept
+            x = torch.cat([x[:, :1] + token, x[:, 1:]], dim=1)
+        return visual.ln_pre(x)
+
+    def states(self, images: Tensor, *, of_prompts: bool = True) -> Iterator[Tensor]:
+        """Tokens after every block: (B, 1 + K + N, D) while the block has prompts, else (B, 1 + N, D).
+
+        Nothing reads what a block makes of its prompts. So without `of_prompts` it makes keys and values of them only,
+        and the tokens are always (B, 1 + N, D).
+        """
+        grid = self.grid_of(images)
+        x = self.embed(images)
+        class_token, patches = x[:, :1], x[:, 1:]
+        weight = self.spectral_prompt.filter(grid) if self.spectral_prompt is not None else None
+        projected = None if self.prompts is None else self.prompt_projection(self.prompts)  # (1 + depth, K, D)
+        for i, block in enumerate(self.visual.transformer.resblocks):
+            if self.spectral_prompt is not None and i in self.spectral_layers:
+                on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
+                patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
+            prompts = None
+            if projected is not None and i <= self.prompt_depth:
+                prompts = self.prompt_dropout(projected[i].expand(len(patches), -1, -1)).to(patches.dtype)
+            if prompts is not None and of_prompts:
+                tokens, context = torch.cat([class_token, prompts, patches], dim=1), None
+            else:
+                tokens, context = torch.cat([class_token, patches], dim=1), prompts
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run_block, block, tokens, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run_block(block, tokens, context)
+            yield x
+            class_token, patches = x[:, :1], x[:, -patches.shape[1] :]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
+        grid = self.grid_of(images)
+        (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
+        embedded = linear(self.visual.ln_post(self.prompt_norm(x)), cast(Tensor, self.visual.proj).T)
+        embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
+        return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]

@@ -1,0 +1,185 @@
+"""Pure tensor functions: products and attention, tokens and grids, windows, Fourier filters, frequency bands, resizing.
+
+Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # torch on x86
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of x (..., I), weight (O, I) and bias (O,): (..., O).
+
+    In float32 on x86 CPUs as a 1 x 1 convolution: torch has MKL multiply matrices and oneDNN convolve, and on AMD's
+    processors MKL takes twice as long.
+    """
+    exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not exact or not on_x86(x):
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, I, 1, M), channels last in memory
+    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention of query (..., N, d), key (..., M, d) and value (..., M, d): (..., N, d).
+
+    Torch's fused kernel is slow on x86 CPUs, most of all in bf16 and in the backward pass. There all heads at once, or
+    one after the other if their weights would not stay in the cache, take down to half of its time. Under autograd
+    this keeps all attention weights (in float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the
+    fused kernel.
+    """
+    keys = key.shape[-2]
+    if not on_x86(query) or (keys > 1200 and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(query, key, value)
+    query = query * query.shape[-1] ** -0.5
+    if keys < 512:
+        return (query @ key.mT).softmax(dim=-1).to(value.dtype) @ value
+    heads = zip(*(part.flatten(0, -3).unbind(0) for part in (query, key, value.mT)), strict=True)
+    return torch.stack([linear(linear(q, k).softmax(dim=-1).to(v.dtype), v) for q, k, v in heads]).view_as(query)
+
+
+def on_x86(x: Tensor) -> bool:
+    return x.device.type == "cpu" and MKL_AND_ONEDNN
+
+
+def tokens_to_grid(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, N, C) -> (B, C, H, W), rows first."""
+    height, width = grid
+    if tokens.shape[1] != height * width:
+        raise ValueError(f"{tokens.shape[1]} tokens do not fill a {height} x {width} grid ({height * width} positions)")
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def grid_to_tokens(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C), rows first."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def pad_to_multiple(features: Tensor, multiple: int) -> Tensor:
+    """Zero-pads (B, H, W, C) below and on the right until H and W are multiples of `multiple`."""
+    height, width = features.shape[1:3]
+    return F.pad(features, (0, 0, 0, -width % multiple, 0, -height % multiple))
+
+
+def to_windows(features: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) -> (B, H/size * W/size, size², C): windows side by side, rows first, H and W multiples of `size`."""
+    batch, height, width, channels = features.shape
+    windows = features.view(batch, height // size, size, width // size, size, channels)
+    return windows.transpose(2, 3).reshape(batch, -1, size * size, channels)
+
+
+def from_windows(windows: Tensor, size: int, grid: Grid) -> Tensor:
+    """The inverse of `to_windows`: (B, H/size * W/size, size², C) -> (B, H, W, C)."""
+    height, width = grid
+    batch, _, _, channels = windows.shape
+    features = windows.view(batch, height // size, width // size, size, size, channels)
+    return features.transpose(2, 3).reshape(batch, height, width, channels)
+
+
+def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
+    """Filters a grid per channel in the frequency domain: irfft2(rfft2(features) * weight), both orthonormal.
+
+    features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the
+    features' type. Source: paper section "Spectral Prompt Tuning"; `method.md` there is 1.3 (GFNet's global filter).
+    """
+    height, width, channels = features.shape[1:]
+    if weight.shape != (height, width // 2 + 1, channels):
+        raise ValueError(
+            f"the filter has shape {tuple(weight.shape)}; a {height} x {width} grid of {channels} channels needs "
+            f"{(height, width // 2 + 1, channels)}; resample it with resample_filter"
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        spectrum = torch.fft.rfft2(features.float(), dim=(1, 2), norm="ortho")
+        filtered = torch.fft.irfft2(spectrum * weight, s=(height, width), dim=(1, 2), norm="ortho")
+    return filtered.to(features.dtype)
+
+
+def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resamples a complex filter (H, W//2+1, C) from one grid to another over normalised frequency.
+
+    Frequencies are in cycles per token, so the new filter treats a pattern of a given wavelength as the old one did;
+    low frequencies stay aligned. Linear between samples, the identity on its own grid. The vertical axis is periodic;
+    the horizontal one is half of a Hermitian spectrum, and ends at its last sample.
+    """
+    if source == target:
+        return weight
+    (rows, columns), (new_rows, new_columns) = source, target
+    if weight.shape[:2] != (rows, columns // 2 + 1):
+        raise ValueError(
+            f"a filter of a {rows} x {columns} grid has {(rows, columns // 2 + 1)} frequencies, "
+            f"got {tuple(weight.shape[:2])}"
+        )
+    vertical = torch.fft.fftfreq(new_rows, device=weight.device) * rows  # position on the old, periodic axis
+    horizontal = torch.fft.rfftfreq(new_columns, device=weight.device) * columns
+    weight = _lerp(weight, vertical, 0, periodic=True)
+    return _lerp(weight, horizontal, 1, periodic=False)
+
+
+def _lerp(values: Tensor, position: Tensor, dim: int, periodic: bool) -> Tensor:
+    """Linear interpolation of `values` along `dim` at fractional `position`s."""
+    length = values.shape[dim]
+    below = position.floor()
+    share = (position - below).view([-1 if d == dim else 1 for d in range(values.ndim)])
+    low, high = below.long(), below.long() + 1
+    low, high = (low % length, high % length) if periodic else (low.clamp(max=length - 1), high.clamp(max=length - 1))
+    return values.index_select(dim, low) * (1 - share) + values.index_select(dim, high) * share
+
+
+def radial_frequency(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """Radius of every rfft2 frequency of a grid, in cycles per sample: (H, W//2+1), 0 to sqrt(0.5)."""
+    height, width = grid
+    vertical = torch.fft.fftfreq(height, device=device)[:, None]
+    return torch.hypot(vertical, torch.fft.rfftfreq(width, device=device)[None])
+
+
+def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -> Tensor:
+    """Keeps (or, with `reject`, removes) radial frequencies low <= r < high of images (..., H, W); the mean stays.
+
+    Frequencies are in cycles per sample, 0 to sqrt(0.5); a filter that keeps everything is the identity.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"a band needs 0 <= low <= high in cycles per sample, got {low} to {high}")
+    radius = radial_frequency((images.shape[-2], images.shape[-1]), images.device)
+    inside = (radius >= low) & (radius < high)
+    keep = (~inside if reject else inside) | (radius == 0)
+    spectrum = torch.fft.rfft2(images.float())
+    return torch.fft.irfft2(spectrum * keep, s=images.shape[-2:]).to(images.dtype)
+
+
+def resize_positions(embedding: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resizes the patch part of a position embedding (1 + H*W, D) bilinearly to another grid; the class token's stays.
+
+    Source: released code; `align_corners=False`, no antialiasing.
+    """
+    if embedding.shape[0] != 1 + source[0] * source[1]:
+        raise ValueError(
+            f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid"
+        )
+    if source == tuple(target):
+        return embedding
+    patches = tokens_to_grid(embedding[None, 1:], source)
+    resized = F.interpolate(patches.float(), size=target, mode="bilinear", align_corners=False)
+    return torch.cat([embedding[:1], grid_to_tokens(resized)[0].to(embedding.dtype)])
+
+
+PIXELS_AT_ONCE = 2**18  # what stays in the cache of a CPU core
+
+
+def maps_at_once(pixels: int, device: torch.device) -> int:
+    """How many maps of so many pixels to work on together: few on a CPU, whose cache is small, many to fill a GPU."""
+    return max(1, (PIXELS_AT_ONCE if device.type == "cpu" else 128 * PIXELS_AT_ONCE) // pixels)
+
+
+@lru_cache(maxsize=16)
+def interpolation(source: int, target: int, device: torch.device) -> Tensor:
+    """Matrix (target, source) of one-dimensional linear interpolation, `align_corners=False`."""
+    identity = torch.eye(source)[None]
+    return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T.contiguous().to(device)

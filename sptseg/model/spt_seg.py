@@ -1,0 +1,99 @@
+"""`ModelConfig`, `SptSeg`, `build_model`: parts in, model out. What is trained is chosen by module, never by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sptseg.model.clip import Clip, load_clip
+from sptseg.model.config import ModelConfig
+from sptseg.model.decoder import Decoder
+from sptseg.model.encoder import PromptedEncoder
+
+
+class SptSeg(nn.Module):
+    """A prompted encoder and a decoder: `model(images, text) -> mask logits (B, C, H, W)`.
+
+    `clip` gives text embeddings (`model.class_embeddings`); it is no part of the trained model. Without a decoder the
+    logits are dense CLIP's: those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine
+    times CLIP's logit scale.
+    """
+
+    def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.decoder = decoder
+        self.clip = clip
+        self.about: dict[str, Any] = {}  # what its checkpoint says of split, settings and data
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S'), unit text embeddings (C, E) -> mask logits (B, C, H, W) per token."""
+        patches, image = self.encoder(images)
+        if self.decoder is not None:
+            return self.decoder(patches, image, text)
+        similarity = torch.einsum("behw,ce->bchw", patches.float(), text.float())
+        return (self.clip.model.logit_scale.exp() * similarity).softmax(dim=1).logit(eps=1e-6)
+
+    def class_embeddings(self, names: list[str] | tuple[str, ...]) -> Tensor:
+        """Unit text embeddings (C, E) of class names, on the model's device."""
+        return self.clip.class_embeddings(names, self.config.templates).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.prompt_norm.weight.device
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The trained parts only: everything but CLIP."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.visual.")}
+
+    def to(self, *args, **kwargs) -> SptSeg:
+        self.clip.model.to(*args, **kwargs)  # the text tower comes along
+        return super().to(*args, **kwargs)
+
+
+def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
+    """A new model with weights from torch's global seed; `clip` saves loading it again."""
+    clip = load_clip(config.clip, config.clip_weights) if clip is None else clip
+    visual = clip.visual
+    patch_height, patch_width = visual.patch_size
+    if config.image_size[0] % patch_height or config.image_size[1] % patch_width or min(config.image_size) <= 0:
+        raise ValueError(
+            f"image_size is {config.image_size}; {config.clip} needs positive multiples of its patch size "
+            f"{visual.patch_size}"
+        )
+    layers = len(visual.transformer.resblocks)
+    encoder = PromptedEncoder(
+        visual,
+        grid=(config.image_size[0] // patch_height, config.image_size[1] // patch_width),
+        prompt_tokens=config.prompt_tokens,
+        prompt_depth=layers - 1 if config.prompt_depth is None else config.prompt_depth,
+        spectral_layers=config.spectral_layers,
+        class_embedding_twice=config.class_embedding_twice,
+        dropout=config.dropout,
+    )
+    decoder = None
+    if config.decoder != "none":
+        decoder = Decoder(
+            visual.output_dim,
+            kind=config.decoder,
+            layers=config.decoder_layers,
+            heads=config.decoder_heads,
+            window=config.decoder_window,
+            selection=config.selection,
+            start=config.start,
+            clip_scale=float(clip.model.logit_scale.exp()),
+            dropout=config.dropout,
+        )
+    model = SptSeg(config, encoder, decoder, clip)
+    if not config.trains:
+        model.encoder.prompt_norm.requires_grad_(False)  # dense CLIP has nothing to train
+    return model
+
+
+def upsample(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits (B, C, h, w) to a size in pixels, bilinear, `align_corners=False`."""
+    return F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,96 @@
+"""What a run starts from: data, model and training of the embedded world, of VOC, of COCO-Stuff and of Context.
+
+The last three are the literature's protocol: ZegCLIP's configuration files, as SPT-SEG published none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sptseg.datasets import SCENES_TO_TRAIN, Data
+from sptseg.model import EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig
+from sptseg.system import cores
+from sptseg.training.loop import EMBEDDED_TRAINING, TrainConfig
+from sptseg.training.stream import Setting
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Data, model and training that belong together, in the inductive setting."""
+
+    data: Data
+    model: ModelConfig
+    train: TrainConfig
+
+    def with_method(self, method: ModelConfig) -> Preset:
+        """Another method, such as `ZEGCLIP`, on this preset's CLIP, picture size, prompt tokens and templates."""
+        ours = self.model
+        model = replace(
+            method,
+            clip=ours.clip,
+            clip_weights=ours.clip_weights,
+            image_size=ours.image_size,
+            prompt_tokens=ours.prompt_tokens if method.prompt_tokens else 0,
+            templates=ours.templates,
+            normalization=ours.normalization,
+        )
+        return replace(self, model=model)
+
+
+def in_setting(model: ModelConfig, train: TrainConfig, setting: Setting) -> tuple[ModelConfig, TrainConfig]:
+    """Inductive options in another setting, in which the scores of seen classes are not lowered.
+
+    Transductive training takes the second half of the iterations: it goes on from the checkpoint that inductive
+    training leaves after the first, `halfway.safetensors` (ZegCLIP: VOC 10k + 10k, COCO-Stuff 40k + 40k).
+    """
+    if setting == "inductive":
+        return model, train
+    iterations = train.iterations // 2 if setting == "transductive" else train.iterations
+    return replace(model, seen_offset=0.0), replace(train, setting=setting, iterations=iterations)
+
+
+# ZegCLIP's text embeddings of COCO-Stuff are means over several templates; these are listed by its successor RPN (Li et
+# al., Relationship Prompt Learning is Enough, NeurIPS 2024, appendix) for COCO-Stuff and Context; VOC has one.
+SEVERAL_TEMPLATES = (
+    "a photo of a {}.", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
+    "this is a photo of a {}.", "this is a photo of a small {}.", "this is a photo of a medium {}.",
+    "this is a photo of a large {}.", "a {} in the scene.", "a photo of a {} in the scene.",
+    "there is a {} in the scene.", "there is the {} in the scene.", "this is a {} in the scene.",
+    "this is the {} in the scene.", "this is one {} in the scene.",
+)  # fmt: skip
+
+EMBEDDED = Preset(SCENES_TO_TRAIN, EMBEDDED_CONFIG, EMBEDDED_TRAINING)
+# TrainConfig's defaults are the protocol's; the folders are those of mmsegmentation's data guide.
+VOC = Preset(
+    Data("data/VOCdevkit/VOC2012", "voc2012"),
+    replace(SPT_RELEASED, clip="ViT-B-16-quickgelu", clip_weights="openai", image_size=(512, 512), prompt_tokens=10),
+    TrainConfig(iterations=20_000, workers=min(12, cores())),  # each makes 50 crops a second or so
+)
+COCO_STUFF = Preset(
+    Data("data/coco_stuff164k", "coco-stuff"),
+    replace(VOC.model, prompt_tokens=100, templates=SEVERAL_TEMPLATES),
+    replace(VOC.train, iterations=80_000),
+)
+# Neither ZegCLIP nor SPT-SEG published a configuration for Context. OTSeg's has 40k iterations and 10 prompt tokens, as
+# here, but crops of 480, and windows of 480 every 80 pixels; Cascade-CLIP's classes: --layout context-cascade.
+CONTEXT = Preset(
+    Data("data/VOCdevkit/VOC2010", "context-otseg"),
+    replace(VOC.model, templates=SEVERAL_TEMPLATES),
+    replace(VOC.train, iterations=40_000),
+)
+PRESETS = {
+    "embedded": EMBEDDED,
+    "spt": replace(EMBEDDED, model=SPT_RELEASED),
+    "zegclip": replace(EMBEDDED, model=ZEGCLIP),
+    "voc": VOC,
+    "voc-zegclip": VOC.with_method(ZEGCLIP),
+    "coco-stuff": COCO_STUFF,
+    "coco-stuff-zegclip": COCO_STUFF.with_method(ZEGCLIP),
+    "context": CONTEXT,
+    "context-zegclip": CONTEXT.with_method(ZEGCLIP),
+}
+PresetName = Literal[
+    "embedded", "spt", "zegclip",
+    "voc", "voc-zegclip", "coco-stuff", "coco-stuff-zegclip", "context", "context-zegclip",
+]  # fmt: skip

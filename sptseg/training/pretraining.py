@@ -1,0 +1,323 @@
+"""Pre-training of the tiny CLIP on drawn pictures and their captions. No pixel label is read here.
+
+Unlike OpenAI's CLIP, this one is trained to be dense: next to the usual contrast of image and caption, every patch must
+choose among the nouns of its own caption, every noun of the caption must win some patches, and in the end each patch
+must stand by what it says in a small window.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import PatchDropout
+from torch import Tensor
+from tqdm import tqdm
+
+from sptseg import scenes
+from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD
+from sptseg.model import Clip, from_windows, new_tiny_clip, resize_positions, run_block, save_tiny_clip, to_windows
+from sptseg.scenes import COLOURS
+from sptseg.system import cores
+from sptseg.training.state import read_sealed, write_sealed
+
+MODIFIERS = {"a", "an", "big", "small", "bright", "dark", *COLOURS}
+Job = tuple[scenes.Kind, tuple[int, ...]]  # a picture to draw: its kind and seed
+STREAM = 2  # first number of every pre-training picture's seed; evaluation and training pictures have others
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of pre-training.
+
+    Attributes:
+        kinds, size, images, batch: which pictures, how large, and how many.
+        rates: learning rate at the beginning and the end, a half cosine between.
+        patch_dropout: share of the patches left out.
+        coverage: share of the patches that each noun of the caption must win.
+        local_window: if set, patches also look at themselves in windows of that many patches a side, and what they say
+            there teaches what they say in the whole picture (see `local_losses`).
+    """
+
+    kinds: tuple[scenes.Kind, ...]
+    size: int
+    images: int
+    batch: int
+    rates: tuple[float, float]
+    patch_dropout: float = 0.5
+    coverage: float = 0.07
+    local_window: int = 0
+
+    def rate(self, progress: float) -> float:
+        """Learning rate at `progress`, 0 to 1."""
+        first, last = self.rates
+        return last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+MIXED: tuple[scenes.Kind, ...] = ("scene", "scene", "scene", "closeup")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of `pretrain`. `pool` pictures a kind are drawn once and reused, mirrored at random."""
+
+    seed: int = 0
+    stages: tuple[Stage, ...] = (
+        Stage(("thumbnail",), 64, 400_000, 256, (1.5e-3, 1.1e-3)),
+        Stage(MIXED, 128, 160_000, 64, (1.1e-3, 1e-4)),
+        Stage(MIXED, 128, 20_000, 64, (1e-4, 0.0), patch_dropout=0.0),
+        Stage(MIXED, 128, 16_000, 32, (6e-4, 0.0), patch_dropout=0.0, coverage=0.02, local_window=4),
+    )
+    pool: int = 40_000
+    weight_decay: float = 0.05
+    dense_losses: bool = True
+    threads: int = field(default_factory=cores)
+
+    def scaled(self, images: int) -> PretrainConfig:
+        """The same stages with about so many pictures in all."""
+        if images < 1000:
+            raise ValueError(f"{images} pictures are too few to pre-train on; wanted at least 1000")
+        share = images / sum(stage.images for stage in self.stages)
+        stages = tuple(replace(stage, images=max(stage.batch, round(stage.images * share))) for stage in self.stages)
+        return replace(self, stages=stages)
+
+
+def noun(phrase: str) -> str:
+    """A phrase without its article and adjectives: "a big red boat" -> "boat"."""
+    words = phrase.split()
+    while len(words) > 1 and words[0] in MODIFIERS:
+        words = words[1:]
+    return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures (n, size, size, 3) uint8 with their phrases."""
+
+    images: np.ndarray
+    phrases: list[tuple[str, ...]]
+
+
+def draw_one(size: int, job: Job) -> tuple[np.ndarray, tuple[str, ...]]:
+    kind, seed = job
+    scene = scenes.compose(seed, size, kind)
+    return scene.image, scene.phrases
+
+
+def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> Pool:
+    """The pictures of one stage, drawn by all cores."""
+    count = min(config.pool, stage.images)
+    jobs: list[Job] = [(stage.kinds[i % len(stage.kinds)], (STREAM, config.seed, number, i)) for i in range(count)]
+    images, phrases = np.empty((count, stage.size, stage.size, 3), np.uint8), []
+    with multiprocessing.get_context("spawn").Pool(config.threads) as workers:
+        drawn = workers.imap(partial(draw_one, stage.size), jobs, chunksize=256)
+        for i, (image, words) in enumerate(tqdm(drawn, total=count, desc="drawing", mininterval=5)):
+            images[i] = image
+            phrases.append(words)
+    return Pool(images, phrases)
+
+
+def batches(pool: Pool, stage: Stage, rng: np.random.Generator) -> Iterator[tuple[Tensor, list[tuple[str, ...]]]]:
+    """Normalised batches (B, 3, S, S), mirrored at random, with their phrases in random order."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    while True:
+        order = rng.permutation(len(pool.images))
+        for start in range(0, len(order) - stage.batch + 1, stage.batch):
+            chosen = order[start : start + stage.batch]
+            images = torch.from_numpy(pool.images[chosen]).permute(0, 3, 1, 2)
+            mirrored = torch.from_numpy(rng.random(stage.batch) < 0.5)
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+            phrases = [tuple(rng.permutation(pool.phrases[i]).tolist()) for i in chosen]
+            yield (images - mean) / std, phrases
+
+
+def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: int = 0) -> tuple[Tensor, Tensor]:
+    """Unit patch embeddings (B, N', E) and image embeddings (B, E) of square images.
+
+    A share `dropout` of the patches is left out. With `window`, patches attend only inside windows of that many patches
+    a side, each with a class token of its own (so B * windows image embeddings): what they say of themselves, without
+    the rest of the picture.
+    """
+    visual = clip.visual
+    patch, size = visual.conv1.kernel_size[0], images.shape[-1]
+    grid = (size // patch, size // patch)
+    x = images.view(len(images), 3, grid[0], patch, grid[1], patch).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    x = F.linear(x, visual.conv1.weight.flatten(1))  # the patch convolution as one matrix product: faster to train
+    positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
+    x = x + positions[1:]
+    if window:
+        x = to_windows(x.unflatten(1, grid), window).flatten(0, 1)  # (B * windows, window², D)
+    token = (visual.class_embedding + positions[0]).expand(len(x), 1, -1).to(x.dtype)
+    x = torch.cat([token, x], dim=1)
+    x = visual.ln_pre(PatchDropout(dropout)(x) if dropout else x)
+    for block in visual.transformer.resblocks:
+        x = run_block(block, x)
+    x = F.normalize((visual.ln_post(x) @ visual.proj).float(), dim=-1)
+    patches = x[:, 1:]
+    if window:
+        patches = from_windows(patches.unflatten(0, (len(images), -1)), window, grid).flatten(1, 2)
+    return patches, x[:, 0]
+
+
+def embed_texts(clip: Clip, texts: list[str]) -> Tensor:
+    """Unit text embeddings (n, E); open_clip's `encode_text` on sequences cut to the longest text."""
+    model: Any = clip.model
+    tokens = clip.tokenizer(texts)
+    length = int((tokens != 0).sum(dim=1).max())
+    tokens = tokens[:, :length]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    x = x[torch.arange(len(x)), tokens.argmax(dim=1)] @ model.text_projection
+    return F.normalize(x.float(), dim=-1)
+
+
+def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of unit embeddings a, b (B, E)."""
+    logits, target = scale * a @ b.T, torch.arange(len(a))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def dense_loss(log_p: Tensor, present: Tensor, coverage: float) -> Tensor:
+    """Patches choose among their caption's nouns, and each noun of the caption wins its best `coverage` of patches.
+
+    log_p (B, N, V): log-probabilities of V nouns; present (B, V) bool.
+    """
+    own = log_p.masked_fill(~present[:, None], -torch.inf).logsumexp(dim=-1)
+    best = log_p.topk(math.ceil(coverage * log_p.shape[1]), dim=1).values.mean(dim=1)  # (B, V)
+    return -own.mean() - best[present].mean()
+
+
+def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: float) -> dict[str, Tensor]:
+    """What patches say of themselves in a small window teaches what they say in the whole picture.
+
+    A patch that sees the whole picture knows the whole caption, and may say "boat" anywhere near one: its caption
+    forgives it. In a small window it cannot know of a boat outside. So the window's choice among the caption's nouns is
+    the target. log_p, local_log_p (B, N, V), present (B, V) bool.
+    """
+    own = local_log_p.detach().masked_fill(~present[:, None], -torch.inf).softmax(dim=-1)
+    return {"local": dense_loss(local_log_p, present, coverage), "taught": -(own * log_p).sum(dim=-1).mean()}
+
+
+def phrase_loss(patches: Tensor, phrases: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
+    """Each phrase picks the pictures whose captions hold it, by its soft-best patch.
+
+    patches (B, N, E), phrases (P, E), owner (P, B) bool.
+    """
+    similarity = scale * torch.einsum("bne,pe->pbn", patches, phrases)
+    scores = (similarity.softmax(dim=-1) * similarity).sum(dim=-1)  # (P, B)
+    return -(scores.masked_fill(~owner, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)).mean()
+
+
+def caption_losses(
+    clip: Clip,
+    stage: Stage,
+    images: Tensor,
+    phrases: Sequence[tuple[str, ...]],
+    rng: np.random.Generator,
+    config: PretrainConfig,
+) -> dict[str, Tensor]:
+    """All loss terms of a batch of pictures and their captions' phrases."""
+    with torch.autocast("cpu", torch.bfloat16):
+        patches, image = embed_images(clip, images, dropout=stage.patch_dropout)
+    scale = clip.model.logit_scale.exp().clamp(max=100)
+    captions = embed_texts(clip, [", ".join(words) for words in phrases])
+    losses = {"image": contrast(image, captions, scale)}
+    if not config.dense_losses:
+        return losses
+    losses["mean_patch"] = contrast(F.normalize(patches.mean(dim=1), dim=-1), captions, scale)
+    nouns = sorted({noun(phrase) for words in phrases for phrase in words})
+    position = {name: i for i, name in enumerate(nouns)}
+    present = torch.zeros(len(phrases), len(nouns), dtype=torch.bool)
+    for row, words in zip(present, phrases, strict=True):
+        row[[position[noun(phrase)] for phrase in words]] = True
+    template = scenes.TEMPLATES[rng.integers(len(scenes.TEMPLATES))]
+    noun_texts = embed_texts(clip, [template.format(name) for name in nouns])
+    log_p = (scale * patches @ noun_texts.T).log_softmax(dim=-1)
+    losses["dense"] = dense_loss(log_p, present, stage.coverage)
+    if stage.local_window:
+        with torch.autocast("cpu", torch.bfloat16):
+            local, _ = embed_images(clip, images, window=stage.local_window)
+        local_log_p = (scale * local @ noun_texts.T).log_softmax(dim=-1)
+        losses |= local_losses(log_p, local_log_p, present, stage.coverage)
+    unique = sorted({phrase for words in phrases for phrase in words})
+    unique = [unique[i] for i in rng.permutation(len(unique))[:96]]
+    owner = torch.tensor([[phrase in words for words in phrases] for phrase in unique])
+    losses["phrase"] = phrase_loss(patches, embed_texts(clip, unique), owner, scale)
+    return losses
+
+
+def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
+    """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16).
+
+    Every 500 steps the state goes to `output` + ".state"; a run of the same settings, perhaps with further stages, that
+    finds one there goes on from it, with pictures in another order.
+    """
+    output = Path(output)
+    state_file, history_file = output.with_suffix(".state"), output.with_suffix(".jsonl")
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    clip = new_tiny_clip(scenes.WORDS)
+    decay = [p for p in clip.model.parameters() if p.ndim >= 2]
+    rest = [p for p in clip.model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.stages[0].rates[0], betas=(0.9, 0.98))
+    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name != "threads"}))
+    done_step = 0
+    if state_file.is_file():
+        state = read_sealed(state_file)
+        before = json.loads(state["config"])
+        if before != {**settings, "stages": settings["stages"][: len(before["stages"])]}:
+            raise ValueError(f"{state_file} is of a run with other settings; delete it, or choose another output")
+        clip.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done_step = state["step"]
+    step, began = 0, time.perf_counter()
+    for number, stage in enumerate(config.stages):
+        steps = stage.images // stage.batch
+        if step + steps <= done_step:
+            step += steps
+            continue
+        pool = draw_pool(stage, config, number)
+        rng = np.random.default_rng((config.seed, number, done_step))
+        source = batches(pool, stage, rng)
+        for i in (bar := tqdm(range(steps), desc=f"stage {number + 1} of {len(config.stages)}", mininterval=5)):
+            step += 1
+            if step <= done_step:
+                continue
+            rate = stage.rate(i / steps) * min(1.0, step / 500)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            images, phrases = next(source)
+            losses = caption_losses(clip, stage, images, phrases, rng, config)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            torch.nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 0:
+                values = {name: round(value.item(), 4) for name, value in losses.items()}
+                bar.set_postfix(values)
+                seconds = round(time.perf_counter() - began, 1)
+                row = {"step": step, "stage": number, "seconds": seconds, "lr": rate, **values}
+                with history_file.open("a") as file:
+                    print(json.dumps(row), file=file)
+            if step % 500 == 0 or (number == len(config.stages) - 1 and i == steps - 1):
+                state = {
+                    "model": clip.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "config": json.dumps(settings),
+                }
+                write_sealed(state_file, state)
+    clip.model.eval().requires_grad_(False)
+    save_tiny_clip(clip, output)
+    return clip

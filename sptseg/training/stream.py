@@ -1,0 +1,148 @@
+"""What a training run reads, in which order: a setting's targets; a seeded, endless stream of augmented pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from sptseg.datasets import IGNORE, Augmentation, Sample, Split, train_transform
+
+Setting = Literal["inductive", "transductive", "supervised"]
+UNSEEN_PIXEL = -1
+
+
+def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor]:
+    """Which classes are queries, and a table (256,) from label values to training targets.
+
+    Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is.
+    """
+    if len(split.classes) > IGNORE:
+        raise ValueError(f"training takes at most {IGNORE} classes; split {split.name!r} has {len(split.classes)}")
+    table = torch.full((256,), IGNORE)
+    if setting == "inductive":
+        table[list(split.seen)] = torch.arange(len(split.seen))
+        return split.seen, table
+    table[: len(split.classes)] = torch.arange(len(split.classes))
+    if setting == "transductive":
+        table[list(split.unseen)] = UNSEEN_PIXEL
+    return tuple(range(len(split.classes))), table
+
+
+class Example(NamedTuple):
+    """An augmented picture (3, S, S'), its target (S, S') and name; in a batch: tensors (B, ...) and lists of texts.
+
+    `left_out` is what was said of unreadable pictures that it stands in for, a line each.
+    """
+
+    image: Tensor
+    target: Tensor
+    name: str
+    left_out: str
+
+
+class TrainingStream(Dataset[Example]):
+    """An endless, seeded sequence of augmented pictures and targets: position p is the same whatever came before.
+
+    Every epoch is a new permutation; the augmentation's randomness depends on seed and position alone. So a run goes on
+    exactly where it stopped, and does not depend on the number of workers or processes.
+
+    `skip_unreadable`: where a picture cannot be read (OSError), the next one in the epoch's order that can be stands in
+    for it, at the end of the epoch its first; so this too depends on the position alone. Other faults are raised.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int, skip_unreadable: bool = False
+    ) -> None:
+        self.dataset = dataset
+        self.transform = train_transform(augment)
+        self.table = table
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+        self.epoch = -1
+        self.order = torch.empty(0)
+
+    def __getitem__(self, position: int) -> Example:
+        length = len(self.dataset)  # pyright: ignore[reportArgumentType]
+        epoch, offset = divmod(position, length)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(length, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
+        sample, left_out = self.readable(offset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self.seed, position, 1))
+            image, label = self.transform(sample["image"], sample["label"])
+        target = self.table[torch.as_tensor(label)]
+        return Example(torch.as_tensor(image), target, sample["name"], "\n".join(left_out))
+
+    def readable(self, offset: int) -> tuple[Sample, list[str]]:
+        """The epoch's picture at an offset, or the next that can be read; and what was said of those that cannot."""
+        left_out: list[str] = []
+        for step in range(len(self.order)):
+            try:
+                return self.dataset[int(self.order[(offset + step) % len(self.order)])], left_out
+            except OSError as error:
+                if not self.skip_unreadable:
+                    raise
+                left_out.append(" ".join(str(error).split()))
+        raise ValueError(f"none of the {len(left_out)} pictures can be read: {left_out[0]}")
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Example] | Exception:
+        """A batch's examples, for `collate`; faults are handed over: a worker would raise them with its traceback."""
+        try:
+            return [self[position] for position in positions]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def collate(examples: list[Example] | Exception) -> Any:
+    """One batch of examples, or the fault that kept it from being read."""
+    return examples if isinstance(examples, Exception) else default_collate(examples)
+
+
+def set_apart(_worker: int) -> None:
+    """A loading process leaves the group that launcher and terminal send signals to; it still ends with its parent."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """The batches of a training stream, read by `workers` processes."""
+    reading = {"num_workers": workers, "pin_memory": pin_memory, "collate_fn": collate, "worker_init_fn": set_apart}
+    return DataLoader(stream, batch_sampler=positions, **reading)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    state = 0
+    for number in numbers:
+        state = (state * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return state
+
+
+class Positions:
+    """Batch sampler: the positions that one process reads, from a first iteration on, micro-batch by micro-batch."""
+
+    def __init__(self, iterations: range, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
+        parts = processes * accumulation
+        if batch_size % parts:
+            raise ValueError(
+                f"batch_size {batch_size} cannot be shared by {processes} processes x {accumulation} micro-batches; "
+                f"choose a multiple of {parts}"
+            )
+        self.iterations, self.batch_size, self.accumulation = iterations, batch_size, accumulation
+        self.rank, self.processes = rank, processes
+        self.micro = batch_size // parts
+
+    def __len__(self) -> int:
+        return len(self.iterations) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for iteration in self.iterations:
+            for part in range(self.accumulation):
+                start = iteration * self.batch_size + (part * self.processes + self.rank) * self.micro
+                yield list(range(start, start + self.micro))

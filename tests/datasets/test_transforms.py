@@ -1,0 +1,231 @@
+"""Sizes worked out by hand, image and mask moving together, the crop's promise, and torch's generator only."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from sptseg.datasets import transforms
+from sptseg.datasets.splits import IGNORE
+from sptseg.datasets.transforms import Augmentation, RandomRescale, VariedCrop, fitted_size
+
+PLAIN = {"flip": 0.0, "distortion": 0.0, "scale": (1.0, 1.0)}
+
+
+def pair(height: int, width: int, classes: int = 5) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """A noisy picture and a mask of stripes."""
+    image = tv_tensors.Image(torch.randint(0, 256, (3, height, width), dtype=torch.uint8))
+    mask = tv_tensors.Mask((torch.arange(width) * classes // width).expand(height, width).clone())
+    return image, mask
+
+
+@pytest.mark.parametrize(
+    ("size", "base", "least_short", "expected"),
+    [
+        ((375, 500), (2048, 512), 1, (512, 683)),  # 512/375 = 1.3653; 500 * 1.3653 = 682.7
+        ((500, 375), (2048, 512), 1, (683, 512)),
+        ((100, 1000), (2048, 512), 1, (205, 2048)),  # the long side limits: 2.048
+        ((100, 1000), (2048, 512), 512, (512, 5120)),  # ... but the short side has to have 512
+        ((360, 480), None, 1, (360, 480)),
+        ((96, 64), None, 128, (192, 128)),
+        ((128, 128), (512, 128), 128, (128, 128)),
+    ],
+)
+def test_fitted_size(size: tuple[int, int], base: tuple[int, int] | None, least_short: int, expected: tuple) -> None:
+    assert fitted_size(*size, base, least_short=least_short) == expected
+
+
+@given(st.integers(1, 900), st.integers(1, 900), st.floats(0.5, 2), st.integers(1, 300))
+def test_fitted_size_keeps_the_ratio_and_the_least_short_side(h: int, w: int, factor: float, least: int) -> None:
+    height, width = fitted_size(h, w, (2048, 512), factor=factor, least_short=least)
+    if max(h, w) <= 32 * min(h, w):
+        assert min(height, width) >= least
+    else:  # a strip: not enlarged to more than 32 squares
+        assert max(height, width) <= max(32 * least, 2048 * factor) + 0.5
+        assume(min(height, width) > 1)
+    assert abs(height * w - width * h) <= 0.5 * (h + w) + 1e-6  # each side rounded to the nearest pixel
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(3, 150), st.integers(3, 150), st.integers(1, 96), st.integers(0, 9))
+def test_training_pairs_always_have_the_crops_size(height: int, width: int, crop: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    image, mask = transforms.train_transform(Augmentation(crop=crop, resize_base=None))(*pair(height, width))
+    assert (image.shape, image.dtype) == ((3, crop, crop), torch.float32)
+    assert (mask.shape, mask.dtype) == ((crop, crop), torch.int64)
+    assert isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)
+    assert set(mask.unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE}
+
+
+def test_padding_is_mean_colour_and_ignored_at_the_right_and_bottom() -> None:
+    augmentation = Augmentation(crop=8, resize_base=None, **PLAIN)
+    image, mask = pair(5, 6)
+    padded, labels = transforms.train_transform(augmentation)(image, mask)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (augmentation.mean, augmentation.std))
+    torch.testing.assert_close(padded[:, :5, :6].as_subclass(torch.Tensor), (image / 255 - mean) / std)
+    assert not padded[:, 5:].any() and not padded[:, :, 6:].any()
+    assert torch.equal(labels[:5, :6], mask)
+    assert (labels[5:] == IGNORE).all() and (labels[:, 6:] == IGNORE).all()
+
+
+def test_image_and_mask_move_together() -> None:
+    """A picture that shows its own labels still does after every geometric step."""
+    labels = torch.zeros(64, 96, dtype=torch.int64)
+    labels[:, 30:60], labels[40:, 50:] = 1, 2
+    image = tv_tensors.Image((labels * 100).to(torch.uint8).expand(3, -1, -1).clone())
+    transform = transforms.train_transform(
+        Augmentation(crop=48, resize_base=None, distortion=0.0, mean=(0, 0, 0), std=(1, 1, 1))
+    )
+    agreement = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        picture, mask = transform(image, tv_tensors.Mask(labels))
+        known = mask != IGNORE
+        shown = torch.round(picture[0] * 255 / 100).long()
+        agreement.append((shown == mask)[known].float().mean().item())
+    assert min(agreement) > 0.9  # all but the edges, where the picture is interpolated
+
+
+def test_flip_follows_its_probability() -> None:
+    image, mask = pair(8, 8)
+    for flip, expected in ((0.0, mask), (1.0, mask.flip(-1))):
+        augmentation = Augmentation(crop=8, resize_base=None, flip=flip, distortion=0.0, scale=(1.0, 1.0))
+        transform = transforms.train_transform(augmentation)
+        assert all(torch.equal(transform(image, mask)[1], expected) for _ in range(10))
+
+
+def test_random_rescale_covers_its_range_and_fits_portraits_into_a_portrait_base() -> None:
+    torch.manual_seed(0)
+    rescale = RandomRescale((512, 128), (0.5, 2.0))
+    sizes = [tuple(rescale(*pair(90, 60))[1].shape) for _ in range(60)]
+    widths = [width for _, width in sizes]
+    assert all(abs(height - 1.5 * width) <= 1 for height, width in sizes)
+    assert 64 <= min(widths) < 90 and 220 < max(widths) <= 256
+
+
+def test_rescaled_masks_hold_no_new_labels() -> None:
+    image, mask = pair(40, 40)
+    mask[::2] = IGNORE
+    assert set(RandomRescale(None, (0.7, 0.7))(image, mask)[1].unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE}
+
+
+def share(mask: torch.Tensor) -> float:
+    counts = torch.bincount(mask.flatten(), minlength=256)[:IGNORE]
+    return (counts.max() / counts.sum()).item()
+
+
+def test_varied_crop_avoids_crops_of_one_class() -> None:
+    mask = torch.zeros(64, 64, dtype=torch.int64)
+    mask[:, 40:] = 1
+    inputs = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8)), tv_tensors.Mask(mask)
+    torch.manual_seed(0)
+    any_crop = [share(VariedCrop(16, 1.0)(*inputs)[1]) for _ in range(200)]
+    varied = [share(VariedCrop(16, 0.75)(*inputs)[1]) for _ in range(200)]
+    rarely = [share(VariedCrop(16, 0.75, tries=0)(*inputs)[1]) for _ in range(200)]
+    assert sum(s > 0.75 for s in any_crop) > 120  # 40 of 49 positions
+    assert sum(s > 0.75 for s in rarely) > 120
+    assert sum(s > 0.75 for s in varied) < 40  # (40/49)^11 = 0.11 of 200
+
+
+def test_varied_crop_takes_what_is_there() -> None:
+    image = tv_tensors.Image(torch.zeros(3, 20, 10, dtype=torch.uint8))
+    ignored = tv_tensors.Mask(torch.full((20, 10), IGNORE))
+    cropped, mask = VariedCrop(16, 0.75)(image, ignored)  # nothing labelled anywhere: the last try stays
+    assert cropped.shape == (3, 16, 10) and mask.shape == (16, 10)
+    assert VariedCrop(16, 0.75)(image).shape == (3, 16, 10)  # without a mask, any crop
+
+
+def test_varied_crop_neither_counts_nor_keeps_ignored_pixels() -> None:
+    """Three columns of two classes in an ignored picture: a crop has to reach both of them."""
+    mask = torch.full((4, 12), IGNORE)
+    mask[:, 5], mask[:, 6:8] = 0, 1
+    inputs = tv_tensors.Image(torch.zeros(3, 4, 12, dtype=torch.uint8)), tv_tensors.Mask(mask)
+    torch.manual_seed(0)
+    crop = VariedCrop(4, 0.75, tries=100)
+    assert all({0, 1} <= set(crop(*inputs)[1].unique().tolist()) for _ in range(50))
+
+
+def test_varied_crop_reaches_every_position() -> None:
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4))
+    corners = {int(VariedCrop(2, 1.0)(image)[0, 0, 0]) for _ in range(200)}
+    assert corners == {0, 1, 2, 4, 5, 6}
+
+
+def test_only_torchs_generator_decides() -> None:
+    transform = transforms.train_transform(Augmentation(crop=32, resize_base=(256, 64)))
+    inputs = pair(60, 90)
+
+    def run(torch_seed: int, other_seed: int) -> torch.Tensor:
+        torch.manual_seed(torch_seed)
+        random.seed(other_seed)
+        np.random.seed(other_seed)
+        return transform(*inputs)[0]
+
+    assert torch.equal(run(1, 1), run(1, 2))
+    assert not torch.equal(run(1, 1), run(2, 1))
+
+
+def test_distortion_changes_colours_and_keeps_channels_in_place() -> None:
+    torch.manual_seed(0)
+    red = tv_tensors.Image(torch.tensor([200, 60, 40], dtype=torch.uint8)[:, None, None].expand(3, 4, 4).clone())
+    distort = transforms._photometric_distortion(0.5)
+    seen = torch.stack([distort(red)[:, 0, 0] for _ in range(200)]).float()
+    assert len(seen.unique(dim=0)) > 60
+    assert (seen[:, 0] >= seen[:, 1:].max(dim=1).values).all()  # red stays the strongest
+    assert torch.equal(transforms._photometric_distortion(0.0)(red), red)
+
+
+def test_test_transform_leaves_the_label_alone() -> None:
+    image, mask = pair(30, 45)
+    resized, label = transforms.test_transform(Augmentation(crop=60, resize_base=(240, 60)))(image, mask)
+    assert resized.shape == (3, 60, 90) and resized.dtype == torch.float32
+    assert label is mask
+    assert torch.equal(transforms.test_transform(Augmentation(crop=60, resize_base=(240, 60)))(image), resized)
+    assert transforms.test_transform(Augmentation(crop=60, resize_base=(80, 20)))(image).shape == (3, 60, 90)
+
+
+def test_normalised_values_by_hand() -> None:
+    image = tv_tensors.Image(torch.full((3, 4, 4), 51, dtype=torch.uint8))  # 51 / 255 = 0.2
+    augmentation = Augmentation(crop=4, resize_base=None, mean=(0.2, 0.1, 0.0), std=(1.0, 0.5, 0.1))
+    normalised = transforms.test_transform(augmentation)(image)
+    torch.testing.assert_close(normalised[:, 0, 0].as_subclass(torch.Tensor), torch.tensor([0.0, 0.2, 2.0]))
+
+
+def test_transforms_reach_worker_processes() -> None:
+    inputs = pair(40, 50)
+    for make in (transforms.train_transform, transforms.test_transform):
+        transform = make(Augmentation(crop=32, resize_base=(128, 32)))
+        again = pickle.loads(pickle.dumps(transform))
+        torch.manual_seed(3)
+        expected = transform(*inputs)
+        torch.manual_seed(3)
+        assert all(map(torch.equal, again(*inputs), expected))
+    assert F.get_size(expected[0]) == [32, 40]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crop", 0),
+        ("resize_base", (512, 2048)),
+        ("scale", (2.0, 0.5)),
+        ("scale", (0.0, 1.0)),
+        ("largest_share", 0.0),
+        ("flip", 1.5),
+        ("distortion", -0.1),
+        ("mean", (0.5,)),
+        ("std", (1.0, 0.0, 1.0)),
+    ],
+)
+def test_faulty_augmentations_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"Augmentation: {field} is .*; wanted"):
+        Augmentation(**{field: value})  # pyright: ignore[reportArgumentType]

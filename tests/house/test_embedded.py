@@ -1,0 +1,37 @@
+"""The files in data/: they load, and keep the promise of data/README.md on scenes that nothing was chosen on."""
+
+from __future__ import annotations
+
+import pytest
+
+import sptseg
+from sptseg.datasets.folders import Scenes
+from sptseg.inference.metrics import Scores
+
+
+def scored(model: str, scenes: int) -> Scores:
+    dataset = Scenes(scenes, seed=31_337)
+    return sptseg.evaluate(sptseg.load_model(model), dataset, dataset.split, progress=False)
+
+
+def test_the_embedded_model_transfers_to_unseen_classes() -> None:
+    trained, dense = scored("embedded", 40), scored("dense-clip", 40)
+    assert trained.hiou > 0.7 and trained.hiou > dense.hiou
+    assert trained.miou_unseen > 0.65
+
+
+def test_the_embedded_zegclip_transfers_to_unseen_classes() -> None:
+    assert scored("embedded-zegclip", 40).hiou > 0.68
+
+
+@pytest.mark.slow
+def test_the_embedded_model_beats_dense_clip_by_three_points() -> None:
+    trained, dense = scored("embedded", 300), scored("dense-clip", 300)
+    assert trained.hiou >= max(0.65, dense.hiou + 0.03)
+    assert trained.miou_unseen > dense.miou_unseen
+
+
+def test_a_scene_is_segmented_by_words() -> None:
+    image, label = sptseg.scenes.draw(seed=7)
+    result = sptseg.segment(sptseg.load_model(), image, sptseg.scenes.CLASSES)
+    assert (result.labels == label).mean() > 0.8

@@ -1,0 +1,108 @@
+"""What installs the package says the same everywhere: pyproject, constraints, environment, README, wheel."""
+
+import re
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAPER = "https://arxiv.org/abs/2312.12754"
+
+Ranges = dict[str, SpecifierSet]
+
+
+def ranges_of(lines: list[str]) -> Ranges:
+    """Package names and ranges, with the package's own extras unfolded."""
+    ranges: Ranges = {}
+    for requirement in map(Requirement, lines):
+        assert not requirement.url and not requirement.marker, f"{requirement}: a name and a range only"
+        if requirement.name == PROJECT["name"]:
+            for extra in requirement.extras:
+                ranges |= ranges_of(PROJECT["optional-dependencies"][extra])
+        else:
+            ranges[canonicalize_name(requirement.name)] = requirement.specifier
+    return ranges
+
+
+EVERYTHING = ranges_of([*PROJECT["dependencies"], "sptseg[all]"])
+
+
+def test_all_means_every_extra() -> None:
+    lines = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    assert ranges_of([*PROJECT["dependencies"], *lines]) == EVERYTHING
+
+
+# environment.yml
+
+
+def test_environment_holds_the_same_packages_and_ranges() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(environment) == {"name", "channels", "dependencies"}
+    assert environment["channels"] == ["conda-forge"]
+    blocks = [entry for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert len(blocks) == 1 and set(blocks[0]) == {"pip"}, "one pip block, and no other"
+
+    conda = [Requirement(entry) for entry in environment["dependencies"] if isinstance(entry, str)]
+    assert [requirement.name for requirement in conda] == ["python", "pip"], "pip installs nothing unless conda has it"
+    assert set(SpecifierSet(PROJECT["requires-python"])) <= set(conda[0].specifier)
+
+    options = [line for line in blocks[0]["pip"] if line.startswith("-")]
+    packages = [line for line in blocks[0]["pip"] if not line.startswith("-")]
+    assert len(ranges_of(packages)) == len(packages), "each package once"
+    assert ranges_of(packages) == EVERYTHING
+    assert options[0] == "-c constraints.txt" and (ROOT / "constraints.txt").is_file()
+    assert len(options) == 2 and options[1].startswith("-e .["), "sptseg itself comes last, from this folder"
+    assert set(options[1][5:].rstrip("]").split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+# constraints.txt
+
+
+def test_constraints_are_names_and_versions_that_every_range_admits() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {name: version for name, _, version in (line.partition("==") for line in lines)}
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines), "names and versions only"
+    assert list(pins) == sorted(pins) and len(pins) == len(lines)
+    for name, allowed in EVERYTHING.items():
+        assert name in pins, f"{name} has no tested version"
+        assert pins[name] in allowed, f"{name} {pins[name]} is outside {allowed}"
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "environment.yml", "pyproject.toml", "Makefile"])
+def test_no_address_decides_where_packages_come_from(file: str) -> None:
+    text = (ROOT / file).read_text().replace(PAPER, "")
+    assert not re.search(r"https?\b|://|index-url|find-links|trusted-host", text)
+
+
+# README, version and wheel
+
+
+def test_readme_names_the_two_commands_and_the_extras_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme and "make test" in readme
+    named = [extra for group in re.findall(r"(?:\.|sptseg)\[([a-z,]+)\]", readme) for extra in group.split(",")]
+    assert set(named) <= set(PROJECT["optional-dependencies"])
+
+
+def test_package_and_project_have_one_version() -> None:
+    source = (ROOT / "sptseg" / "__init__.py").read_text()
+    assert re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE) == [PROJECT["version"]]
+
+
+def test_wheel_carries_the_embedded_files_and_nothing_else(tmp_path: Path) -> None:
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sptseg").rglob("*.py")}
+    embedded = {path for pattern in ("*.safetensors", "*.json", "README.md") for path in (ROOT / "data").glob(pattern)}
+    assert inside == modules | {"sptseg/py.typed", "sptseg/cli/demo.html"} | {
+        f"sptseg/data/{path.name}" for path in embedded
+    }

@@ -1,0 +1,418 @@
+"""Windows cover the picture, streamed labels are the argmax of the plain scores, any picture comes back segmented."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+from torchvision import tv_tensors
+from toys import toy_model
+
+from sptseg.checkpoints.hub import load_model
+from sptseg.datasets.images import as_array
+from sptseg.datasets.splits import scenes as scenes_split
+from sptseg.datasets.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN
+from sptseg.datasets.transforms import test_transform as transform_of
+from sptseg.inference.segmentation import Segmentation, read_ahead, segment
+from sptseg.inference.windows import (
+    WindowLogits,
+    at_precision,
+    augmentation,
+    pad_to_patches,
+    window_logits,
+    window_starts,
+    windows_of,
+)
+from sptseg.model.clip import new_tiny_clip
+from sptseg.model.config import DENSE_CLIP, ModelConfig
+from sptseg.model.spt_seg import SptSeg, build_model
+from sptseg.scenes.world import draw
+
+MODEL = toy_model().eval()
+CLASSES = ("grass", "water", "tree")
+sides = st.integers(1, 90)
+few = settings(max_examples=40, deadline=None)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@torch.no_grad()
+def plain_scores(model: SptSeg, image: Tensor, text: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:
+    """C x H x W at once: window by window at full size, sigmoid, averaged, lowered, resized."""
+    height, width = image.shape[1:]
+    patch = model.encoder.patch_size[0]
+    window = model.config.image_size
+    total, count = torch.zeros(len(text), height, width), torch.zeros(height, width)
+    stride = [round(side * 426 / 512) for side in window]
+    for top in range(0, height, stride[0]):
+        for left in range(0, width, stride[1]):
+            y, x = max(0, min(top, height - window[0])), max(0, min(left, width - window[1]))
+            here = slice(y, y + window[0]), slice(x, x + window[1])
+            below, beside = top - stride[0] + window[0], left - stride[1] + window[1]
+            if (top > 0 and below >= height) or (left > 0 and beside >= width):
+                continue  # the window before reached the end
+            crop = image[:, *here]
+            h, w = crop.shape[1:]
+            padded = F.pad(crop, (0, -w % patch, 0, -h % patch))
+            logits = model(padded[None], text)
+            logits = F.interpolate(logits, size=padded.shape[1:], mode="bilinear", align_corners=False)
+            total[:, *here] += logits[0, :, :h, :w].sigmoid()
+            count[here] += 1
+    assert count.min() >= 1
+    scores = total / count - offset[:, None, None]
+    return F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+# Windows
+
+
+@given(length=st.integers(1, 400), window=st.integers(1, 60), data=st.data())
+def test_windows_along_an_axis_leave_no_gap_and_end_flush(length: int, window: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, window))
+    starts = window_starts(length, window, stride)
+    assert starts[0] == 0
+    assert starts[-1] == max(0, length - window)
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
+    assert all(0 < gap <= stride for gap in gaps)
+    assert gaps[:-1] == [stride] * len(gaps[:-1])
+
+
+@given(height=sides, width=sides, window=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_windows_cover_every_pixel(height: int, width: int, window: tuple[int, int]) -> None:
+    count = np.zeros((height, width), int)
+    for top, left, h, w in windows_of((height, width), window):
+        assert (h, w) == (min(window[0], height), min(window[1], width))
+        assert top + h <= height and left + w <= width
+        count[top : top + h, left : left + w] += 1
+    assert count.min() >= 1
+
+
+def test_windows_of_the_protocol() -> None:
+    """512 px windows with a stride of 426."""
+    boxes = windows_of((512, 1000), (512, 512))
+    assert boxes == [(0, 0, 512, 512), (0, 426, 512, 512), (0, 488, 512, 512)]
+    assert windows_of((512, 512), (512, 512)) == [(0, 0, 512, 512)]
+
+
+def test_padding_is_below_and_on_the_right() -> None:
+    image = torch.ones(1, 3, 5, 8)
+    padded = pad_to_patches(image, (4, 4))
+    assert padded.shape == (1, 3, 8, 8)
+    assert torch.equal(padded[..., :5, :], image)
+    assert not padded[..., 5:, :].any()
+    assert pad_to_patches(torch.ones(1, 3, 8, 12), (4, 4)).shape == (1, 3, 8, 12)
+
+
+# Scores and labels
+
+
+@few
+@given(sides, sides, st.none() | st.tuples(sides, sides), st.integers(1, 6), st.integers(1, 9))
+def test_streamed_labels_are_the_argmax_of_the_plain_scores(
+    height: int, width: int, out: tuple[int, int] | None, at_once: int, batch: int
+) -> None:
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    image = torch.randn(3, height, width, generator=generator)
+    text = F.normalize(torch.randn(5, 32, generator=generator), dim=-1)
+    offset = torch.tensor([0.0, 0.1, 0.0, 0.05, 0.1])
+    size = out or (height, width)
+    (found,) = window_logits(MODEL, image[None], text, offset=offset, window_batch=batch)
+    expected = plain_scores(MODEL, image, text, offset, size)
+    assert_close(found.scores(slice(None), size), expected, atol=1e-5, rtol=1e-5)
+    labels = found.labels(size, at_once)
+    assert labels.shape == size and labels.dtype == torch.int64
+    chosen = expected.gather(0, labels[None])[0]
+    assert_close(chosen, expected.max(dim=0).values, atol=1e-5, rtol=0)  # rounding may swap equals, nothing else
+    assert torch.equal(labels, found.scores(slice(None), size).argmax(dim=0))
+
+
+def test_a_batch_gives_what_its_pictures_give_alone() -> None:
+    images, text = torch.randn(3, 3, 45, 70), F.normalize(torch.randn(4, 32), dim=-1)
+    together = window_logits(MODEL, images, text, window_batch=4)
+    for image, one in zip(images, together, strict=True):
+        (alone,) = window_logits(MODEL, image[None], text)
+        assert_close(one.logits, alone.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "message", ["[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", None]
+)
+def test_where_memory_runs_out_fewer_windows_go_at_once(message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 windows, and memory for 1: after 4 and 2 at once, all come one by one, and are as they would have been."""
+    image, text, forward, tried = torch.randn(3, 32, 150), F.normalize(torch.randn(4, 32), dim=-1), MODEL.forward, []
+    (expected,) = window_logits(MODEL, image[None], text, window_batch=1)
+
+    def small(images: Tensor, *rest: Tensor) -> Tensor:
+        tried.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory") if message is None else RuntimeError(message)
+        return forward(images, *rest)
+
+    monkeypatch.setattr(MODEL, "forward", small)
+    with pytest.warns(UserWarning) as said:
+        (found,) = window_logits(MODEL, image[None], text, window_batch=4)
+    wanted = [f"memory ran out with {n} windows at once; going on with {n // 2}" for n in (4, 2)]
+    assert [str(warning.message) for warning in said] == wanted
+    assert tried == [4, 2, *[1] * len(expected.boxes)]
+    assert_close(found.logits, expected.logits)
+
+
+def test_other_errors_and_a_single_window_without_memory_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(images: Tensor, *_: Tensor) -> Tensor:
+        raise (RuntimeError("a fault") if len(images) > 1 else torch.OutOfMemoryError("out of memory"))
+
+    monkeypatch.setattr(MODEL, "forward", failing)
+    for width, message in ((150, "a fault"), (32, "out of memory")):
+        with pytest.raises(RuntimeError, match=message):
+            window_logits(MODEL, torch.randn(1, 3, 32, width), torch.randn(4, 32))
+
+
+@pytest.mark.parametrize("start", ["random", "dense_clip"])
+@pytest.mark.parametrize("decoder", ["spectral", "cross_attention", "none"])
+def test_narrow_weights_give_nearly_the_same_scores(decoder: str, start: str) -> None:
+    """The copy's weights are bfloat16 but for the spectral filter and the logits' scale; the model stays as it was."""
+    model = toy_model(decoder=decoder, start=start).eval()
+    narrow = at_precision(model, "bf16")
+    types = {name: value.dtype for name, value in narrow.named_parameters()}
+    exact = {"encoder.spectral_prompt.weight", "decoder.log_scale", "decoder.threshold"} & set(types)
+    assert {name for name, dtype in types.items() if dtype == torch.float32} == exact
+    text_tower: Any = narrow.clip.model
+    assert {value.dtype for value in model.parameters()} == {torch.float32} == {text_tower.token_embedding.weight.dtype}
+    assert at_precision(model, "no") is model
+    image, text = torch.randn(1, 3, 32, 70), F.normalize(torch.randn(5, 32), dim=-1)
+    (wide,), (short,) = (window_logits(each, image, text) for each in (model, narrow))
+    assert short.logits.dtype == torch.float32
+    scale = wide.logits.abs().max().item()
+    assert (short.logits - wide.logits).abs().mean() < 0.02 * scale
+
+
+def test_the_embedded_model_labels_pictures_alike_in_bfloat16() -> None:
+    """The trained model, on drawn scenes, all classes: with random weights scores are near ties."""
+    model, names = load_model(), scenes_split().classes
+    narrow = at_precision(model, "bf16")
+    equal = []
+    for seed in range(6):
+        image, _ = draw(seed)
+        wide, short = (segment(each, image, names).labels for each in (model, narrow))
+        equal.append((wide == short).mean())
+    assert np.mean(equal) >= 0.995
+
+
+def test_pictures_are_read_ahead_in_order_and_faults_stay_with_their_file(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, file in enumerate(files):
+        Image.fromarray(picture(10 + i, 12)).save(file)
+    files[3].write_text("no picture")
+    for i, coming in enumerate(read_ahead(files)):
+        if i == 3:
+            with pytest.raises(ValueError, match=r"3\.png"):
+                coming.result()
+        else:
+            assert np.array_equal(coming.result(), picture(10 + i, 12))
+    assert i == 4 and not list(read_ahead([]))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_equal_scores_give_the_first_class(at_once: int) -> None:
+    logits = torch.tensor([-1.0, 2.0, 2.0, 0.0, 2.0]).view(1, 5, 1, 1)
+    found = WindowLogits(logits, [(0, 0, 4, 4)], (4, 4), (4, 4), torch.zeros(5))
+    assert (found.labels((4, 4), at_once) == 1).all()
+    lowered = WindowLogits(logits, [(0, 0, 4, 4)], (4, 4), (4, 4), torch.tensor([0.0, 0.1, 0.1, 0, 0]))
+    assert (lowered.labels((3, 7), at_once) == 4).all()
+
+
+def test_overlapping_windows_are_averaged_by_hand() -> None:
+    logits = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    found = WindowLogits(logits, [(0, 0, 2, 2), (0, 1, 2, 2)], (2, 2), (2, 3), torch.tensor([0.25]))
+    low, high = 0.5, 1 / (1 + np.exp(-2))
+    expected = torch.tensor([low, (low + high) / 2, high]).float() - 0.25
+    assert_close(found.scores(slice(0, 1), (2, 3)), expected.expand(1, 2, 3))
+
+
+@pytest.mark.parametrize(("normalization", "mean"), [("imagenet", IMAGENET_MEAN), ("clip", CLIP_MEAN)])
+def test_pictures_are_prepared_in_proportion_to_the_window(normalization: str, mean: tuple) -> None:
+    config = ModelConfig(clip="small", image_size=(32, 48), normalization=normalization)
+    made = augmentation(config)
+    assert (made.crop, made.resize_base, made.mean) == (32, (128, 32), mean)
+    assert augmentation(config, full_resolution=True).resize_base is None
+    assert augmentation(ModelConfig(image_size=(512, 512))).resize_base == (2048, 512)
+
+
+# segment
+
+
+@pytest.mark.parametrize("full_resolution", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (31, 33), (32, 32), (101, 37), (40, 150), (60, 1)])
+def test_segment_equals_the_plain_way_at_any_size(size: tuple[int, int], full_resolution: bool) -> None:
+    pixels = picture(*size)
+    found = segment(MODEL, pixels, CLASSES, full_resolution=full_resolution)
+    assert found.labels.shape == size and found.labels.dtype == np.int64
+    prepare = transform_of(augmentation(MODEL.config, full_resolution=full_resolution))
+    prepared = prepare(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)))
+    assert min(prepared.shape[1:]) >= 32 or max(prepared.shape[1:]) == 32 * 32  # a strip is not enlarged beyond that
+    expected = plain_scores(MODEL, prepared, MODEL.class_embeddings(CLASSES), torch.zeros(3), size)
+    for i, name in enumerate(CLASSES):
+        scores = found.scores(name)
+        assert scores.dtype == np.float32 and 0 <= scores.min() <= scores.max() <= 1
+        assert_close(torch.from_numpy(scores), expected[i], atol=1e-5, rtol=1e-5)
+    chosen = expected.gather(0, torch.from_numpy(found.labels)[None])[0]
+    assert_close(chosen, expected.max(dim=0).values, atol=1e-5, rtol=0)
+
+
+def test_a_very_long_picture() -> None:
+    found = segment(MODEL, picture(10_000, 3), CLASSES)
+    assert found.labels.shape == (10_000, 3)
+    assert found.overlay().shape == (10_000, 3, 3)
+
+
+def test_the_seen_offset_is_no_part_of_segment() -> None:
+    """It belongs to evaluation: a user's classes are neither seen nor unseen."""
+    pixels = picture(32, 32)
+    lowered = toy_model(seen_offset=0.9).eval()
+    assert np.array_equal(segment(lowered, pixels, CLASSES).labels, segment(MODEL, pixels, CLASSES).labels)
+
+
+def test_full_resolution_sees_more_pixels() -> None:
+    pixels = picture(96, 96)
+    assert segment(MODEL, pixels, CLASSES).logits.size == (32, 32)
+    assert segment(MODEL, pixels, CLASSES, full_resolution=True).logits.size == (96, 96)
+
+
+def test_dense_clip_on_the_tiny_clip_needs_no_training() -> None:
+    clip = new_tiny_clip(["a", "photo", "of", "tree", "boat"])
+    found = segment(build_model(DENSE_CLIP, clip).eval(), picture(40, 60), ["tree", "boat"])
+    assert set(np.unique(found.labels)) <= {0, 1}
+
+
+def test_pictures_come_as_arrays_pil_images_and_files(tmp_path: Path) -> None:
+    pixels = picture(20, 30)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    given_as = [pixels, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png")]
+    results = [segment(MODEL, image, CLASSES) for image in given_as]
+    for result in results:
+        assert np.array_equal(result.image, pixels)
+        assert np.array_equal(result.labels, results[0].labels)
+    grey = Image.fromarray(pixels[..., 0])
+    assert as_array(grey).shape == (20, 30, 3)
+
+
+def test_views_with_negative_strides_are_pictures_too() -> None:
+    """As of BGR pictures turned to RGB, or mirrored ones."""
+    pixels = picture(20, 30)
+    assert np.array_equal(segment(MODEL, pixels[:, ::-1], CLASSES).image, pixels[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\); wanted uint8 of shape \(height, width, 3\)"),
+        (np.zeros((4, 4), np.uint8), r"uint8 of shape \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"uint8 of shape \(4, 4, 4\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"uint8 of shape \(3, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"uint8 of shape \(0, 4, 3\)"),
+    ],
+)
+def test_other_arrays_are_refused(image: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        segment(MODEL, image, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("tree", r"classes is the text 'tree'; wanted a list of names, such as \['tree', 'car'\]"),
+        ([], "the list of classes is empty"),
+        (["tree", "water", "tree"], "class names given twice: tree"),
+        (["tree", ""], "the class name at position 1 is blank"),
+        (["unicorn"], "does not know 'unicorn' .*it knows the words a, photo, of, grass, water, tree, boat, house"),
+    ],
+)
+def test_classes_that_do_not_go_are_refused(classes: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        segment(MODEL, picture(8, 8), classes)
+
+
+def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
+        segment(MODEL, tmp_path / "gone.png", CLASSES)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="is not an image that Pillow can read"):
+        segment(MODEL, tmp_path / "text.png", CLASSES)
+
+
+# Segmentation
+
+
+@pytest.fixture(scope="module")
+def segmentation() -> Segmentation:
+    return segment(MODEL, picture(40, 50), CLASSES)
+
+
+def test_areas_are_the_shares_of_the_labels(segmentation: Segmentation) -> None:
+    areas = segmentation.areas()
+    assert list(areas) == list(CLASSES)
+    assert sum(areas.values()) == pytest.approx(1)
+    assert areas["water"] == pytest.approx(np.mean(segmentation.labels == 1))
+
+
+def test_overlay_shows_the_classes(segmentation: Segmentation) -> None:
+    overlay = segmentation.overlay()
+    assert overlay.shape == segmentation.image.shape and overlay.dtype == np.uint8
+    assert not np.array_equal(overlay, segmentation.image)
+
+
+def test_scores_of_an_unknown_class_are_refused(segmentation: Segmentation) -> None:
+    with pytest.raises(ValueError, match="'boat' was not among the classes; they were grass, water, tree"):
+        segmentation.scores("boat")
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "jpg"])
+def test_save_writes_the_figure(segmentation: Segmentation, tmp_path: Path, suffix: str) -> None:
+    segmentation.save(tmp_path / f"a.{suffix}")
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff"}[suffix]
+    assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
+
+
+def test_saved_labels_come_back_with_their_colours(segmentation: Segmentation, tmp_path: Path) -> None:
+    segmentation.save_labels(tmp_path / "labels.png")
+    with Image.open(tmp_path / "labels.png") as file:
+        assert file.mode == "P"
+        assert np.array_equal(np.asarray(file), segmentation.labels)
+        assert np.array_equal(np.asarray(file.convert("RGB")), np.array(segmentation.palette)[segmentation.labels])
+
+
+def test_a_palette_of_ones_own() -> None:
+    colours = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    assert segment(MODEL, picture(8, 8), CLASSES, palette=colours).palette == tuple(colours)
+    with pytest.raises(ValueError, match="2 colours for 3 classes"):
+        segment(MODEL, picture(8, 8), CLASSES, palette=colours[:2])
+
+
+def test_labels_of_many_classes_are_saved_with_16_bits(segmentation: Segmentation, tmp_path: Path) -> None:
+    labels = segmentation.labels + 300
+    many = Segmentation(segmentation.image, labels, ("x",) * 847, ((0, 0, 0),) * 847, segmentation.logits)
+    many.save_labels(tmp_path / "labels.png")
+    with Image.open(tmp_path / "labels.png") as saved:
+        assert saved.mode == "I;16"
+        assert np.array_equal(np.asarray(saved), labels)
+
+
+def test_clip_statistics_reach_the_model() -> None:
+    grey = np.full((32, 32, 3), 128, np.uint8)
+    prepared = transform_of(augmentation(ModelConfig(normalization="clip")))(
+        tv_tensors.Image(torch.from_numpy(grey).permute(2, 0, 1))
+    )
+    expected = (128 / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    assert_close(prepared.mean(dim=(1, 2)), expected)

@@ -1,0 +1,165 @@
+"""Ratios of confusions made by hand, and counting that adds up."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sptseg.datasets.splits import IGNORE, Split
+from sptseg.inference.metrics import Scores, SegmentationMetrics, bootstrap, iou_per_class, scores
+
+SPLIT = Split.from_names("farm", ["cow", "grass", "sheep", "sky"], unseen=["sheep", "sky"])
+SEEN_ONLY = Split.from_names("farm", ["cow", "grass"])
+nan = float("nan")
+
+
+def measure(predicted: list, label: list, split: Split = SPLIT) -> Scores:
+    metrics = SegmentationMetrics(split)
+    metrics.update(torch.tensor(predicted), torch.tensor(label))
+    return metrics.compute()
+
+
+def test_a_confusion_made_by_hand() -> None:
+    confusion = torch.tensor([[6, 2, 0, 0], [0, 4, 0, 4], [1, 0, 1, 0], [0, 0, 0, 2]])  # rows true, columns predicted
+    result = scores(confusion, SPLIT)
+    iou = {"cow": 6 / 9, "grass": 4 / 10, "sheep": 1 / 2, "sky": 2 / 6}
+    seen, unseen = (6 / 9 + 4 / 10) / 2, (1 / 2 + 2 / 6) / 2
+    assert result.iou == pytest.approx(iou)
+    assert result.pixel_accuracy == pytest.approx(13 / 20)
+    assert (result.miou_seen, result.miou_unseen) == pytest.approx((seen, unseen))
+    assert result.hiou == pytest.approx(2 * seen * unseen / (seen + unseen))
+
+
+def test_rows_are_true_and_columns_predicted() -> None:
+    metrics = SegmentationMetrics(SPLIT)
+    metrics.update(torch.tensor([[1, 1, 2]]), torch.tensor([[0, 0, 2]]))
+    assert metrics.confusion().nonzero().tolist() == [[0, 1], [2, 2]]
+    assert metrics.confusion()[0, 1] == 2
+
+
+def test_absent_classes_are_left_out_but_false_predictions_count() -> None:
+    result = measure([[0, 0, 2, 2]], [[0, 0, 2, 2]])
+    assert (result.miou_seen, result.miou_unseen, result.hiou, result.pixel_accuracy) == (1, 1, 1, 1)
+    assert math.isnan(result.iou["grass"]) and math.isnan(result.iou["sky"])
+    result = measure([[0, 1, 2, 2]], [[0, 0, 2, 2]])  # grass is predicted and nowhere: IoU 0
+    assert result.iou["grass"] == 0
+    assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_ignored_pixels_do_not_count_whatever_is_predicted_there() -> None:
+    result = measure([[0, 1, 255, 3]], [[0, IGNORE, IGNORE, IGNORE]])
+    assert result.pixel_accuracy == 1
+    assert result.iou["cow"] == 1
+    assert math.isnan(result.iou["grass"]) and math.isnan(result.iou["sky"])
+
+
+def test_nothing_right_gives_zero_and_not_an_error() -> None:
+    result = measure([[1, 0, 3, 2]], [[0, 1, 2, 3]])
+    assert (result.pixel_accuracy, result.miou_seen, result.miou_unseen, result.hiou) == (0, 0, 0, 0)
+
+
+def test_without_unseen_classes_their_figures_are_nan() -> None:
+    result = measure([[0, 1]], [[0, 0]], SEEN_ONLY)
+    assert math.isnan(result.miou_unseen) and math.isnan(result.hiou)
+    assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
+    assert result.table().splitlines()[-1] == "| 50.0 | 25.0 |  -  |  -  |"
+    assert math.isnan(measure([[0, 1]], [[0, 1]]).miou_unseen)  # there are unseen classes, but no pixel of them
+
+
+def test_only_ignored_pixels_give_nan_everywhere() -> None:
+    result = measure([[0, 1]], [[IGNORE, IGNORE]])
+    assert all(math.isnan(v) for v in (result.pixel_accuracy, result.miou_seen, result.miou_unseen, result.hiou))
+
+
+def test_results_are_json() -> None:
+    result = measure([[0, 0]], [[0, 1]], SEEN_ONLY).as_dict()
+    text = json.dumps(result, allow_nan=False)
+    assert set(json.loads(text)) == {"pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "iou"}
+    assert json.loads(text)["hiou"] is None
+    absent = measure([[0, 0]], [[0, 0]]).as_dict()
+    assert absent["iou"] == {"cow": 1.0, "grass": None, "sheep": None, "sky": None}
+    json.dumps(absent, allow_nan=False)
+
+
+def plain_confusion(predicted: Tensor, label: Tensor) -> Tensor:
+    confusion = torch.zeros(4, 4, dtype=torch.long)
+    for p, t in zip(predicted.flatten().tolist(), label.flatten().tolist(), strict=True):
+        if t != IGNORE:
+            confusion[t, p] += 1
+    return confusion
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4))
+def test_updates_add_up_to_one_big_update(sizes: list[tuple[int, int, int]]) -> None:
+    """Over images of any size, in any type; and the counts equal a plain loop's."""
+    metrics, whole = SegmentationMetrics(SPLIT), SegmentationMetrics(SPLIT)
+    pairs = []
+    for size in sizes:
+        label = torch.randint(0, 5, size)
+        label[label == 4] = IGNORE
+        pairs.append((torch.randint(0, 4, size), label))
+        metrics.update(pairs[-1][0].to(torch.uint8), label.to(torch.uint8))
+    predicted, label = (torch.cat([pair[i].flatten() for pair in pairs])[None] for i in (0, 1))
+    whole.update(predicted, label)
+    assert torch.equal(metrics.confusion(), whole.confusion())
+    assert torch.equal(metrics.confusion(), plain_confusion(predicted, label))
+    assert metrics.compute().as_dict() == whole.compute().as_dict()
+
+
+def test_counting_goes_on_after_compute() -> None:
+    metrics = SegmentationMetrics(SPLIT)
+    metrics.update(torch.tensor([[0]]), torch.tensor([[0]]))
+    assert metrics.compute().pixel_accuracy == 1
+    metrics.update(torch.tensor([[1]]), torch.tensor([[0]]))
+    assert metrics.compute().pixel_accuracy == 0.5
+
+
+@pytest.mark.parametrize(
+    ("predicted", "label", "message"),
+    [
+        ([[4, 0]], [[0, 0]], "the prediction holds values 0 to 4; split 'farm' has the labels 0 to 3, and 255"),
+        ([[0, 255]], [[0, 0]], "the prediction holds values 0 to 255"),
+        ([[0, -1]], [[0, 0]], "the prediction holds values -1 to 0"),
+        ([[0, 0]], [[0, 7]], "the label holds values 0 to 7"),
+        ([[0, 0]], [[0, -1]], "the label holds values -1 to 0"),
+        ([[0, 0]], [[0]], r"the prediction is \(1, 2\) and the label \(1, 1\); wanted equal sizes"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(predicted: list, label: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(predicted, label)
+
+
+def test_large_counts_stay_exact() -> None:
+    confusion = torch.zeros(4, 4, dtype=torch.long)
+    confusion[0, 0], confusion[0, 1] = 3 * 10**9, 1
+    assert iou_per_class(confusion)[0].item() == 3 * 10**9 / (3 * 10**9 + 1)
+
+
+def test_intervals_by_hand() -> None:
+    """Of two pictures, one right and one wrong, a quarter of the draws is both times the right one."""
+    confusions = torch.zeros(2, 4, 4)
+    confusions[0, 0, 0], confusions[1, 2, 3] = 6, 6
+    low, high = bootstrap(confusions, SPLIT)
+    assert (low.pixel_accuracy, high.pixel_accuracy) == (0, 1)
+    assert (low.iou["cow"], high.iou["cow"], high.iou["sheep"]) == (1, 1, 0)  # draws without a class do not count
+    assert math.isnan(low.iou["grass"])
+    low, high = bootstrap(confusions, SPLIT, level=0.4)
+    assert (low.pixel_accuracy, high.pixel_accuracy) == (0.5, 0.5)
+
+
+def test_one_picture_has_no_width_and_a_seed_repeats() -> None:
+    confusions = torch.randint(0, 9, (5, 4, 4))
+    for end in bootstrap(confusions[:1], SPLIT, samples=9):
+        whole = scores(confusions[0], SPLIT)
+        assert end.iou == pytest.approx(whole.iou)
+        assert (end.pixel_accuracy, end.hiou) == pytest.approx((whole.pixel_accuracy, whole.hiou))
+    assert bootstrap(confusions, SPLIT, samples=50, seed=1) == bootstrap(confusions, SPLIT, samples=50, seed=1)
+    assert bootstrap(confusions, SPLIT, samples=50, seed=1) != bootstrap(confusions, SPLIT, samples=50, seed=2)

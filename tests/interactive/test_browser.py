@@ -1,0 +1,263 @@
+"""A real browser moves the sliders, in JupyterLab and in the app of `sptseg explore`; pictures and masks must follow.
+
+Screenshots are kept in `artefacts/`, or in the folder that SPTSEG_ARTEFACTS names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parents[2]
+ARTEFACTS = Path(os.environ.get("SPTSEG_ARTEFACTS", ROOT / "artefacts"))
+PACKAGES = ("chromium", "fonts-dejavu-core")
+SECONDS = 240  # for anything to happen, on a busy machine
+QUIET = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+WIDGETS = {
+    "FrequencyExplorer": "FrequencyExplorer(model, image, split.classes, label, split.names(split.unseen))",
+    "FilterExplorer": "FilterExplorer(model)",
+    "PromptPlayground": "PromptPlayground(model, image, ['sky', 'wooden fence', 'a blue house', 'flower'])",
+    "FailureBrowser": "FailureBrowser(collect(model, Scenes(6, seed=3), split))",
+}
+SETUP = """
+import sptseg
+from sptseg.datasets.folders import Scenes
+from sptseg.analysis.failures import collect
+from sptseg.interactive.widgets import *
+model, split = sptseg.load_model(), sptseg.splits.scenes()
+image, label = sptseg.scenes.draw(7)
+"""
+
+
+@contextmanager
+def running(command: list[str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A server in a process group of its own, ended with all that it started, whatever happens."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}  # no other's kernels
+    env |= {"OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(cwd / "config"), "TMPDIR": str(cwd)}
+    options = {"cwd": cwd, "env": env, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended_by_sigterm() -> Iterator[None]:
+    """Like Ctrl-C: servers are ended before the tests are."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """Debian's, installed if that is possible."""
+    if shutil.which("chromium") is None and shutil.which("apt-get") and os.geteuid() == 0:
+        subprocess.run(["apt-get", "update", "-q"], check=False)
+        subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", *PACKAGES], check=False)
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip(f"there is no chromium; on Debian: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(chromium: str) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+        page = browser.new_page(viewport={"width": 1300, "height": 1600})
+        page.set_default_timeout(1000 * SECONDS)
+        expect.set_options(timeout=1000 * SECONDS)
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """JupyterLab's address and the folder that it serves."""
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    settings = {  # no question about news; cells off screen are drawn too
+        "page_config": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},
+        "default_setting_overrides": {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}},
+    }
+    (folder / "config" / "labconfig").mkdir(parents=True)
+    for name, content in settings.items():
+        (folder / "config" / "labconfig" / f"{name}.json").write_text(json.dumps(content))
+    with running(command, folder):
+        address = f"http://127.0.0.1:{port}"
+        wait_for(f"{address}/api")
+        yield address, folder
+
+
+def wait_for(url: str) -> None:
+    for _ in range(10 * SECONDS):
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    pytest.fail(f"nothing answers at {url}")
+
+
+def run_all(page: Page, lab: tuple[str, Path], notebook: nbformat.NotebookNode, name: str) -> None:
+    """Opens a notebook in JupyterLab and has all its cells run."""
+    address, folder = lab
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, folder / name)
+    page.goto(f"{address}/doc/tree/{name}?reset")
+    expect(page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')).to_be_attached()
+    not_run = page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text="[ ]:")
+    for _ in range(SECONDS // 4):
+        page.get_by_text("Run", exact=True).first.click()
+        page.locator('[data-command="runmenu:run-all"]').click()
+        try:
+            expect(not_run).to_have_count(0, timeout=4000)
+            return
+        except AssertionError:  # the kernel was not connected yet, and JupyterLab forgot the request
+            continue
+    pytest.fail("JupyterLab does not run the cells")
+
+
+def digest(picture: Locator) -> str:
+    """Of the bytes of an image widget: its address changes even if they do not."""
+    code = "async e => Array.from(new Uint8Array(await (await fetch(e.src)).arrayBuffer()))"
+    return hashlib.sha256(bytes(picture.evaluate(code))).hexdigest()
+
+
+def changed(pictures: dict[str, Locator], before: dict[str, str]) -> dict[str, str]:
+    """Waits until all pictures have changed; their new digests."""
+    now, end = before, time.monotonic() + SECONDS / 4
+    while time.monotonic() < end:
+        now = {name: digest(picture) for name, picture in pictures.items()}
+        if all(now[name] != before[name] for name in now):
+            return now
+        time.sleep(0.1)
+    pytest.fail(f"still as before: {', '.join(name for name in now if now[name] == before[name])}")
+
+
+def slide(page: Page, explorer: Locator) -> None:
+    """Moves the frequency explorer's slider by mouse and by keyboard; pictures and masks must follow."""
+    names = ("spectrum", "filtered-picture", "prediction")
+    pictures = {name: explorer.locator(f".panel-{name} img") for name in names}
+    for picture in pictures.values():
+        expect(picture).to_be_visible()
+    states = [{name: digest(picture) for name, picture in pictures.items()}]
+    upper = explorer.locator(".noUi-handle-upper")
+    upper.scroll_into_view_if_needed()
+    track, handle = explorer.locator(".noUi-base").bounding_box(), upper.bounding_box()
+    assert track is not None and handle is not None
+    page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(track["x"] + 0.6 * track["width"], handle["y"], steps=5)
+    page.mouse.up()
+    states.append(changed(pictures, states[-1]))
+    explorer.locator(".noUi-handle-lower").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    states.append(changed(pictures, states[-1]))
+    assert len({state["prediction"] for state in states}) == 3
+
+
+def keep(shown: Locator | Page, name: str) -> None:
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    shown.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
+def test_the_slider_of_the_first_notebook_moves_picture_and_masks(page: Page, lab: tuple[str, Path]) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "01_spectral_analysis.ipynb", as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += "\nquick = True"
+    run_all(page, lab, notebook, "01_spectral_analysis.ipynb")
+    explorer = page.locator(".FrequencyExplorer")
+    slide(page, explorer)
+    keep(explorer, "01_spectral_analysis")
+
+
+def test_every_widget_shows_its_pictures(page: Page, lab: tuple[str, Path]) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, *WIDGETS.values())]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    run_all(page, lab, notebook, "widgets.ipynb")
+    for name in WIDGETS:
+        widget = page.locator(f".{name}")
+        expect(widget.locator("img").first).to_be_visible()
+        expect(widget.get_by_text("javascript error")).to_have_count(0)
+        widths = [
+            picture.evaluate("e => e.decode().then(() => e.naturalWidth)") for picture in widget.locator("img").all()
+        ]
+        assert len(widths) >= 3 and min(widths) > 100
+        keep(widget, name)
+    playground = page.locator(".PromptPlayground")
+    words = playground.locator("input[type=text]")
+    words.fill("sky, zebra")
+    words.press("Enter")
+    expect(playground.get_by_role("status")).to_contain_text("does not know 'zebra'")
+    keep(playground, "PromptPlayground-refusal")
+    assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+
+
+def status(url: str) -> int:
+    """The server's answer, after redirections."""
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+            return 401 if "/login" in answer.url else answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def test_the_app_serves_the_explorer_and_nothing_else(page: Page, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sptseg.cli", "explore", "--no-browser", "--port", str(free_port())]
+    with running(command, tmp_path) as process:
+        assert process.stdout is not None
+        said = iter(process.stdout.readline, "")  # up to the address, or the end
+        url = next((word for line in said for word in line.split() if "token=" in word), None)
+        assert url is not None, "the app ended without an address"
+        page.goto(url)
+        slide(page, page.locator(".FrequencyExplorer"))
+        keep(page, "explore")
+        assert "load_model" not in page.content() and "sptseg.explore" not in page.content()
+        address, token = url.split("?")
+        assert status(address) == 401
+        for path in ("voila/files/explore.ipynb", "voila/files/open.html", "voila/tree", "api/contents", "lab"):
+            assert status(f"{address}{path}?{token}") in (403, 404), path
+        assert len(list(tmp_path.glob("sptseg-explore-*"))) == 1
+    assert not list(tmp_path.glob("sptseg-explore-*"))
+    assert process.returncode == 0

@@ -1,0 +1,373 @@
+"""The committed notebooks, the runner, and what happens when something is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from sptseg.cli import commands as cli
+from sptseg.interactive import baselines, notebooks
+from sptseg.interactive.notebooks import Notebook, Outcome, source
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARAMETERS = 'quick = False\nseed = 0\ndevice = "cpu"\ndata_root = ""\noutput_dir = "."\n'
+FIGURES = """import json, pathlib
+
+class lesson:  # importing the true one takes seconds
+    write_metrics = lambda folder, figures: pathlib.Path(folder, "metrics.json").write_text(json.dumps(figures))
+
+lesson.write_metrics(output_dir, {"hiou": share, "run_seconds": 9.0})"""
+PICTURE = """import base64
+from IPython.display import Image
+
+display(Image(base64.b64decode("iVBORw0KGgo="), format="png", alt="Nothing."))
+print(output_dir)"""
+ABSOLUTE = re.compile(r"(?<![\w:/.])/\w[\w.-]*/\w[\w.-]*/")
+MOST_LINES = 15
+
+
+def problems(notebook: Notebook) -> Iterator[str]:
+    """What is wrong with a committed notebook."""
+    try:
+        nbformat.validate(nbformat.from_dict(deepcopy(notebook)))
+    except nbformat.ValidationError as error:
+        yield f"invalid: {error}"
+    cells = notebook["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    outputs = [output for cell in codes for output in cell["outputs"]]
+    if notebook["metadata"].get("sptseg", {}).get("sources") != notebooks.digest(notebook):
+        yield "sources and outputs"
+    if "widgets" in notebook["metadata"] or any(notebooks.WIDGET in output.get("data", ()) for output in outputs):
+        yield "widgets"
+    if [cell["execution_count"] for cell in codes] != list(range(1, len(codes) + 1)):
+        yield "not run in order"
+    if any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs):
+        yield "errors or warnings"
+    if any("image/png" in o.get("data", ()) and not o["metadata"].get("image/png", {}).get("alt") for o in outputs):
+        yield "alternative text"
+    if not any("image/png" in output.get("data", ()) for output in outputs):
+        yield "no figure"
+    lines = [[x for x in source(cell).splitlines() if not x.startswith(("import ", "from "))] for cell in codes]
+    if any(len(cell) > MOST_LINES for cell in lines):
+        yield "long cell"
+    if not re.search(r"lesson\.write_metrics\(\s*output_dir", source(codes[-1])):
+        yield "metrics"
+    if "<summary>Solution</summary>" not in "".join(source(cell) for cell in cells):
+        yield "solution"
+    if ABSOLUTE.search(re.sub(r'"image/png": "[^"]*"', "", json.dumps(outputs))):
+        yield "absolute path"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_notebook_is_whole(path: Path) -> None:
+    notebook = notebooks.read(path)
+    assert list(problems(notebook)) == []
+    assert path.stat().st_size <= notebooks.LARGEST
+    assert tuple(notebooks.parameters(path))[: len(notebooks.COMMON)] == notebooks.COMMON
+    defaults = {"quick": False, "seed": 0, "device": "cpu", "data_root": "", "output_dir": "."}
+    assert notebooks.parameters(path).items() >= defaults.items()
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_notebook_has_recorded_figures(path: Path) -> None:
+    recorded = json.loads(baselines.baseline_file(path).read_text())
+    assert recorded
+    assert all(figure.keys() == {"value", "tolerance"} and figure["tolerance"] > 0 for figure in recorded.values())
+
+
+# The runner, on tiny notebooks
+
+
+def write(path: Path, *codes: str, parameters: str = PARAMETERS + "share = 0.5\ntimes = 3\n") -> Path:
+    """A notebook of a parameters cell and other code cells."""
+    cells = [nbformat.v4.new_code_cell(code) for code in (parameters, *codes)]
+    cells[0].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
+    """A good notebook and one that fails, run side by side: their folder and what came of them."""
+    folder = tmp_path_factory.mktemp("ran")
+    slider = "import ipywidgets\n\nipywidgets.IntSlider()"
+    good = write(folder / "notebooks" / "01_good.ipynb", PICTURE, slider, FIGURES)
+    bad = write(folder / "notebooks" / "02_bad.ipynb", "raise ValueError('first line\\nlast line')", FIGURES)
+    given, where = [("times", "4")], folder / "runs"
+    found = notebooks.run_all([bad, good], given, where, quick=True, timeout=60, jobs=2)
+    return folder, {path.stem: outcome for path, outcome in found}
+
+
+def test_a_run_has_a_folder_and_its_figures(ran: tuple[Path, dict[str, Outcome]]) -> None:
+    folder, outcomes = ran
+    good, runs = outcomes["01_good"], folder / "runs" / "01_good"
+    assert (good.error, good.verdict, good.cells) == ("", "ok", 4)
+    assert good.figures == json.loads((runs / "metrics.json").read_text()) == {"hiou": 0.5, "run_seconds": 9.0}
+    injected = notebooks.read(runs / "01_good.ipynb")["cells"][1]
+    assert {"quick = True", "times = 4", f'output_dir = "{runs}"'} <= set(source(injected).splitlines())
+
+
+def test_a_failure_stops_no_other_and_is_told(ran: tuple[Path, dict[str, Outcome]]) -> None:
+    outcomes = ran[1]
+    assert outcomes["02_bad"].error == "In [3]: ValueError: last line"
+    table = notebooks.summary(list(outcomes.values()))
+    assert re.search(r"^\| 01_good \| \d+ \| 4 \| 2 \| ok \|\n\| 02_bad \| \d+ \| 3 \| 0 \| failed \|$", table, re.M)
+    assert table.endswith("02_bad: In [3]: ValueError: last line")
+
+
+@pytest.fixture
+def saved(ran: tuple[Path, dict[str, Outcome]], tmp_path: Path) -> Notebook:
+    """The good notebook as it is committed, with what the rules for committed ones want besides."""
+    target = tmp_path / "notebooks" / "01_good.ipynb"
+    target.parent.mkdir()
+    notebooks.save(ran[0] / "runs" / "01_good" / "01_good.ipynb", target, 2.6)
+    notebook = notebooks.read(target)
+    solution = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "<summary>Solution</summary>"}
+    notebook["cells"].append(solution)
+    notebook["metadata"]["sptseg"]["sources"] = notebooks.digest(notebook)
+    return notebook
+
+
+def test_a_saved_notebook_keeps_outputs_and_nothing_of_the_machine(saved: Notebook) -> None:
+    assert list(problems(saved)) == []
+    parameters, figure, widget, _, _ = saved["cells"]
+    assert parameters["metadata"] == {"tags": ["parameters"]}  # and no cell that papermill injected
+    assert [source({"source": o["text"]}) for o in figure["outputs"] if o["output_type"] == "stream"] == [".\n"]
+    assert widget["outputs"][0]["data"].keys() == {"text/plain"}
+    assert saved["metadata"].keys() == {"kernelspec", "language_info", "sptseg"}
+    assert saved["metadata"]["sptseg"]["seconds"] == 3
+
+
+def edit(path: str, value: Any) -> Callable[[Notebook], None]:
+    """Sets a value deep inside a notebook."""
+
+    def change(notebook: Notebook) -> None:
+        *way, last = (int(part) if part.isdigit() else part for part in path.split("."))
+        for part in way:
+            notebook = notebook[part]
+        notebook[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (edit("cells.1.source", "print('edited')"), "sources and outputs"),
+        (edit("cells.4.source", "<summary>Solution</summary> edited"), "sources and outputs"),
+        (edit("metadata.widgets", {}), "widgets"),
+        (edit("cells.2.outputs.0.data", {notebooks.WIDGET: {}}), "widgets"),
+        (edit("cells.1.execution_count", None), "not run in order"),
+        (edit("cells.1.outputs.0.metadata", {}), "alternative text"),
+        (edit("cells.1.outputs", []), "no figure"),
+        (edit("cells.1.source", "\n" * 16), "long cell"),
+        (edit("cells.3.source", "print(1)"), "metrics"),
+        (edit("cells.4.source", ""), "solution"),
+        (edit("cells.1.outputs.1", {"output_type": "stream", "name": "stderr", "text": "!"}), "errors or warnings"),
+        (edit("cells.1.outputs.1", {"output_type": "stream", "name": "stdout", "text": "/a/b/c"}), "absolute path"),
+        (edit("cells.4.metadata", "none"), "invalid"),
+    ],
+)
+def test_the_rules_for_committed_notebooks_can_fail(
+    saved: Notebook, change: Callable[[Notebook], None], problem: str
+) -> None:
+    change(saved)
+    assert any(found.startswith(problem) for found in problems(saved))
+
+
+def test_a_large_notebook_is_not_saved(
+    ran: tuple[Path, dict[str, Outcome]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebooks, "LARGEST", 1000)
+    with pytest.raises(ValueError, match=r"would have 0.0 MB; wanted 0.001 at most"):
+        notebooks.save(ran[0] / "runs" / "01_good" / "01_good.ipynb", tmp_path / "a" / "01_good.ipynb", 1)
+
+
+def test_a_cell_that_takes_too_long_is_tried_twice(tmp_path: Path) -> None:
+    slow = write(tmp_path / "03_slow.ipynb", "import time\n\ntime.sleep(60)")
+    ((_, outcome),) = notebooks.run_all([slow], [], tmp_path / "runs", quick=False, timeout=1, jobs=1)
+    assert outcome.error.startswith("a cell took longer than 1 seconds, twice")
+    assert outcome.verdict == "failed, at the second try"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("sharee", "1"), "01_good has no parameter sharee; did you mean share; it has quick, seed,"),
+        (("share", "half"), "the parameter share is 'half'; wanted float, such as 0.5"),
+        (("times", "2.5"), "the parameter times is '2.5'; wanted int, such as 3"),
+        (("quick", "1"), "the parameter quick is '1'; wanted bool"),
+        (("output_dir", "here"), "give --output, not the parameter output_dir"),
+    ],
+)
+def test_unknown_and_ill_typed_parameters_are_refused(
+    ran: tuple[Path, dict[str, Outcome]], given: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        notebooks.run([str(ran[0] / "notebooks" / "01_good.ipynb")], [given])
+
+
+def test_parameters_given_as_text_get_the_types_of_their_defaults() -> None:
+    defaults = {"quick": False, "share": 0.5, "times": 3, "model": "embedded", "seeds": (0, 1)}
+    given = [("quick", "true"), ("share", "1"), ("times", "7"), ("model", "12"), ("seeds", "(2, 3)")]
+    values = notebooks.chosen(given, defaults, "a")
+    assert repr(values) == "{'quick': True, 'share': 1.0, 'times': 7, 'model': '12', 'seeds': (2, 3)}"
+
+
+@pytest.mark.parametrize("code", ["quick = bool(0)", "print('hello')", "a = b = 1"])
+def test_a_parameters_cell_holds_plain_assignments(tmp_path: Path, code: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(code)[1:-1]) + ".*; wanted NAME = LITERAL only"):
+        notebooks.parameters(write(tmp_path / "a.ipynb", parameters=code))
+
+
+def test_there_is_one_parameters_cell(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", "a = 1")
+    notebook = notebooks.read(path)
+    notebook["cells"][1]["metadata"]["tags"] = ["parameters"]
+    path.write_text(json.dumps(notebook))
+    with pytest.raises(ValueError, match="2 cells tagged 'parameters'; wanted exactly one"):
+        notebooks.parameters(path)
+
+
+def test_notebooks_are_found_by_number_name_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("01_one", "02_two"):
+        write(tmp_path / "notebooks" / f"{name}.ipynb")
+    elsewhere = write(tmp_path / "mine.ipynb")
+    monkeypatch.chdir(tmp_path)
+    stems = [path.stem for path in notebooks.find(["02", "01_one", str(elsewhere), "02_two"])]
+    assert stems == ["02_two", "01_one", "mine"]
+    assert [path.stem for path in notebooks.find()] == ["01_one", "02_two"]
+    with pytest.raises(ValueError, match="there is no notebook 02_tow; did you mean 02_two; there are 01_one, 02_two"):
+        notebooks.find(["02_tow"])
+
+
+def test_a_missing_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notebooks, "__file__", str(tmp_path / "sptseg" / "interactive" / "notebooks.py"))
+    for names in ([], ["01"]):
+        with pytest.raises(ValueError, match="there is no folder notebooks/ here or beside the package"):
+            notebooks.find(names)
+
+
+def test_the_command_line_knows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["notebooks", "check", "no_such"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["notebooks", "run", "no_such", "--save", "-p", "seed", "1", "-p", "quick", "true"])
+    assert "--save keeps outputs of the default parameters only" in capsys.readouterr().err
+
+
+# Baselines
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one notebook, which "runs" at once: its figures follow from its parameters."""
+    write(tmp_path / "notebooks" / "01_one.ipynb")
+    monkeypatch.chdir(tmp_path)
+
+    def execute(path: Path, folder: Path, values: dict[str, Any], *_: Any) -> Outcome:
+        share = values.get("share", 0.5) + (0 if values.get("quick") else 0.25)
+        return Outcome(path.stem, 1.0, 2, {"hiou": share, "trained_hiou": share, "step_ms": 3.0})
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    return tmp_path
+
+
+def test_figures_are_recorded_and_then_held(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        notebooks.check()
+    assert "01_one: hiou is new, 0.5: record it with --update" in capsys.readouterr().out
+    notebooks.check(update=True)
+    assert "01_one: hiou: none -> 0.5 ± 0.005\n01_one: trained_hiou: none -> 0.5 ± 0.05" in capsys.readouterr().out
+    recorded = json.loads((project / "tests" / "baselines" / "01_one.json").read_text())
+    assert recorded["hiou"] == {"value": 0.5, "tolerance": 0.005}
+    assert "step_ms" not in recorded  # a timing
+    notebooks.check()
+    assert "| 01_one | 1 | 2 | 2 of 2 held | ok |" in capsys.readouterr().out
+    notebooks.check(update=True, full=True)
+    assert json.loads((project / "tests" / "baselines" / "full" / "01_one.json").read_text())["hiou"]["value"] == 0.75
+
+
+def test_drift_is_named_with_its_size(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebooks.check(update=True)
+    with pytest.raises(SystemExit, match="1"):
+        notebooks.check(param=[("share", "0.47")])
+    printed = capsys.readouterr().out
+    assert "| 1 of 2 held | drifted |" in printed
+    assert printed.endswith("01_one: hiou is 0.47; recorded is 0.5 ± 0.005: it drifted by -0.03\n")
+    with pytest.raises(ValueError, match="--update records figures of the default parameters only"):
+        notebooks.check(param=[("share", "0.47")], update=True)
+
+
+def test_updating_keeps_tolerances_and_tells_what_changed(project: Path) -> None:
+    file = project / "b.json"
+    assert baselines.record(file, {"hiou": 0.5, "gone": 1.0})
+    file.write_text(file.read_text().replace("0.005", "0.3"))
+    lines = baselines.record(file, {"hiou": 0.6})
+    assert lines == ["b: hiou: 0.5 ± 0.3 -> 0.6 ± 0.3", "b: gone: 1 ± 0.01 -> none"]
+    assert baselines.record(file, {"hiou": 0.6}) == ["b: nothing changed"]
+
+
+def test_missing_figures_fail() -> None:
+    drift = baselines.compare({"hiou": {"value": 0.5, "tolerance": 0.1}}, {"miou": 0.5})
+    assert drift == {
+        "hiou": "hiou is missing; recorded is 0.5",
+        "miou": "miou is new, 0.5: record it with --update",
+    }
+
+
+# Broken on purpose
+
+BREAKS = {  # what: (the figure that tells, code in the kernel)
+    "two class names swapped": ("hiou_spt-seg", """
+from sptseg.datasets.splits import Split
+
+def swapped(self, labels=None, texts=Split.texts):
+    words = list(texts(self, labels))
+    return (words[1], words[0], *words[2:])
+
+Split.texts = swapped"""),
+    "no spectral prompt": ("gain_seen", """
+from sptseg.model.encoder import SpectralPrompt
+
+SpectralPrompt.forward = lambda self, patches, class_token, weight: patches"""),
+    "a shifted seen offset": ("hiou_spt-seg", """
+import sptseg
+
+def shifted(source, load_model=sptseg.load_model):
+    model = load_model(source)
+    object.__setattr__(model.config, "seen_offset", model.config.seen_offset + 0.2)
+    return model
+
+sptseg.load_model = shifted"""),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_check_notices_what_is_broken(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure, code = BREAKS[name]
+    notebook = ROOT / "notebooks" / "06_evaluation.ipynb"
+    broken, baseline = (tmp_path / path.relative_to(ROOT) for path in (notebook, baselines.baseline_file(notebook)))
+    for path in (broken, baseline):
+        path.parent.mkdir(parents=True)
+        path.write_bytes((ROOT / path.relative_to(tmp_path)).read_bytes())
+    edited = nbformat.read(broken, 4)
+    parameters = next(i for i, cell in enumerate(edited.cells) if "parameters" in cell.metadata.get("tags", ()))
+    edited.cells.insert(parameters + 1, nbformat.v4.new_code_cell(code))
+    nbformat.write(edited, broken)
+    with pytest.raises(SystemExit, match="1"):
+        notebooks.check([str(broken)], output=tmp_path / "runs")
+    printed = capsys.readouterr().out
+    assert "| drifted |" in printed
+    assert f"06_evaluation: {figure} is " in printed

@@ -1,0 +1,505 @@
+"""What is trained and what is not, any size, dense CLIP as a start, and which CLIP models are refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import open_clip
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.model import _build_vision_tower
+from open_clip.timm_model import TimmModel
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from sptseg.model import clip as clips
+from sptseg.model.clip import Clip, check_visual, load_clip, run_block, standard_vision_config, usable_models
+from sptseg.model.config import DENSE_CLIP, SPT_RELEASED, ZEGCLIP, ModelConfig
+from sptseg.model.decoder import START_THRESHOLD
+from sptseg.model.spt_seg import SptSeg, build_model
+from sptseg.training.losses import segmentation_loss
+
+few = settings(max_examples=10, deadline=None)
+SMALL = {"clip": "small", "image_size": (32, 32), "prompt_tokens": 3, "dropout": 0.0}
+BARE = {"prompt_tokens": 0, "spectral_layers": (), "class_embedding_twice": False}
+PLAIN_CLIP = small_clip()  # where a test neither trains nor changes it
+
+
+def new_model(clip: Clip = PLAIN_CLIP, **changes: object) -> SptSeg:
+    return build_model(ModelConfig(**{**SMALL, **changes}), clip)
+
+
+def text_of(classes: int) -> Tensor:
+    return F.normalize(torch.randn(classes, 32), dim=-1)
+
+
+def backward(model: SptSeg, classes: int = 3) -> None:
+    labels = torch.randint(0, classes, (2, 32, 32))
+    logits = model(torch.randn(2, 3, 32, 32), text_of(classes))
+    segmentation_loss(logits, labels, model.config.loss)["total"].backward()
+
+
+def train(model: SptSeg, steps: int) -> None:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def select_tokens(model: SptSeg) -> None:
+    """Points every layer's selection vector roughly at its tokens, which lie close together in so small a model."""
+    tokens = model.encoder(torch.randn(2, 3, 32, 32))[0].flatten(2).transpose(1, 2)
+    layer: Any
+    for layer in model.decoder.layers:
+        if getattr(layer, "selection_vector", None) is not None:
+            mean = F.normalize(layer.attention(tokens, (8, 8)).mean(dim=(0, 1)), dim=-1)
+            layer.selection_vector.copy_(mean + 0.05 * torch.randn(32))
+
+
+# What is trained
+
+
+ENCODERS = [(0, 0, s) for s in ((), (0,), (0, 1, 2))] + list(
+    itertools.product([3], [0, 1, None], [(), (0,), (0, 1, 2)])
+)
+DECODERS = [("spectral", True), ("spectral", False), ("cross_attention", True)]
+
+
+@pytest.mark.parametrize("start", ["random", "dense_clip"])
+@pytest.mark.parametrize(("decoder", "selection"), DECODERS)
+@pytest.mark.parametrize(("prompts", "depth", "spectral"), ENCODERS)
+def test_every_trained_parameter_gets_a_gradient(
+    prompts: int, depth: int | None, spectral: tuple, decoder: str, selection: bool, start: str
+) -> None:
+    model = new_model(
+        prompt_tokens=prompts, prompt_depth=depth, spectral_layers=spectral, decoder=decoder, selection=selection,
+        start=start, loss="spt" if decoder == "spectral" else "zegclip",
+    ).train()  # fmt: skip
+    if start == "dense_clip":
+        train(model, 2)  # residual branches start at zero: what lies behind their last matrix wakes up a step later
+    select_tokens(model)
+    backward(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == set(model.trained_state())
+    for name, parameter in trained.items():
+        if name.endswith("key.bias") and f"layers.{len(model.decoder.layers) - 1}." not in name:
+            continue  # softmax ignores a shift of all keys: zero but for rounding, in every attention with a key bias
+        assert parameter.grad is not None and parameter.grad.count_nonzero() > 0, name
+    if prompts:
+        assert model.encoder.prompts.grad.flatten(1).any(dim=1).all(), "a block's prompts get no gradient"
+    if spectral:
+        gradient = model.encoder.spectral_prompt.weight.grad
+        assert gradient[..., 0].all() and gradient[:, 1:-1, :, 1].all(), "every real and imaginary part of the filter"
+
+
+def test_a_selection_without_tokens_is_dead() -> None:
+    """As in the released code: clamp(cos, 0, 1) lets nothing through, no gradient either; training cannot leave it."""
+    model = new_model()
+    layer: Any = model.decoder.layers[-1]
+    with torch.no_grad():
+        layer.attention.low_projection.bias.fill_(1.0)  # the larger part of every token's Y
+        layer.selection_vector.fill_(-1.0)
+    assert model(torch.randn(2, 3, 32, 32), text_of(3)).count_nonzero() == 0
+    backward(model)
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("start", ["random", "dense_clip"])
+@pytest.mark.parametrize("base", [SPT_RELEASED, ZEGCLIP])
+def test_training_changes_all_that_is_trained_and_no_bit_of_clip(base: ModelConfig, start: str) -> None:
+    clip = small_clip()
+    model = new_model(clip, decoder=base.decoder, spectral_layers=base.spectral_layers, loss=base.loss, start=start)
+    before, trained = copy.deepcopy(clip.model.state_dict()), copy.deepcopy(model.trained_state())
+    train(model.train(), 3)
+    for name, value in clip.model.state_dict().items():
+        assert torch.equal(value, before[name]), f"CLIP's {name} changed"
+    for name, value in model.trained_state().items():
+        assert not torch.equal(value, trained[name]), f"{name} did not train"
+
+
+def test_the_spectral_filter_trains() -> None:
+    """Under its released name (`complex_weight`) ZegCLIP-style freezing would leave it at random values."""
+    model = new_model()
+    before = model.encoder.spectral_prompt.weight.detach().clone()
+    train(model, 1)
+    assert (model.encoder.spectral_prompt.weight != before).float().mean() > 0.9
+
+
+def test_clip_stays_in_evaluation_mode() -> None:
+    model = new_model(dropout=0.1).train()
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert model.training and dropouts and all(module.training for module in dropouts)
+    assert not any(module.training for module in model.encoder.visual.modules())
+    assert not any(parameter.requires_grad for parameter in model.clip.model.parameters())
+    assert not any(module.training for module in model.eval().modules())
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_gradient_checkpointing_changes_no_gradient(tokens: int) -> None:
+    """With short sequences and with long ones, whose attention is another kernel."""
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = new_model(prompt_tokens=tokens).train()
+        model.encoder.checkpointing = checkpointing
+        backward(model)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]
+    assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_the_selected_features_pass_the_top_down_matrix_in_the_queries() -> None:
+    """The paper's order, (m Y) T and then the product with the queries, gives the same logits and query updates."""
+    for residual in (False, True):
+        layer: Any = new_model(start="dense_clip" if residual else "random").decoder.layers[0].eval()
+        nn.init.normal_(layer.top_down, std=0.2)
+        nn.init.normal_(layer.update_projection.weight, std=0.2)
+        queries, tokens = torch.randn(2, 5, 32), torch.randn(2, 42, 32)
+        y = layer.selected(tokens, (6, 7)) @ layer.top_down + (tokens if residual else 0)
+        logits = torch.einsum("bce,bne->bcn", queries, y)
+        update = layer.update(queries, layer.update_projection(logits.softmax(dim=-1) @ y))
+        ours_update, ours_logits = layer(queries, tokens, (6, 7))
+        assert_close(ours_logits, logits, atol=1e-4, rtol=1e-4)
+        assert_close(ours_update, update, atol=1e-4, rtol=1e-4)
+
+
+def test_dense_clip_trains_nothing() -> None:
+    assert not [p for p in new_model(**BARE, decoder="none").parameters() if p.requires_grad]
+
+
+# Any size, any classes
+
+
+@few
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 7)), st.integers(1, 5), st.sampled_from(["spectral", "cross_attention"])
+)
+@torch.no_grad()
+def test_any_grid_and_any_number_of_classes(grid: tuple[int, int], classes: int, decoder: str) -> None:
+    model = new_model(decoder=decoder).eval()
+    images, text = torch.randn(2, 3, 4 * grid[0], 4 * grid[1]), text_of(classes)
+    patches, image = model.encoder(images)
+    logits = model(images, text)
+    assert patches.shape == (2, 32, *grid) and image.shape == (2, 32) and logits.shape == (2, classes, *grid)
+    assert_close(patches.norm(dim=1), torch.ones(2, *grid))
+    assert_close(image.norm(dim=1), torch.ones(2))
+    # classes do not see each other, nor do images
+    order = torch.randperm(classes)
+    assert_close(model(images, text[order]), logits[:, order], atol=1e-5, rtol=1e-4)
+    assert_close(model(images[1:], text[:1]), logits[1:, :1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_are_there_up_to_their_depth() -> None:
+    for depth, prompted in ((0, 1), (1, 2), (None, 3)):
+        states = list(new_model(prompt_depth=depth).encoder.states(torch.randn(1, 3, 16, 24)))
+        assert [s.shape[1] for s in states] == [1 + 3 + 24] * prompted + [1 + 24] * (3 - prompted)
+
+
+@torch.no_grad()
+def test_a_filter_of_another_grid_and_a_position_embedding_of_another_grid() -> None:
+    """The filter is made for the crop's 6 x 9 grid, CLIP's positions for 8 x 8, and the image has 5 x 11."""
+    model = new_model(image_size=(24, 36)).eval()
+    assert model.encoder.spectral_prompt.weight.shape == (6, 5, 32, 2)
+    assert model.encoder.spectral_prompt.filter((5, 11)).shape == (5, 6, 32)
+    images = torch.randn(1, 3, 20, 44)
+    assert model(images, text_of(2)).shape == (1, 2, 5, 11)
+    filtered, _ = model.encoder(images)
+    model.encoder.spectral_prompt.weight.zero_()
+    plain, _ = model.encoder(images)
+    assert (filtered - plain).abs().max() > 1e-4
+    without = new_model(spectral_layers=())
+    without.load_state_dict(model.state_dict(), strict=False)
+    assert_close(without.eval().encoder(images)[0], plain)
+
+
+def test_images_that_patches_do_not_fill_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="images are 32 x 30; both sides must be multiples of the patch size 4 x 4; resize"
+    ):
+        new_model()(torch.zeros(1, 3, 32, 30), text_of(1))
+
+
+# Dense CLIP, alone and as a start
+
+
+@torch.no_grad()
+def test_dense_clip_equals_open_clips_own_patch_tokens() -> None:
+    clip = small_clip()
+    for p in clip.visual.ln_post.parameters():
+        p.copy_(torch.randn_like(p))
+    model = new_model(clip, **BARE, decoder=DENSE_CLIP.decoder).eval()
+    images, text = torch.randn(2, 3, 32, 32), text_of(4)
+    clip.visual.output_tokens = True
+    pooled, tokens = clip.visual(images)
+    clip.visual.output_tokens = False
+    unit = F.normalize(tokens @ clip.visual.proj, dim=-1)  # (B, N, E)
+    patches, image = model.encoder(images)
+    assert_close(patches.flatten(2).transpose(1, 2), unit, atol=1e-4, rtol=0)
+    assert_close(image, F.normalize(pooled, dim=-1), atol=1e-4, rtol=0)
+    scaled = clip.model.logit_scale.exp() * unit @ text.T
+    logits = model(images, text).flatten(2).transpose(1, 2)
+    assert_close(logits.sigmoid(), scaled.softmax(dim=-1), atol=2e-4, rtol=0)
+    assert_close(model(images, text).sigmoid().sum(dim=1), torch.ones(2, 8, 8), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("decoder", "selection"), DECODERS)
+@torch.no_grad()
+def test_a_dense_start_is_dense_clip(decoder: str, selection: bool, layers: int) -> None:
+    """However many layers: cosines of patch and text, shifted and scaled, so the same class at every pixel."""
+    model = new_model(**BARE, decoder=decoder, selection=selection, decoder_layers=layers, start="dense_clip").eval()
+    images, text = torch.randn(2, 3, 32, 32), text_of(5)
+    patches, _ = model.encoder(images)
+    cosine = torch.einsum("behw,ce->bchw", patches, text)
+    logits = model(images, text)
+    scale = model.clip.model.logit_scale.exp()
+    assert_close(logits, scale * (cosine - START_THRESHOLD), atol=1e-3, rtol=1e-4)
+    dense = new_model(**BARE, decoder="none").eval()(images, text)
+    assert torch.equal(logits.argmax(1), dense.argmax(1))
+
+
+def test_token_zero_twice_as_in_the_released_code() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    visual = PLAIN_CLIP.visual
+    own = visual.class_embedding + visual.positional_embedding[0]
+    once, twice = (new_model(class_embedding_twice=t).encoder.embed(images) for t in (False, True))
+    assert_close(once[0, 0], visual.ln_pre(own))
+    assert_close(twice[0, 0], visual.ln_pre(own + visual.class_embedding))
+    assert torch.equal(once[:, 1:], twice[:, 1:])
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": "unet"}, "decoder is 'unet'; choose one of spectral, cross_attention, none"),
+        ({"start": "warm"}, "start is 'warm'; choose one of random, dense_clip"),
+        ({"loss": "dice"}, "loss is 'dice'; choose one of spt, zegclip"),
+        ({"normalization": "none"}, "normalization is 'none'; choose one of imagenet, clip"),
+        ({"decoder_layers": 0}, "decoder_layers is 0; wanted 1 to 100"),
+        ({"decoder_heads": 0}, "decoder_heads is 0; wanted 1 to 1024"),
+        ({"decoder_window": -1}, "decoder_window is -1; wanted 1 to 8192"),
+        ({"prompt_tokens": -1}, "prompt_tokens is -1; wanted 0 to 10000"),
+        ({"dropout": 1.0}, "dropout is 1.0; wanted 0 <= dropout < 1"),
+        ({"templates": ()}, r"templates is \(\); wanted one or more texts with one {} each"),
+        ({"templates": ("a photo",)}, "wanted one or more texts with one {} each"),
+        ({"templates": "a photo of a {}"}, "templates is 'a photo of a {}'; wanted tuple"),
+        (
+            {"image_size": (32, 30)},
+            r"image_size is \(32, 30\); small needs positive multiples of its patch size \(4, 4\)",
+        ),
+        ({"image_size": (0, 32)}, r"image_size is \(0, 32\)"),
+        ({"prompt_depth": 3}, "prompt_depth is 3; this CLIP has 3 blocks, so 0 to 2 go"),
+        ({"prompt_depth": -1}, "prompt_depth is -1"),
+        ({"spectral_layers": (0, 3)}, r"spectral_layers is \(0, 3\); this CLIP has the blocks 0 to 2"),
+        ({"decoder_heads": 5}, "the embedding width 32 is no multiple of decoder_heads 5"),
+        ({"decoder_heads": 1}, "needs at least 2 heads, one for each branch, got 1"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        new_model(**changes)
+
+
+# Which CLIP models go
+
+
+@pytest.mark.parametrize(
+    "name", ["RN50", "RN50x4", "ViT-B-16-SigLIP", "coca_ViT-B-32", "roberta-ViT-B-32", "no-such-model"]
+)
+@pytest.mark.parametrize("weights", [None, "openai"])
+def test_other_open_clip_models_are_refused_before_anything_is_built(
+    name: str, weights: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clips.open_clip, "create_model", lambda *_, **__: pytest.fail("the model was built"))
+    with pytest.raises(
+        ValueError, match=f"'{name}' is no open_clip model with a standard .* use tiny, ViT-B-16, .*ViT-L-14"
+    ):
+        load_clip(name, weights)
+
+
+def test_openai_weights_without_quickgelu_are_refused_with_the_right_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clips.open_clip, "create_model", lambda *_, **__: pytest.fail("the model was built"))
+    for name in ("ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-L-14-336"):
+        with pytest.raises(ValueError, match=f"QuickGELU, which '{name}' lacks; use '{name}-quickgelu'"):
+            load_clip(name, "openai")
+        assert f"{name}-quickgelu" in usable_models()
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(clips.open_clip, "create_model", offline)
+    with pytest.raises(
+        ValueError, match=r"weights 'openai' of ViT-B-16-quickgelu could not be loaded \(OSError\); .* path"
+    ):
+        load_clip("ViT-B-16-quickgelu", "openai")
+
+
+def test_every_model_called_usable_has_the_tower_that_the_encoder_drives() -> None:
+    """Built without memory. And those called unusable are not, where open_clip's own classes make them."""
+    for name in open_clip.list_models():
+        config: Any = open_clip.get_model_config(name)
+        own = not config["vision_cfg"].get("timm_model_name") and not config["text_cfg"].get("hf_model_name")
+        if not (standard_vision_config(config) or own):
+            continue
+        with torch.device("meta"):
+            visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+        if standard_vision_config(config):
+            check_visual(name, visual)
+        elif "multimodal_cfg" not in config and "hf_tokenizer_name" not in config["text_cfg"]:
+            with pytest.raises(ValueError, match=f"the image tower of '{name}'"):
+                check_visual(name, visual)
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"layers": (1, 1, 1, 1)},  # a ResNet
+        {"attentional_pool": True},  # CoCa's
+        {"pool_type": "avg"},
+        {"no_ln_pre": True},
+        {"pool_type": "avg", "final_ln_after_pool": True},
+    ],
+)
+def test_other_image_towers_are_refused_with_those_that_go(vision: dict) -> None:
+    with pytest.raises(ValueError, match="not a standard VisionTransformer with a class token; use one of ViT-B-16,"):
+        check_visual("odd", small_clip(**vision).visual)
+
+
+def test_timm_towers_are_refused() -> None:
+    tower = TimmModel("vit_tiny_patch16_224", embed_dim=8, pool="", proj="linear", pretrained=False)
+    with pytest.raises(ValueError, match="the image tower of 'timm' is TimmModel"):
+        check_visual("timm", tower)
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("tokens", [1, 17, 520])  # the last: one head after the other
+def test_run_block_equals_the_block(tokens: int, layer_scale: float | None, quick_gelu: bool) -> None:
+    vision = {"image_size": 8, "patch_size": 4, "width": 24, "layers": 1, "head_width": 8, "ls_init_value": layer_scale}
+    block: Any = _build_vision_tower(16, vision, quick_gelu).get_submodule("transformer.resblocks.0")
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    ours = torch.randn(2, tokens, 24, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    value, expected = run_block(block, ours), block(theirs)
+    assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    cotangent = torch.randn_like(value)
+    gradients = torch.autograd.grad(value, [ours, *block.parameters()], cotangent)
+    for ours_gradient, theirs_gradient in zip(
+        gradients, torch.autograd.grad(expected, [theirs, *block.parameters()], cotangent), strict=True
+    ):
+        assert_close(ours_gradient, theirs_gradient, atol=2e-3, rtol=1e-4)
+    with torch.no_grad():
+        assert_close(run_block(block, ours), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_of_a_context_only_keys_and_values_count() -> None:
+    block: Any = PLAIN_CLIP.visual.transformer.resblocks[0]
+    x, context = (torch.randn(2, n, 32, requires_grad=True) for n in (17, 3))
+    ours, theirs = run_block(block, x, context), block(torch.cat([x, context], dim=1))[:, :17]
+    assert_close(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    gradients = (torch.autograd.grad(value, (x, context), cotangent) for value in (ours, theirs))
+    for gradient, expected in zip(*gradients, strict=True):
+        assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+# Compiled
+
+
+def test_torch_compile_gets_one_graph_for_any_batch_and_number_of_classes() -> None:
+    model = new_model().eval()
+    traced: Any = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for stance, batch, classes in (("default", 2, 7), ("fail_on_recompile", 5, 9)):
+        images, text = torch.randn(batch, 3, 40, 48), text_of(classes)
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            assert_close(traced(images, text), model(images, text), rtol=1e-4, atol=1e-5)
+
+
+# The plain twin
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 56)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prompt_depth": 1, "spectral_layers": (0, 2), "decoder_window": 2, "decoder_layers": 2},
+        {"prompt_tokens": 0, "class_embedding_twice": False},
+        {"start": "dense_clip", "selection": False},
+        {"start": "dense_clip"},
+        {"spectral_layers": (), "decoder": "cross_attention"},
+        {"spectral_layers": (), "decoder": "cross_attention", "start": "dense_clip"},
+    ],
+    ids=lambda changes: ",".join(changes) or "released",
+)
+def test_the_model_equals_its_plain_twin_in_value_and_gradient(changes: dict[str, Any], size: tuple[int, int]) -> None:
+    model = new_model(**changes).eval()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.2)  # away from zeros and ones, which hide what is left out
+    if model.config.selection and model.config.decoder == "spectral":
+        select_tokens(model)
+    images, text = torch.randn(2, 3, *size), text_of(4)
+    ours, theirs = model(images, text), plain.mask_logits(model, images, text)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
+    cotangent = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(logits, [*trained.values()], cotangent) for logits in (ours, theirs)]
+    for name, gradient, expected in zip(trained, *gradients, strict=True):
+        zero = 1e-7 * cotangent.norm()  # keys' biases have no gradient but what rounding leaves
+        assert (gradient - expected).norm() < 1e-3 * expected.norm() + zero, name
+
+
+# Text
+
+
+def test_text_embeddings() -> None:
+    """Each template's embedding made unit, averaged, made unit again."""
+    clip, templates = small_clip(), ("a photo of a {}", "a {}")
+    ours = clip.class_embeddings(["tree", "water"], templates)
+    for row, name in zip(ours, ("tree", "water"), strict=True):
+        both = torch.cat([clip.model.encode_text(clip.tokenizer([t.format(name)])) for t in templates])
+        assert_close(row, F.normalize(F.normalize(both, dim=-1).mean(0), dim=-1))
+    assert_close(clip.class_embeddings(["water"], templates)[0], ours[1])
+    assert not ours.requires_grad
+
+
+def test_text_embeddings_are_kept_whatever_becomes_of_those_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, templates = small_clip(), ("a photo of a {}", "a {}")
+    first = clip.class_embeddings(["tree", "water"], templates)
+    given = first.clone()
+    first.zero_()
+    monkeypatch.setattr(clip.model, "encode_text", lambda *_: pytest.fail("embedded again"))
+    assert torch.equal(clip.class_embeddings(("tree", "water"), list(templates)), given)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "the list of classes is empty"),
+        (["tree", " "], "the class name at position 1 is blank"),
+        (["tree", "boat", "tree"], "class names given twice: tree"),
+        (["zebra"], "does not know 'zebra' .* it knows the words a, photo, .* or a CLIP that knows any word"),
+        (["tree " * 12], "this CLIP reads at most 10"),
+    ],
+)
+def test_class_names_that_do_not_go_are_refused(names: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PLAIN_CLIP.class_embeddings(names)

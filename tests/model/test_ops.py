@@ -1,0 +1,294 @@
+"""Tokens and grids, windows, Fourier filters against plain twins, frequency bands, positions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from sptseg.model import ops
+
+side = st.integers(1, 9)
+grids = st.tuples(side, side)
+few = settings(max_examples=25, deadline=None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (4, 5), (2, 3, 4), (1, 1)])
+def test_linear_equals_torchs_in_value_and_gradient(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight, cotangent = torch.randn(*shape, 7), torch.randn(6, 7), torch.randn(*shape, 6)
+    inputs = [x.requires_grad_(), weight.requires_grad_(), *([torch.randn(6).requires_grad_()] if bias else [])]
+    ours, plain = ops.linear(*inputs), F.linear(*inputs)
+    assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert_close(torch.autograd.grad(ours, inputs, cotangent), torch.autograd.grad(plain, inputs, cotangent))
+
+
+def test_linear_goes_by_the_types() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert_close(ops.linear(x.double(), weight.double()), x.double() @ weight.double().T)
+    with torch.autocast("cpu"):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 600])  # below and above where float32 goes head by head
+def test_attention_equals_plain_attention_in_value_and_gradient(tokens: int, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype).requires_grad_() for n in (5, tokens, tokens))
+    ours = ops.attend(query, key, value)
+    wide = [part.detach().double().requires_grad_() for part in (query, key, value)]
+    plain = (wide[0] @ wide[1].transpose(-2, -1) / math.sqrt(8)).softmax(dim=-1) @ wide[2]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
+    assert_close(ours.double(), plain, **tolerance)
+    cotangent = torch.randn(ours.shape, dtype=dtype)
+    gradients = torch.autograd.grad(ours, (query, key, value), cotangent)
+    for gradient, expected in zip(gradients, torch.autograd.grad(plain, wide, cotangent.double()), strict=True):
+        assert_close(gradient.double(), expected, **tolerance)
+
+
+def random_filter(grid: ops.Grid, channels: int = 2) -> Tensor:
+    return torch.randn(grid[0], grid[1] // 2 + 1, channels, dtype=torch.complex64)
+
+
+def by_frequency(grid: ops.Grid, function) -> Tensor:
+    """A filter (H, W//2+1, 1) sampled from a function of vertical and horizontal frequency in cycles per token."""
+    vertical, horizontal = torch.fft.fftfreq(grid[0])[:, None], torch.fft.rfftfreq(grid[1])[None]
+    return function(vertical, horizontal).expand(grid[0], grid[1] // 2 + 1)[..., None].to(torch.complex64)
+
+
+@few
+@given(grids)
+def test_tokens_and_grid_are_inverse_and_rows_come_first(grid: ops.Grid) -> None:
+    height, width = grid
+    tokens = torch.arange(2 * height * width * 3.0).view(2, height * width, 3)
+    features = ops.tokens_to_grid(tokens, grid)
+    assert features.shape == (2, 3, height, width)
+    assert torch.equal(features[1, :, -1, 0], tokens[1, (height - 1) * width])
+    assert torch.equal(ops.grid_to_tokens(features), tokens)
+
+
+def test_tokens_that_do_not_fill_the_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"12 tokens do not fill a 3 x 5 grid \(15 positions\)"):
+        ops.tokens_to_grid(torch.zeros(1, 12, 2), (3, 5))
+
+
+@few
+@given(grids, st.integers(1, 4))
+def test_windows_round_trip_over_padding(grid: ops.Grid, size: int) -> None:
+    features = torch.randn(2, *grid, 3)
+    padded = ops.pad_to_multiple(features, size)
+    height, width = padded.shape[1:3]
+    assert height == math.ceil(grid[0] / size) * size and width == math.ceil(grid[1] / size) * size
+    assert torch.equal(padded[:, : grid[0], : grid[1]], features)
+    assert padded.count_nonzero() == features.count_nonzero()
+    windows = ops.to_windows(padded, size)
+    for row in range(height // size):  # the plain twin
+        for column in range(width // size):
+            rows, columns = slice(row * size, row * size + size), slice(column * size, column * size + size)
+            assert torch.equal(windows[:, row * (width // size) + column], padded[:, rows, columns].flatten(1, 2))
+    assert torch.equal(ops.from_windows(windows, size, (height, width)), padded)
+
+
+@few
+@given(grids)
+def test_fourier_filter_equals_numpy(grid: ops.Grid) -> None:
+    features, weight = torch.randn(2, *grid, 2), random_filter(grid)
+    twin = np.empty(features.shape)
+    for b in range(2):
+        for c in range(2):
+            spectrum = np.fft.rfft2(features[b, :, :, c].double().numpy(), norm="ortho") * weight[..., c].numpy()
+            twin[b, :, :, c] = np.fft.irfft2(spectrum, s=grid, norm="ortho")
+    assert_close(ops.fourier_filter(features, weight).double(), torch.from_numpy(twin), atol=1e-5, rtol=0)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (32, 32)])
+def test_fourier_filter_takes_the_real_part_at_the_edges_on_every_device(grid: ops.Grid, device: str) -> None:
+    """A learned filter makes the first and last columns of the spectrum non-Hermitian, which libraries may read
+    differently; the twin says it: inverse along the columns, then along the rows the real part of the full sum."""
+    features, weight = torch.randn(2, *grid, 3), torch.randn(grid[0], grid[1] // 2 + 1, 3, dtype=torch.complex64)
+    spectrum = torch.fft.ifft(torch.fft.rfft2(features, dim=(1, 2), norm="ortho") * weight, dim=1, norm="ortho")
+    mirrored = spectrum[:, :, 1 : (grid[1] + 1) // 2].flip(2).conj()
+    twin = torch.fft.ifft(torch.cat([spectrum, mirrored], dim=2), dim=2, norm="ortho").real
+    assert_close(ops.fourier_filter(features.to(device), weight.to(device)).cpu(), twin, atol=1e-5, rtol=0)
+
+
+def test_fourier_filter_is_a_circular_convolution_with_the_impulse_response() -> None:
+    grid = (4, 5)
+    features, weight = torch.randn(1, *grid, 1), random_filter(grid, 1)
+    response = torch.fft.irfft2(weight[..., 0], s=grid)
+    twin = torch.zeros(grid)
+    for y in range(4):
+        for x in range(5):
+            twin += response[y, x] * features[0, :, :, 0].roll((y, x), (0, 1))
+    assert_close(ops.fourier_filter(features, weight)[0, :, :, 0], twin, atol=1e-5, rtol=0)
+
+
+@few
+@given(grids)
+def test_a_filter_of_ones_is_the_identity(grid: ops.Grid) -> None:
+    features = torch.randn(1, *grid, 2)
+    ones = torch.ones(grid[0], grid[1] // 2 + 1, 2, dtype=torch.complex64)
+    assert_close(ops.fourier_filter(features, ones), features, atol=1e-5, rtol=0)
+
+
+def test_fourier_filter_has_right_gradients() -> None:
+    """Linear in both arguments: each one's inner product with its gradient is the output's with the cotangent."""
+    features, weight = torch.randn(1, 3, 4, 2, requires_grad=True), random_filter((3, 4)).requires_grad_()
+    output = ops.fourier_filter(features, weight)
+    cotangent = torch.randn_like(output)
+    product = (output * cotangent).sum()
+    by_features, by_weight = torch.autograd.grad(product, (features, weight))
+    assert_close((features * by_features).sum(), product)
+    assert_close((weight.conj() * by_weight).sum().real, product)
+
+
+def test_fourier_filter_stays_in_float32_under_autocast_and_keeps_the_type() -> None:
+    features, weight = torch.randn(1, 6, 6, 2), random_filter((6, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        full, half = ops.fourier_filter(features, weight), ops.fourier_filter(features.bfloat16(), weight)
+    assert torch.equal(full, ops.fourier_filter(features, weight))
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float(), ops.fourier_filter(features, weight), atol=0.2, rtol=0.05)
+
+
+def test_a_filter_of_another_grid_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 3, 2\); a 4 x 6 grid .* needs \(4, 4, 2\); resample it"):
+        ops.fourier_filter(torch.zeros(1, 4, 6, 2), random_filter((4, 4)))
+    with pytest.raises(ValueError, match=r"a filter of a 4 x 6 grid has \(4, 4\) frequencies, got \(4, 3\)"):
+        ops.resample_filter(random_filter((4, 4)), (4, 6), (8, 8))
+
+
+@few
+@given(grids, grids)
+def test_resampling_is_the_identity_at_home_and_keeps_constants(source: ops.Grid, target: ops.Grid) -> None:
+    weight = random_filter(source)
+    assert torch.equal(ops.resample_filter(weight, source, source), weight)
+    constant = torch.full((source[0], source[1] // 2 + 1, 1), 0.3 - 0.7j)
+    resampled = ops.resample_filter(constant, source, target)
+    assert resampled.shape == (target[0], target[1] // 2 + 1, 1)
+    assert_close(resampled, torch.full_like(resampled, 0.3 - 0.7j), atol=1e-6, rtol=0)
+
+
+@few
+@given(grids, grids)
+def test_resampling_keeps_the_mean_and_stays_between_its_samples(source: ops.Grid, target: ops.Grid) -> None:
+    weight = random_filter(source, 1)
+    resampled = ops.resample_filter(weight, source, target)
+    assert_close(resampled[0, 0], weight[0, 0], atol=1e-6, rtol=0)
+    for part in (torch.real, torch.imag):
+        assert part(weight).min() - 1e-6 <= part(resampled).min() <= part(resampled).max() <= part(weight).max() + 1e-6
+
+
+@pytest.mark.parametrize("source", [(8, 8), (9, 9), (8, 9), (9, 6)])
+@pytest.mark.parametrize("target", [(8, 8), (16, 16), (17, 15), (12, 7), (5, 6)])
+def test_low_frequencies_stay_aligned_across_odd_and_even_grids(source: ops.Grid, target: ops.Grid) -> None:
+    """A filter linear in |frequency|, up to where both grids sample it, is met exactly."""
+
+    def cone(vertical: Tensor, horizontal: Tensor) -> Tensor:
+        return 1 - vertical.abs() - 2j * horizontal
+
+    resampled = ops.resample_filter(by_frequency(source, cone), source, target)
+    expected = by_frequency(target, cone)
+    # the highest sample of an odd axis lies below 0.5; between it and its mirror image, interpolation is flat
+    highest = [(length // 2) / length for length in source]
+    covered = (torch.fft.fftfreq(target[0])[:, None].abs() <= highest[0] + 1e-6) & (
+        torch.fft.rfftfreq(target[1])[None] <= highest[1] + 1e-6
+    )
+    assert covered[:2, :2].all()
+    assert_close(resampled[covered], expected[covered], atol=1e-5, rtol=0)
+
+
+def test_every_second_frequency_of_a_doubled_grid_is_the_old_filter() -> None:
+    weight = random_filter((6, 10))
+    doubled = ops.resample_filter(weight, (6, 10), (12, 20))
+    assert_close(doubled[::2, ::2], weight, atol=1e-5, rtol=0)
+    between = (weight[:, :-1] + weight[:, 1:]) / 2
+    assert_close(doubled[::2, 1::2], between, atol=1e-5, rtol=0)
+    assert_close(doubled[1::2, ::2], (weight + weight.roll(-1, 0)) / 2, atol=1e-5, rtol=0)
+
+
+def test_a_wave_is_treated_alike_on_both_grids() -> None:
+    """The point of resampling: a pattern of a given wavelength keeps its gain, whatever the grid."""
+    low_pass = by_frequency((16, 16), lambda v, h: (-20 * (v**2 + h**2)).exp())
+    wave = torch.cos(2 * torch.pi * torch.arange(24.0) / 8).expand(24, 24)[None, ..., None]  # 1/8 cycle a token
+    filtered = ops.fourier_filter(wave, ops.resample_filter(low_pass, (16, 16), (24, 24)))
+    assert_close(filtered, wave * low_pass[0, 2].real, atol=1e-4, rtol=0)
+
+
+def test_resampling_lets_gradients_through() -> None:
+    weight = random_filter((4, 5)).requires_grad_()
+    ops.resample_filter(weight, (4, 5), (7, 8)).abs().sum().backward()
+    assert (weight.grad != 0).all()
+
+
+def test_radial_frequency() -> None:
+    radius = ops.radial_frequency((4, 6))
+    assert radius.shape == (4, 4)
+    assert radius[0, 0] == 0
+    assert radius[2, 3].item() == pytest.approx(math.sqrt(0.5))
+    assert_close(radius[3, 1], torch.tensor(math.hypot(1 / 4, 1 / 6)))
+    assert_close(radius[1], radius[3])
+
+
+@few
+@given(st.tuples(st.integers(1, 12), st.integers(1, 12)), st.floats(0, 0.8), st.floats(0, 0.8))
+def test_pass_and_reject_add_up_to_the_image_and_its_mean(grid: ops.Grid, a: float, b: float) -> None:
+    low, high = min(a, b), max(a, b)
+    image = torch.randn(2, 3, *grid)
+    kept, rejected = (ops.band_filter(image, low, high, reject=reject) for reject in (False, True))
+    mean = image.mean(dim=(-2, -1), keepdim=True)
+    assert_close(kept + rejected, image + mean, atol=1e-5, rtol=0)
+    assert_close(kept.mean(dim=(-2, -1), keepdim=True), mean, atol=1e-5, rtol=0)
+    assert_close(ops.band_filter(kept, low, high), kept, atol=1e-5, rtol=0)
+
+
+def test_band_filter_cuts_waves_and_keeps_the_type() -> None:
+    x = torch.arange(16.0)
+    slow, fast = torch.cos(2 * torch.pi * x / 16).expand(16, 16), torch.cos(2 * torch.pi * x * 5 / 16).expand(16, 16)
+    image = 0.5 + slow + fast
+    assert_close(ops.band_filter(image, 0, 0.2), 0.5 + slow, atol=1e-5, rtol=0)
+    assert_close(ops.band_filter(image, 0.2, 1), 0.5 + fast, atol=1e-5, rtol=0)
+    assert_close(
+        ops.band_filter(image, 5 / 16, 1), 0.5 + fast, atol=1e-5, rtol=0
+    )  # the lower limit belongs to the band
+    assert_close(ops.band_filter(image, 0, 1), image, atol=1e-5, rtol=0)
+    assert_close(ops.band_filter(image, 0.2, 0.2), torch.full_like(image, 0.5), atol=1e-5, rtol=0)
+    assert ops.band_filter(image.half(), 0, 1).dtype == torch.half
+    for low, high in ((0.3, 0.2), (-0.1, 0.2), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="0 <= low <= high in cycles per sample"):
+            ops.band_filter(image, low, high)
+
+
+@few
+@given(grids, grids)
+def test_positions_resize_bilinearly(source: ops.Grid, target: ops.Grid) -> None:
+    """A plane over the grid stays one where the new centres lie between the old ones; the class token's row stays."""
+    y, x = torch.meshgrid(torch.arange(source[0]) + 0.5, torch.arange(source[1]) + 0.5, indexing="ij")
+    plane = torch.stack([y / source[0], x / source[1]], dim=-1).flatten(0, 1)
+    token = torch.tensor([[7.0, -7.0]])
+    resized = ops.resize_positions(torch.cat([token, plane]), source, target)
+    assert torch.equal(resized[:1], token)
+    new_y, new_x = torch.meshgrid(torch.arange(target[0]) + 0.5, torch.arange(target[1]) + 0.5, indexing="ij")
+    expected = torch.stack(
+        [
+            (new / length).clamp(0.5 / old, 1 - 0.5 / old)
+            for new, length, old in ((new_y, target[0], source[0]), (new_x, target[1], source[1]))
+        ],
+        dim=-1,
+    )
+    assert_close(resized[1:], expected.flatten(0, 1), atol=1e-5, rtol=0)
+
+
+def test_positions_of_another_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 positions do not fit a class token and a 2 x 4 grid"):
+        ops.resize_positions(torch.zeros(10, 3), (2, 4), (4, 4))

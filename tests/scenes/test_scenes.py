@@ -1,0 +1,146 @@
+"""The picture-book world: the same everywhere, every class there, captions that tell the truth."""
+
+import hashlib
+from functools import cache
+
+import numpy as np
+import pytest
+
+from sptseg import scenes
+from sptseg.datasets import splits
+from sptseg.scenes import world
+from sptseg.scenes.drawings import THINGS
+from sptseg.scenes.pen import COLOURS
+from sptseg.scenes.textures import STUFF
+
+CLASSES = splits.scenes().classes
+
+
+@cache
+def some(kind="scene", size=128):
+    return [scenes.compose(seed, size, kind) for seed in range(300 if kind == "scene" else 120)]
+
+
+def name_of(phrase):
+    """The class that a phrase names: the longest class name at its end."""
+    return max((name for name in CLASSES if f" {phrase}".endswith(f" {name}")), key=len)
+
+
+def in_view(scene):
+    return {CLASSES[i] for i in np.flatnonzero(np.bincount(scene.label.ravel()))}
+
+
+def test_every_class_of_the_split_can_be_drawn():
+    assert set(STUFF) | set(THINGS) == set(CLASSES)
+    assert {colour for thing in THINGS.values() for colour in thing.colours.split()} <= set(COLOURS)
+    assert {colour for stuff in STUFF.values() for colour in stuff.colours} <= set(COLOURS)
+
+
+def test_a_seed_is_a_picture():
+    first, again, other = scenes.compose(5), scenes.compose(5), scenes.compose(6)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.label, again.label)
+    assert first.caption == again.caption
+    assert not np.array_equal(first.image, other.image)
+    assert np.array_equal(scenes.draw([5, 1])[0], scenes.draw((5, 1))[0])
+
+
+def test_pictures_are_the_recorded_ones():
+    """Changing the world changes what the embedded models were trained on: do it knowingly, and train them again."""
+    digest = hashlib.sha256()
+    for seed in range(12):
+        for kind, size in (("scene", 128), ("closeup", 96), ("thumbnail", 64)):
+            scene = scenes.compose(seed, size, kind)
+            for part in (scene.image.tobytes(), scene.label.tobytes(), scene.caption.encode()):
+                digest.update(part)
+    assert digest.hexdigest() == "1a44f0469ad2ac7b0d2ba0bd95cc180c7645fe3b64aa6d8176ee421e1c9ce696"
+
+
+@pytest.mark.parametrize("kind,size", [("scene", 128), ("closeup", 128), ("thumbnail", 64)])
+def test_phrases_name_what_is_in_view(kind, size):
+    for scene in some(kind, size):
+        assert {name_of(phrase) for phrase in scene.phrases} == in_view(scene)
+        assert len(scene.phrases) == len(in_view(scene))
+        pixels = np.bincount(scene.label.ravel())
+        assert pixels[pixels > 0].min() >= world.LEAST * size * size
+
+
+def test_every_class_appears_about_equally_often():
+    share = np.mean([[name in in_view(scene) for name in CLASSES] for scene in some()], axis=0)
+    stuff, things = share[: len(STUFF)], share[len(STUFF) :]
+    assert stuff.min() > 0.08 and stuff.max() < 0.25
+    assert things.min() > 0.04 and things.max() < 0.16
+
+
+def test_things_are_large_and_few():
+    counts = [sum(name in THINGS for name in in_view(scene)) for scene in some()]
+    assert set(counts) <= {0, 1, 2, 3, 4} and 2 < np.mean(counts) < 2.8
+    largest = [np.count_nonzero(s.label == CLASSES.index(n)) for s in some() for n in in_view(s) if n in THINGS]
+    assert 700 < np.median(largest) < 3000
+    assert all(sum(name in THINGS for name in in_view(scene)) == 1 for scene in some("closeup"))
+    bare = np.mean([in_view(scene) <= set(STUFF) for scene in some("thumbnail", 64)])
+    assert 0.08 < bare < 0.25
+
+
+@pytest.mark.parametrize("size", [32, 75, 200, 300])
+@pytest.mark.parametrize("kind", ["scene", "closeup", "thumbnail"])
+def test_other_sizes(size, kind):
+    for seed in range(4):
+        scene = scenes.compose(seed, size, kind)
+        assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
+        assert scene.label.shape == (size, size) and scene.label.dtype == np.uint8
+        assert scene.label.max() < len(CLASSES)
+        assert {name_of(phrase) for phrase in scene.phrases} == in_view(scene)
+
+
+def test_captions_use_the_known_words():
+    assert list(scenes.WORDS) == sorted(set(scenes.WORDS)) and len(scenes.WORDS) <= 100
+    adjectives = set(COLOURS) | {"small", "big", "dark", "bright"}
+    adorned = []
+    for scene in some():
+        words = scene.caption.replace(",", "").split()
+        assert set(words) <= set(scenes.WORDS)
+        assert all(phrase in scene.caption for phrase in scene.phrases)
+        adorned += [bool(set(phrase.split()) & adjectives) for phrase in scene.phrases]
+    assert 0.4 < np.mean(adorned) < 0.65
+    assert {word for t in scenes.TEMPLATES for word in t.split()} - {"{}"} <= set(scenes.WORDS)
+
+
+def test_phrases_have_the_right_article():
+    phrases = {phrase for scene in some() for phrase in scene.phrases}
+    for phrase in phrases:
+        article = phrase.split()[0]
+        assert (article in ("a", "an")) == (name_of(phrase) in THINGS), phrase
+        if article in ("a", "an"):
+            assert (article == "an") == (phrase.split()[1][0] in "aeiou"), phrase
+
+
+def test_colours_are_true():
+    """A thing called red is redder than one called blue, by its own pixels."""
+    plain = ("car", "bus", "fish", "ball", "snail", "umbrella", "apple")
+
+    def redness(colour):
+        found = []
+        for scene in some() + some("closeup"):
+            for phrase in scene.phrases:
+                if colour in phrase.split() and name_of(phrase) in plain:
+                    pixels = scene.image[scene.label == CLASSES.index(name_of(phrase))].astype(float)
+                    found.append((pixels[:, 0] - pixels[:, 2]).mean())
+        return found
+
+    assert min(redness("red")) > max(redness("blue"))
+
+
+def test_a_scene_has_many_greys_and_no_empty_picture():
+    assert all(scene.image.std() > 3 for scene in some("thumbnail", 64))
+    assert np.mean([scene.image.mean() for scene in some()]) == pytest.approx(130, abs=25)
+
+
+@pytest.mark.parametrize("size", [31, 0, -128, 128.0, "128", None, True])
+def test_impossible_sizes_are_refused(size):
+    with pytest.raises(ValueError, match="wanted a whole number of pixels, 32 or more"):
+        scenes.draw(0, size)
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match='wanted "scene", "closeup" or "thumbnail"'):
+        scenes.compose(0, kind="portrait")

@@ -1,0 +1,239 @@
+"""Loss terms by hand on pictures of four pixels, and against plain twins in value and gradient."""
+
+from __future__ import annotations
+
+import math
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from sptseg.model import ops
+from sptseg.training import losses
+from sptseg.training.losses import present_pairs, segmentation_loss
+
+few = settings(max_examples=15, deadline=None)
+
+
+def random_labels(classes: int, *size: int) -> Tensor:
+    """Blocks of 3 x 3 pixels, so that some classes are absent from some images, and some pixels ignored."""
+    labels = torch.randint(0, classes, size).repeat_interleave(3, -1).repeat_interleave(3, -2)[:, : size[1], : size[2]]
+    return labels.masked_fill(torch.rand(size) < 0.1, 255)
+
+
+def test_focal_and_dice_of_four_pixels() -> None:
+    """Logit 0 everywhere: p = 1/2. Two classes, labels 0, 0, 1, ignored."""
+    terms = segmentation_loss(torch.zeros(1, 2, 2, 2), torch.tensor([[[0, 0], [1, 255]]]), "zegclip")
+    positive, negative = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
+    focal = ((2 * positive + 2 * negative) / 4 + (positive + 3 * negative) / 4) / 2  # two pairs present
+    # class 0: overlap 2 * 0.5, sums 2 and 2; class 1: overlap 0.5, sums 2 and 1
+    dice = ((1 - (2 * 1.0 + 1) / (2 + 2 + 1)) + (1 - (2 * 0.5 + 1) / (2 + 1 + 1))) / 2
+    assert terms["focal"].item() == pytest.approx(100 * focal)
+    assert terms["dice"].item() == pytest.approx(dice)
+    assert terms["total"].item() == pytest.approx(100 * focal + dice)
+    assert set(terms) == {"focal", "dice", "total"}
+
+
+def test_one_certain_pixel() -> None:
+    """p = 3/4 on a pixel that holds the class: focal 0.25 (1/4)² ln(4/3), dice 1 - (1.5 + 1) / (1.75 + 1)."""
+    terms = segmentation_loss(torch.full((1, 1, 1, 1), math.log(3)), torch.zeros(1, 1, 1, dtype=torch.long), "zegclip")
+    assert terms["focal"].item() == pytest.approx(100 * 0.25 / 16 * math.log(4 / 3), rel=1e-5)
+    assert terms["dice"].item() == pytest.approx(1 - 2.5 / 2.75, rel=1e-5)
+
+
+def test_absent_classes_count_in_focal_but_not_in_dice() -> None:
+    labels = torch.zeros(1, 2, 2, dtype=torch.long)
+    one, two = (segmentation_loss(torch.zeros(1, n, 2, 2), labels, "zegclip") for n in (1, 2))
+    assert two["dice"].item() == pytest.approx(one["dice"].item())
+    assert (two["focal"] - one["focal"]).item() == pytest.approx(100 * 0.75 * 0.25 * math.log(2), rel=1e-5)
+
+
+def test_ssim_of_equal_maps_is_no_loss() -> None:
+    labels = torch.randint(0, 3, (2, 9, 12))
+    assert segmentation_loss(plain.one_hot(labels, 3), labels)["ssim"].abs() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+def test_ignored_pixels_are_negatives(kind: str) -> None:
+    """255 acts as any class that has no query; in a method that left it out, the logits there would not matter."""
+    labels = torch.tensor([[[0, 1, 255, 255]]])
+    logits = torch.randn(1, 2, 1, 4, requires_grad=True)
+    segmentation_loss(logits, labels, kind)["total"].backward()
+    assert (logits.grad[..., 2:] != 0).all()
+    louder = torch.cat([logits[..., :2], logits[..., 2:] + 3], dim=-1)
+    assert segmentation_loss(louder, labels, kind)["focal"] > segmentation_loss(logits, labels, kind)["focal"]
+
+
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+def test_a_batch_without_any_class_divides_by_one(kind: str) -> None:
+    terms = segmentation_loss(torch.zeros(1, 2, 2, 2), torch.full((1, 4, 4), 255), kind)
+    assert terms["focal"].item() == pytest.approx(100 * 2 * 0.75 * 0.25 * math.log(2), rel=1e-5)
+    assert terms.get("dice", torch.tensor(0.0)) == 0
+    assert terms["total"].isfinite()
+
+
+@pytest.mark.parametrize("pairs", [torch.tensor(4), torch.tensor(4.0)])
+def test_pairs_counted_elsewhere(pairs: Tensor) -> None:
+    logits, labels = torch.randn(2, 3, 2, 2), torch.tensor([[[0, 0], [2, 2]], [[1, 1], [1, 255]]])
+    assert present_pairs(labels, 3).tolist() == [[True, False, True], [False, True, False]]
+    for kind, terms in (("spt", {"focal": 3 / 4, "ssim": 1}), ("zegclip", {"focal": 3 / 4, "dice": 3 / 4})):
+        own, other = segmentation_loss(logits, labels, kind), segmentation_loss(logits, labels, kind, pairs=pairs)
+        for name, ratio in terms.items():
+            assert_close(other[name], own[name] * ratio)
+
+
+def test_two_halves_with_common_pairs_are_the_whole() -> None:
+    logits, labels = torch.randn(4, 3, 3, 3), torch.randint(0, 3, (4, 6, 6))
+    pairs = present_pairs(labels, 3).sum()
+    for kind, term in (("spt", "focal"), ("zegclip", "dice")):
+        halves = [segmentation_loss(logits[i : i + 2], labels[i : i + 2], kind, pairs=pairs) for i in (0, 2)]
+        assert_close(halves[0][term] + halves[1][term], segmentation_loss(logits, labels, kind)[term])
+
+
+def difference(ours: Tensor, twin: Tensor) -> float:
+    """Norm of the difference, over the twin's where that is not tiny."""
+    return ((ours.double() - twin.double()).norm() / (twin.double().norm() + 1e-2)).item()
+
+
+@pytest.mark.parametrize("at_once", [1, 2**19])
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+@few
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.tuples(*[st.integers(1, 6)] * 2),
+    st.tuples(*[st.integers(1, 30)] * 2),
+    st.booleans(),
+    st.none() | st.floats(0.5, 40),
+)
+def test_values_and_gradients_equal_the_plain_twin(
+    kind: str,
+    at_once: int,
+    batch: int,
+    classes: int,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    ignored: bool,
+    pairs: float | None,
+) -> None:
+    """One map at a time and all at once; up- and downsampled; with some classes, or all, absent; in every term."""
+    labels = random_labels(classes, batch, *size)
+    if ignored:
+        labels[-1] = 255
+    count = None if pairs is None else torch.tensor(pairs)
+    ours = (3 * torch.randn(batch, classes, *grid)).requires_grad_()
+    twin = ours.detach().double().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "PIXELS_AT_ONCE", at_once)
+        terms = segmentation_loss(ours, labels, kind, pairs=count)
+    expected = plain.segmentation_loss(twin, labels, kind, pairs=count)
+    assert set(terms) == set(expected)
+    for name, value in expected.items():
+        assert_close(terms[name].double(), value, rtol=1e-4, atol=1e-5, msg=name)
+        (gradient,) = torch.autograd.grad(3 * terms[name], ours, retain_graph=True)
+        (wanted,) = torch.autograd.grad(3 * value, twin, retain_graph=True)
+        assert difference(gradient, wanted) < 1e-3, name
+
+
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_equal_to_the_plain_twin_on_a_larger_batch_and_under_autocast(kind: str, bfloat16: bool) -> None:
+    """Autocast's logits come in bfloat16; the loss is computed in float32 all the same, as differences of nearly equal
+    numbers (SSIM's variances) would be noise, and only its gradient is rounded."""
+    labels = random_labels(20, 2, 96, 80)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    ours = torch.randn(2, 20, 12, 10).to(dtype).requires_grad_()
+    twin = ours.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        terms = segmentation_loss(ours, labels, kind, pairs=torch.tensor(7.0))
+    expected = plain.segmentation_loss(twin, labels, kind, pairs=torch.tensor(7.0))
+    for name, value in expected.items():
+        assert_close(terms[name].double(), value, rtol=1e-4, atol=0, msg=name)
+        (gradient,) = torch.autograd.grad(terms[name], ours, retain_graph=True)
+        (wanted,) = torch.autograd.grad(value, twin, retain_graph=True)
+        assert gradient.dtype == dtype
+        assert difference(gradient, wanted) < (4e-3 if bfloat16 else 1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(kind: str) -> None:
+    """At a size of several tiles of the window, uneven, most classes absent. SSIM's gradient alone is less exact in
+    float32, the plain twin's as well: it divides by differences of nearly equal numbers."""
+    labels = random_labels(3, 2, 150, 101)
+    ours = (2 * torch.randn(2, 12, 10, 7)).requires_grad_()
+    twin = ours.detach().double().requires_grad_()
+    terms, expected = segmentation_loss(ours, labels, kind), plain.segmentation_loss(twin, labels, kind)
+    for name, value in expected.items():
+        assert_close(terms[name].double(), value, rtol=1e-5, atol=0, msg=name)
+    (gradient,) = torch.autograd.grad(terms["total"], ours)
+    (wanted,) = torch.autograd.grad(expected["total"], twin)
+    assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_softplus_is_as_exact_as_torchs() -> None:
+    z = torch.linspace(-15, 20, 4001)
+    assert_close(losses.softplus(z).double(), F.softplus(z.double()), rtol=1e-6, atol=0)
+    assert_close(losses.softplus(torch.tensor([-200.0, 0.0, 200.0])), torch.tensor([0.0, math.log(2), 200.0]))
+
+
+@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 64, 90])
+def test_the_window_is_cut_in_tiles_without_seams(length: int) -> None:
+    maps = torch.randn(2, length, 7, dtype=torch.float32)
+    assert_close(losses.blur(maps), plain.blur(maps[None])[0], atol=1e-6, rtol=1e-5)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([-1e4, -100.0, 100.0, 1e4]).view(1, 1, 1, 4).requires_grad_()
+    for kind in ("spt", "zegclip"):
+        terms = segmentation_loss(logits, torch.tensor([[[0, 255, 0, 255]]]), kind)
+        (gradient,) = torch.autograd.grad(terms["total"], logits)
+        assert terms["total"].isfinite() and gradient.isfinite().all()
+
+
+def test_logits_are_upsampled_bilinearly() -> None:
+    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 16, 25))
+    large = F.interpolate(logits, size=(16, 25), mode="bilinear", align_corners=False)
+    for kind in ("spt", "zegclip"):
+        assert_close(segmentation_loss(logits, labels, kind), segmentation_loss(large, labels, kind))
+
+
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_type_are_read_and_not_changed(dtype: torch.dtype, kind: str) -> None:
+    logits, labels = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 2, (2, 8, 8))
+    labels[0, 0] = 255
+    given = labels.to(dtype)
+    assert present_pairs(given, 3).tolist() == [[True, True, False]] * 2
+    terms, expected = (segmentation_loss(logits, each, kind) for each in (given, labels))
+    assert_close(terms, expected)
+    gradients = [torch.autograd.grad(each["total"], logits)[0] for each in (terms, expected)]
+    assert torch.equal(*gradients)
+    assert torch.equal(given, labels.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.full((2, 4, 4), 3),
+            r"the value 3; with 3 classes 0 to 2 and 255 \(ignored\) .* map unseen classes to 255",
+        ),
+        (torch.full((2, 4, 4), -1), "the value -1"),
+        (torch.full((2, 4, 4), 254), "the value 254"),
+        (torch.zeros(1, 4, 4), r"shape \(1, 4, 4\); wanted \(2, height, width\)"),
+        (torch.zeros(2, 1, 4, 4), r"shape \(2, 1, 4, 4\); wanted \(2, height, width\)"),
+    ],
+)
+def test_wrong_labels_are_refused(labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        segmentation_loss(torch.zeros(2, 3, 2, 2), labels)
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="'dice'; wanted 'spt' or 'zegclip'"):
+        segmentation_loss(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2), "dice")

@@ -1,0 +1,251 @@
+"""The literature's protocol figure by figure; miniature data sets in the real layouts from training to the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sptseg.checkpoints.checkpoint import read_header
+from sptseg.cli.commands import main
+from sptseg.datasets import splits
+from sptseg.datasets.named import Data
+from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from sptseg.model.clip import new_tiny_clip, save_tiny_clip
+from sptseg.model.config import SPT_RELEASED, ZEGCLIP
+from sptseg.training import loop as training
+from sptseg.training.loop import training_augmentation
+from sptseg.training.presets import PRESETS, VOC, PresetName, in_setting
+
+REAL = ("voc", "coco-stuff", "context")
+SMALL = "--image-size 64 64 --prompt-tokens 2 --decoder-layers 1 --templates {} --train.precision no".split()
+STEPS = "--train.iterations 4 --train.batch-size 2 --train.workers 0 --train.save-every 0".split()
+
+
+# The protocol
+
+
+@pytest.mark.parametrize(
+    ("name", "iterations", "tokens", "templates", "subsets", "seen", "unseen"),
+    [
+        ("voc", 20_000, 10, 1, ("trainaug", "val"), 15, 5),
+        ("coco-stuff", 80_000, 100, 15, ("train", "val"), 156, 15),
+        ("context", 40_000, 10, 15, ("train", "val"), 49, 10),
+    ],
+)
+@pytest.mark.parametrize("method", ["", "-zegclip"])
+def test_presets_are_the_protocol(
+    name: str, method: str, iterations: int, tokens: int, templates: int, subsets: tuple, seen: int, unseen: int
+) -> None:
+    preset = PRESETS[name + method]
+    model, train = preset.model, preset.train
+    assert (model.clip, model.clip_weights, model.image_size) == ("ViT-B-16-quickgelu", "openai", (512, 512))
+    assert (model.prompt_tokens, model.prompt_depth, len(model.templates)) == (tokens, None, templates)
+    released = replace(ZEGCLIP if method else SPT_RELEASED, templates=model.templates, prompt_tokens=tokens)
+    own = {"clip": model.clip, "clip_weights": model.clip_weights, "image_size": model.image_size}
+    assert model == replace(released, **own), "nothing else deviates from the released model"
+    assert (model.spectral_layers, model.loss, model.seen_offset) == (() if method else (0, 1), released.loss, 0.1)
+    assert (train.iterations, train.batch_size, train.learning_rate, train.weight_decay) == (iterations, 16, 2e-4, 0.01)
+    assert (train.warmup, train.power, train.last_rate, train.setting) == (1500, 0.9, 1e-6, "inductive")
+    crops = training_augmentation(SimpleNamespace(config=model), train)  # pyright: ignore[reportArgumentType]
+    assert (crops.crop, crops.resize_base, crops.scale, crops.largest_share) == (512, (2048, 512), (0.5, 2.0), 0.75)
+    assert (crops.flip, crops.distortion, crops.mean, crops.std) == (0.5, 0.5, IMAGENET_MEAN, IMAGENET_STD)
+    assert tuple(preset.data.resolved(stream).subset for stream in ("training", "evaluation")) == subsets
+    split = splits.BY_NAME[preset.data.layout]()
+    assert (len(split.seen), len(split.unseen)) == (seen, unseen)
+
+
+@pytest.mark.parametrize(("name", "iterations"), [("voc", 10_000), ("coco-stuff", 40_000), ("context", 20_000)])
+def test_transductive_training_is_the_second_half(name: str, iterations: int) -> None:
+    preset = PRESETS[name]
+    model, train = in_setting(preset.model, preset.train, "transductive")
+    assert (train.iterations, train.setting, model.seen_offset) == (iterations, "transductive", 0.0)
+    model, train = in_setting(preset.model, preset.train, "supervised")
+    assert (train.iterations, train.setting, model.seen_offset) == (preset.train.iterations, "supervised", 0.0)
+    assert in_setting(preset.model, preset.train, "inductive") == (preset.model, preset.train)
+
+
+def test_every_preset_has_a_name_for_the_command_line() -> None:
+    assert set(get_args(PresetName)) == set(PRESETS)
+    assert VOC.with_method(SPT_RELEASED) == VOC
+
+
+# Miniature data sets
+
+
+def picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+
+
+def mask(path: Path, values: list[int], palette: list[tuple[int, int, int]] | None = None) -> None:
+    """Four upright bands of mask values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.repeat(np.array([values], np.uint8), 48, axis=0).repeat(16, axis=1))
+    if palette:
+        image.putpalette([channel for colour in palette for channel in colour])
+    image.save(path)
+
+
+def list_file(path: Path, names: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(names) + "\n")
+
+
+def voc(root: Path) -> set[str]:
+    """The devkit: palette PNGs with the background 0 and the border 255, SBD's masks beside them."""
+    palette = [(0, 0, 0), *splits.voc2012().palette]
+    for seed, (name, folder, values) in enumerate([
+        ("2007_000001", "SegmentationClass", [0, 255, 1, 16]), ("2008_000002", "SegmentationClassAug", [2, 255, 20, 3]),
+        ("2007_000003", "SegmentationClass", [0, 3, 255, 17]), ("2007_000004", "SegmentationClass", [1, 255, 0, 20]),
+    ]):  # fmt: skip
+        picture(root / f"JPEGImages/{name}.jpg", seed)
+        mask(root / f"{folder}/{name}.png", values, palette if folder == "SegmentationClass" else None)
+    for subset, names in (
+        ("train", ["2007_000001"]),
+        ("aug", ["2008_000002"]),
+        ("val", ["2007_000003", "2007_000004"]),
+    ):
+        list_file(root / f"ImageSets/Segmentation/{subset}.txt", names)
+    return {"bird", "sheep", "aeroplane", "tv monitor"}
+
+
+def coco_stuff(root: Path) -> set[str]:
+    """Label ids from 0 in *_labelTrainIds.png, the raw ids beside them."""
+    for subset, values in (("train", [[0, 19, 170, 255], [1, 94, 2, 255]]), ("val", [[0, 19, 255, 160]])):
+        for i, row in enumerate(values):
+            name = f"{i:012}"
+            picture(root / f"images/{subset}2017/{name}.jpg", i)
+            mask(root / f"annotations/{subset}2017/{name}_labelTrainIds.png", row)
+            mask(root / f"annotations/{subset}2017/{name}.png", [200, 201, 202, 203])
+    return {"person", "cow", "wall-concrete"}
+
+
+def context(root: Path) -> set[str]:
+    """Masks from 1, 0 for the rest."""
+    for seed, (name, values) in enumerate(
+        [("2008_1", [1, 2, 0, 20]), ("2008_2", [59, 3, 0, 7]), ("2008_3", [2, 1, 0, 59])]
+    ):
+        picture(root / f"JPEGImages/{name}.jpg", seed)
+        mask(root / f"SegmentationClassContext/{name}.png", values)
+    list_file(root / "ImageSets/SegmentationContext/train.txt", ["2008_1", "2008_2"])
+    list_file(root / "ImageSets/SegmentationContext/val.txt", ["2008_3"])
+    return {"bag", "aeroplane", "wood"}
+
+
+LAYOUTS: dict[str, Callable[[Path], set[str]]] = {"voc": voc, "coco-stuff": coco_stuff, "context": context}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a tiny CLIP with random weights that knows the words of all three data sets."""
+    names = [name for preset in REAL for name in splits.BY_NAME[PRESETS[preset].data.layout]().classes]
+    file = tmp_path_factory.mktemp("clip") / "tiny.safetensors"
+    torch.manual_seed(0)
+    save_tiny_clip(new_tiny_clip(sorted({word for name in names for word in name.split()})), file)
+    return ["--clip", "tiny", "--clip-weights", str(file)]
+
+
+def stopped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the third step of training from now on."""
+    original, steps = training.step, []
+
+    def step(*arguments: Any) -> dict[str, float]:
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "step", step)
+
+
+@pytest.mark.parametrize("preset", REAL)
+def test_from_training_to_the_table(
+    preset: str, clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped by SIGTERM after three of four iterations, resumed, evaluated; then on to transductive training."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    present = LAYOUTS[preset](data)
+    train = ["train", "--preset", preset, "--data", str(data), *clip, *SMALL, *STEPS]
+    stopped_once(monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        main([*train, "--output", str(run)])
+    assert stopped.value.code == 143
+    assert f"stopped by SIGTERM after iteration 3 of 4; the state is in {run}" in capsys.readouterr().err
+    assert not (run / "model.safetensors").exists() and (run / "state.pt").exists()
+    main([*train, "--output", str(run), "--resume"])
+    assert [row["iteration"] for row in json.loads((run / "history.json").read_text())] == [1, 2, 3, 4]
+
+    config, layout = json.loads((run / "config.json").read_text()), PRESETS[preset].data.layout
+    subset = "trainaug" if preset == "voc" else "train"
+    assert config["about"]["preset"] == preset and config["train"]["warmup"] == 1500
+    assert {"data": str(data), "layout": layout, "subset": subset}.items() <= config["about"]["data_options"].items()
+    header = read_header(run / "model.safetensors")
+    assert header["about"].items() >= config["about"].items() and header["about"]["train"] == config["train"]
+    assert header["config"] == config["model"] and read_header(run / "halfway.safetensors")["about"]["iteration"] == 2
+
+    evaluate = ["evaluate", "--data", str(data), "--layout", layout, *clip, "--json", str(tmp_path / "a.json")]
+    capsys.readouterr()
+    main([*evaluate, "--model", str(run)])
+    assert "| pAcc | mIoU(S) | mIoU(U) | hIoU |" in capsys.readouterr().out
+    iou = json.loads((tmp_path / "a.json").read_text())["iou"]
+    split = splits.BY_NAME[layout]()
+    assert tuple(iou) == split.classes
+    assert {name for name, value in iou.items() if value is not None} >= present
+    assert "training" not in json.loads((tmp_path / "a.json").read_text()), "the same data set"
+
+    onwards = ["--start-from", str(run / "halfway.safetensors"), "--train.setting", "transductive"]
+    main([*train, *onwards, "--output", str(tmp_path / "more"), "--train.iterations", "1"])
+    header = read_header(tmp_path / "more/model.safetensors")
+    assert header["config"]["seen_offset"] == 0.0 and header["about"]["start_from"] == onwards[1]
+
+
+def test_across_data_sets(clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained on VOC, told Context's names: seen classes are not favoured, and figures of shared names stand apart."""
+    voc(tmp_path / "voc")
+    context(tmp_path / "context")
+    train = ["train", "--preset", "voc-zegclip", "--data", str(tmp_path / "voc"), *clip, *SMALL, *STEPS]
+    main([*train, "--output", str(tmp_path / "run"), "--train.iterations", "1"])
+    assert read_header(tmp_path / "run/model.safetensors")["config"]["decoder"] == "cross_attention"
+    evaluate = ["evaluate", "--model", str(tmp_path / "run"), "--data", str(tmp_path / "context")]
+    evaluate += ["--layout", "context-cascade", *clip, "--json", str(tmp_path / "a.json")]
+    capsys.readouterr()
+    reports = []
+    for offset in ([], ["--seen-offset", "0"], ["--seen-offset", "0.1"]):
+        main([*evaluate, *offset])
+        reports.append(json.loads((tmp_path / "a.json").read_text()))
+    assert reports[0] == reports[1] and reports[0]["iou"] != reports[2]["iou"]
+    assert "trained on voc2012: mIoU" in capsys.readouterr().out
+    report, found = reports[0]["training"], {k: v for k, v in reports[0]["iou"].items() if v is not None}
+    voc_seen = set(splits.voc2012().names(splits.voc2012().seen))
+    shared = {"aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse",
+              "motorbike", "person"}  # fmt: skip
+    assert set(report["shown"]) == shared == voc_seen - {"dining table"}
+    assert report["miou"] == pytest.approx(np.mean(list(found.values())))
+    assert report["miou_shown"] == pytest.approx(np.mean([v for k, v in found.items() if k in shared]))
+    assert report["miou_new"] == pytest.approx(np.mean([v for k, v in found.items() if k not in shared]))
+
+
+def test_transductive_training_from_random_weights_is_refused(
+    clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voc(tmp_path / "voc")
+    options = ["--data", str(tmp_path / "voc"), "--output", str(tmp_path / "run"), "--train.setting=transductive"]
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "voc", *options, *clip, *SMALL, *STEPS])
+    assert "give --start-from an inductive checkpoint" in capsys.readouterr().err
+
+
+def test_data_name_their_subsets() -> None:
+    assert Data("x", "voc2012", subset="train").resolved("evaluation").subset == "train"
+    assert Data("x", "camvid").resolved("training").subset == Data().resolved("evaluation").subset == ""

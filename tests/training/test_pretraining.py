@@ -1,0 +1,336 @@
+"""Losses equal to plain loops, the fast encoders to open_clip's, and two steps of the real thing."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import WORDS, small_clip
+from torch import Tensor
+from torch.testing import assert_close
+
+from sptseg import scenes
+from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from sptseg.model.clip import Clip, WordTokenizer, load_clip
+from sptseg.model.ops import resize_positions
+from sptseg.training import pretraining
+from sptseg.training.pretraining import (
+    Pool,
+    PretrainConfig,
+    Stage,
+    batches,
+    caption_losses,
+    contrast,
+    dense_loss,
+    draw_pool,
+    embed_images,
+    embed_texts,
+    local_losses,
+    noun,
+    phrase_loss,
+    pretrain,
+)
+from sptseg.training.state import read_sealed
+
+STAGES = (
+    Stage(("thumbnail",), 32, 8, 4, (1e-3, 1e-4)),
+    Stage(("scene", "closeup"), 64, 8, 4, (1e-4, 0.0), patch_dropout=0.0, local_window=4),
+)
+CONFIG = PretrainConfig(stages=STAGES, pool=8, threads=1)
+SCALE = torch.tensor(7.0)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads instead of new processes, which take seconds to start."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=ThreadPool))
+
+
+def speaking_clip(words: tuple[str, ...] = scenes.WORDS) -> Clip:
+    """The small CLIP, trainable, with all words of the scenes."""
+    clip: Any = small_clip()
+    clip.model.requires_grad_(True)
+    clip.model.token_embedding = torch.nn.Embedding(len(words) + 3, 32)
+    return replace(clip, tokenizer=WordTokenizer(words, context_length=12))
+
+
+def units(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [
+        ("a big red boat", "boat"),
+        ("an orange balloon", "balloon"),
+        ("water", "water"),
+        ("bright green grass", "grass"),
+        ("gray brick wall", "brick wall"),
+        ("a hot air balloon", "hot air balloon"),
+        ("red", "red"),
+    ],
+)
+def test_noun(phrase: str, expected: str) -> None:
+    assert noun(phrase) == expected
+
+
+def test_every_phrase_of_a_scene_has_a_class_as_its_noun() -> None:
+    for seed in range(30):
+        scene = scenes.compose(seed, 64)
+        assert {noun(phrase) for phrase in scene.phrases} == {scenes.CLASSES[i] for i in np.unique(scene.label)}
+
+
+# Encoders
+
+
+def test_embed_images_equals_open_clips_own_forward() -> None:
+    """With and without gradients, in value; the patches too."""
+    clip = small_clip()
+    images = torch.randn(2, 3, 32, 32)
+    expected_image = clip.model.encode_image(images, normalize=True)
+    clip.visual.output_tokens = True
+    _, tokens = clip.visual(images)
+    clip.model.requires_grad_(True)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            patches, image = embed_images(clip, images)
+        assert_close(image, expected_image, atol=1e-5, rtol=1e-5)
+        assert_close(patches, F.normalize(tokens @ clip.visual.proj, dim=-1), atol=1e-5, rtol=1e-5)
+    assert image.shape == (2, 32) and patches.shape == (2, 64, 32)
+
+
+def test_embed_images_on_another_grid_equals_a_clip_of_that_size() -> None:
+    clip, other = small_clip(), small_clip(image_size=20)
+    state = clip.model.state_dict()
+    name = "visual.positional_embedding"
+    state[name] = resize_positions(state[name], (8, 8), (5, 5))
+    other.model.load_state_dict(state)
+    images = torch.randn(2, 3, 20, 20)
+    assert_close(embed_images(clip, images)[1], other.model.encode_image(images, normalize=True))
+
+
+def test_patch_dropout_leaves_out_a_share() -> None:
+    assert embed_images(small_clip(), torch.randn(2, 3, 32, 32), dropout=0.75)[0].shape == (2, 16, 32)
+
+
+def test_embed_images_in_windows_equals_pictures_cut_into_them() -> None:
+    """Each patch says what it would in a picture of its window alone, at its own place; image embeddings row by row."""
+    clip = small_clip()
+    state = clip.model.state_dict()
+    images = torch.randn(2, 3, 32, 32)
+    patches, image = embed_images(clip, images, window=4)
+    assert patches.shape == (2, 64, 32) and image.shape == (8, 32)
+    name = "visual.positional_embedding"
+    token, grid = state[name][:1], state[name][1:].unflatten(0, (8, 8))
+    for i, (y, x) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        window = small_clip(image_size=16)
+        positions = torch.cat([token, grid[y : y + 4, x : x + 4].flatten(0, 1)])
+        window.model.load_state_dict({**state, name: positions})
+        cut = images[..., 4 * y : 4 * y + 16, 4 * x : 4 * x + 16]
+        expected_patches, expected = embed_images(window, cut)
+        found = patches.unflatten(1, (8, 8))[:, y : y + 4, x : x + 4].flatten(1, 2)
+        assert_close(found, expected_patches, atol=1e-5, rtol=1e-5)
+        assert_close(image[i::4], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_embed_texts_equals_encode_text() -> None:
+    """Also of texts of different lengths, which share the longest's."""
+    clip, texts = small_clip(), ["tree", "a photo of a boat", "", " ".join(WORDS)]
+    assert_close(embed_texts(clip, texts), clip.model.encode_text(clip.tokenizer(texts), normalize=True))
+
+
+# Losses
+
+
+def test_contrast_is_the_mean_of_both_directions() -> None:
+    a, b = units(5, 8), units(5, 8)
+    expected = 0.0
+    for i in range(5):
+        for one, others in ((a[i], b), (b[i], a)):
+            odds = [math.exp(7 * float(one @ other)) for other in others]
+            expected -= math.log(odds[i] / sum(odds)) / 10
+    assert float(contrast(a, b, SCALE)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("coverage", [0.01, 0.3, 1.0])
+def test_dense_loss_by_loops(coverage: float) -> None:
+    log_p = torch.randn(3, 6, 4).log_softmax(dim=-1)
+    present = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    own, won = [], []
+    for picture, here in zip(log_p, present, strict=True):
+        p = picture.exp()  # (patches, nouns)
+        own += [math.log(float(row[here].sum())) for row in p]
+        for i in here.nonzero().flatten().tolist():
+            best = sorted(p[:, i].log().tolist(), reverse=True)[: math.ceil(coverage * 6)]
+            won.append(sum(best) / len(best))
+    expected = -np.mean(own) - np.mean(won)
+    assert float(dense_loss(log_p, present, coverage)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_local_losses_by_loops() -> None:
+    """The window's choice among the caption's nouns is the target, and no gradient goes through it."""
+    log_p, local = (torch.randn(2, 5, 3).log_softmax(dim=-1).requires_grad_() for _ in range(2))
+    present = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool)
+    losses = local_losses(log_p, local, present, 0.3)
+    taught = []
+    for picture, window, here in zip(log_p.tolist(), local.tolist(), present.tolist(), strict=True):
+        for patch, own in zip(picture, window, strict=True):
+            odds = [math.exp(value) if there else 0.0 for value, there in zip(own, here, strict=True)]
+            taught.append(-sum(o / sum(odds) * value for o, value in zip(odds, patch, strict=True)))
+    assert losses["taught"].item() == pytest.approx(np.mean(taught), rel=1e-5)
+    assert losses["local"].item() == pytest.approx(dense_loss(local, present, 0.3).item())
+    gradients = torch.autograd.grad(losses["taught"], [log_p, local], allow_unused=True)
+    assert gradients[0].count_nonzero() > 0 and gradients[1] is None
+
+
+def test_phrase_loss_by_loops() -> None:
+    patches, phrases = units(3, 6, 8), units(4, 8)
+    owner = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], dtype=torch.bool)
+    expected = []
+    for phrase, owns in zip(phrases, owner, strict=True):
+        odds = []
+        for picture in patches:
+            similarity = [7 * float(patch @ phrase) for patch in picture]
+            weights = [math.exp(s) for s in similarity]
+            odds.append(math.exp(sum(w * s for w, s in zip(weights, similarity, strict=True)) / sum(weights)))
+        expected.append(-math.log(sum(o for o, own in zip(odds, owns, strict=True) if own) / sum(odds)))
+    assert float(phrase_loss(patches, phrases, owner, SCALE)) == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "stage", "names"),
+    [
+        (replace(CONFIG, dense_losses=False), STAGES[1], {"image"}),
+        (CONFIG, STAGES[0], {"image", "mean_patch", "dense", "phrase"}),
+        (CONFIG, STAGES[1], {"image", "mean_patch", "dense", "phrase", "local", "taught"}),
+    ],
+)
+def test_caption_losses_reach_every_part(config: PretrainConfig, stage: Stage, names: set[str]) -> None:
+    """Image, text and scale get gradients; the control has CLIP's contrast only."""
+    clip = speaking_clip()
+    phrases = [("a red boat", "water"), ("green grass", "a big tree"), ("a boat",)]
+    losses = caption_losses(clip, stage, torch.randn(3, 3, 32, 32), phrases, np.random.default_rng(0), config)
+    assert set(losses) == names
+    torch.stack(list(losses.values())).sum().backward()
+    for name in ("visual.conv1.weight", "text_projection", "logit_scale"):
+        gradient = clip.model.get_parameter(name).grad
+        assert gradient is not None and gradient.any()
+
+
+# Pictures
+
+
+def test_batches_are_normalised_mirrored_at_random_and_cover_the_pool() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    phrases = [(f"{i}", f"{i} b", f"{i} c") for i in range(8)]
+    source = batches(Pool(images, phrases), Stage(("scene",), 4, 8, 4, 0.0), np.random.default_rng(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    seen, mirrored = [], []
+    for _ in range(4):
+        pictures, words = next(source)
+        for picture, of in zip(pictures, words, strict=True):
+            i = int(of[0].split()[0])
+            seen.append(i)
+            assert sorted(of) == sorted(phrases[i])
+            upright = (torch.from_numpy(images[i]).permute(2, 0, 1) / 255 - mean) / std
+            mirrored.append(not torch.allclose(picture, upright, atol=1e-5))
+            assert_close(picture, upright.flip(2) if mirrored[-1] else upright, atol=1e-5, rtol=1e-5)
+    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
+    assert seen[:8] != seen[8:]
+    assert 0 < sum(mirrored) < 16
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_pool_is_drawn_by_seed_stage_and_number() -> None:
+    pool = draw_pool(STAGES[1], replace(CONFIG, seed=5, pool=3), 1)
+    assert pool.images.shape == (3, 64, 64, 3)
+    for i, kind in enumerate(("scene", "closeup", "scene")):
+        expected = scenes.compose((pretraining.STREAM, 5, 1, i), 64, kind)
+        assert np.array_equal(pool.images[i], expected.image) and pool.phrases[i] == expected.phrases
+
+
+@pytest.mark.slow
+def test_a_pool_drawn_by_processes_is_the_same(request: pytest.FixtureRequest) -> None:
+    by_processes = draw_pool(STAGES[0], replace(CONFIG, threads=2), 0)
+    request.getfixturevalue("in_this_process")
+    assert np.array_equal(by_processes.images, draw_pool(STAGES[0], CONFIG, 0).images)
+
+
+# The run
+
+
+def test_a_short_run_keeps_the_stages_and_their_order() -> None:
+    full = PretrainConfig()
+    total = sum(stage.images for stage in full.stages)
+    short = full.scaled(total // 100)
+    assert [stage.images for stage in short.stages] == [round(stage.images / 100) for stage in full.stages]
+    assert [replace(s, images=0) for s in short.stages] == [replace(s, images=0) for s in full.stages]
+    for stage in full.scaled(1000).stages:
+        assert stage.images >= stage.batch, "one batch at least"
+    with pytest.raises(ValueError, match="999 pictures are too few to pre-train on; wanted at least 1000"):
+        full.scaled(999)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = pretraining.draw_pool
+
+    def spy(stage: Stage, config: PretrainConfig, number: int) -> Pool:
+        drawn.append(number)
+        return draw(stage, config, number)
+
+    monkeypatch.setattr(pretraining, "draw_pool", spy)
+    output = tmp_path / "clip.safetensors"
+    first = pretrain(replace(CONFIG, stages=STAGES[:1]), output)
+    state: Any = read_sealed(tmp_path / "clip.state")
+    assert state["step"] == 2 and drawn == [0]
+    loaded = load_clip("tiny", str(output))
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value.half().float())
+        assert torch.equal(state["model"][name], value)
+    assert loaded.class_embeddings(scenes.CLASSES).shape == (len(scenes.CLASSES), 256)
+
+    second = pretrain(CONFIG, output)
+    assert drawn == [0, 1], "the finished stage's pictures are not drawn again"
+    state = read_sealed(tmp_path / "clip.state")
+    assert state["step"] == 4 == state["optimizer"]["state"][0]["step"]
+    before, after = (run.model.state_dict()["visual.proj"] for run in (first, second))
+    change = after - before
+    assert 0 < change.abs().max() < 1e-3, "two small steps from where it stopped, no new start"
+    third = pretrain(CONFIG, output)
+    assert drawn == [0, 1]
+    assert all(torch.equal(value, third.model.state_dict()[name]) for name, value in second.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"clip\.state is of a run with other settings"):
+        pretrain(replace(CONFIG, seed=9), output)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_pretraining_is_made_again_from_its_seed(tmp_path: Path) -> None:
+    config = replace(CONFIG, stages=STAGES[:1])
+    runs = [pretrain(replace(config, seed=seed), tmp_path / f"{i}.safetensors") for i, seed in enumerate((0, 0, 1))]
+    one, same, other = (run.model.state_dict() for run in runs)
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert not torch.equal(one["visual.proj"], other["visual.proj"])
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_every_fiftieth_step_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "new_tiny_clip", speaking_clip)
+    config = replace(CONFIG, stages=(Stage(("thumbnail",), 32, 100, 1, (1e-3, 1e-4)),), pool=2)
+    pretrain(config, tmp_path / "clip.safetensors")
+    rows = [json.loads(line) for line in (tmp_path / "clip.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [50, 100]
+    assert set(rows[0]) == {"step", "stage", "seconds", "lr", "image", "mean_patch", "dense", "phrase"}
+    expected = 50 / 500 * (1e-4 + 9e-4 * (0.5 + 0.5 * math.cos(math.pi * 49 / 100)))
+    assert rows[0]["lr"] == pytest.approx(expected), "warm-up times half a cosine"

@@ -1,0 +1,632 @@
+"""Schedules by hand; a stopped run goes on with the same bits; micro-batches and processes change nothing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+from toys import SPLIT, Toys, toy_config, toy_model
+
+from sptseg.checkpoints.checkpoint import load_model, read_header
+from sptseg.datasets.folders import Scenes
+from sptseg.datasets.splits import IGNORE
+from sptseg.datasets.transforms import Augmentation
+from sptseg.inference import windows
+from sptseg.inference.evaluation import evaluate
+from sptseg.inference.metrics import Scores
+from sptseg.inference.segmentation import segment
+from sptseg.model.config import DENSE_CLIP
+from sptseg.model.spt_seg import SptSeg, build_model
+from sptseg.training import loop as training
+from sptseg.training import losses, stream
+from sptseg.training.loop import TrainConfig, fit, learning_rate, parameter_groups, pseudo_labels
+from sptseg.training.losses import segmentation_loss
+from sptseg.training.state import identity, read_sealed
+
+ALL_SEEN = SPLIT.with_unseen([])
+PLAIN = Augmentation(crop=32, resize_base=(128, 32), scale=(1, 1), largest_share=1, distortion=0)
+
+
+class StopsAt(Toys):
+    """Raises when its n-th picture is read, as a machine that goes down would."""
+
+    def __init__(self, reads: int) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __getitem__(self, index: int) -> Any:
+        if len(self.read) == self.reads:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def equal_states(one: SptSeg, other: SptSeg) -> bool:
+    ours, theirs = one.trained_state(), other.trained_state()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def logits_of(model: SptSeg) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, 3, 32, 32, generator=generator), model.class_embeddings(SPLIT.classes))
+
+
+# Schedule, groups, pseudo labels
+
+
+def test_the_learning_rate_by_hand() -> None:
+    config = TrainConfig(iterations=100, warmup=10, learning_rate=0.1, last_rate=0.01, power=2.0)
+    expected = {0: 0.1 * 1e-6, 5: 0.5000005 * (0.09 * 0.95**2 + 0.01), 10: 0.09 * 0.9**2 + 0.01, 99: 0.09 * 1e-4 + 0.01}
+    assert {i: learning_rate(config, i) for i in expected} == pytest.approx(expected)
+
+
+def test_the_learning_rate_of_the_protocol() -> None:
+    config = TrainConfig()
+    rates = [learning_rate(config, i) for i in range(config.iterations)]
+    assert rates[0] == pytest.approx(2e-10)
+    assert int(np.argmax(rates)) == 1500
+    assert rates[1500] == pytest.approx((2e-4 - 1e-6) * (1 - 0.075) ** 0.9 + 1e-6)
+    assert all(a < b for a, b in itertools.pairwise(rates[:1501]))
+    assert all(a > b for a, b in itertools.pairwise(rates[1500:]))
+    assert 1e-6 < rates[-1] < 1.1e-6
+    assert learning_rate(toy_config(warmup=0), 0) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"), [({}, 10), ({"start": "dense_clip"}, 6), ({"decoder": "cross_attention"}, 10)]
+)
+def test_norms_do_not_decay_and_every_trained_parameter_is_in_one_group(changes: dict, count: int) -> None:
+    model = toy_model(**changes)
+    decayed, free = parameter_groups(model, 0.01)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    grouped = [names[id(p)] for group in (decayed, free) for p in group["params"]]
+    assert sorted(grouped) == sorted(model.trained_state())
+    assert not [name for name in grouped if "visual" in name]
+    norms = {name for name in model.trained_state() if ".norm_" in name or ".prompt_norm." in name}
+    assert {names[id(p)] for p in free["params"]} == norms
+    assert len(norms) == count, "after the encoder, two in each layer but the last (dense_clip: no bias)"
+
+
+def test_pseudo_labels_by_hand() -> None:
+    """Classes 1 and 3 are unseen; the best of all is a seen one, which is not asked."""
+    logits = torch.tensor([[9.0, 9, 9], [1, 5, 2], [9, 9, 9], [2, 4, 3]])[None, :, None]  # (1, 4, 1, 3)
+    labels = torch.tensor([[[-1, -1, 2]]])
+    found = pseudo_labels(logits, labels, seen=[0, 2], unseen=[1, 3])
+    assert found.tolist() == [[[3, 1, 2]]]
+    assert labels.tolist() == [[[-1, -1, 2]]]
+    ignored = torch.tensor([[[255, -1, -1]]])
+    assert pseudo_labels(logits, ignored, [0, 2], torch.tensor([1, 3])).tolist() == [[[255, 1, 3]]]
+
+
+def test_pseudo_labels_are_drawn_at_the_size_of_the_labels() -> None:
+    logits, labels = torch.randn(2, 5, 4, 6), torch.randint(-1, 5, (2, 19, 23))
+    found = pseudo_labels(logits, labels, SPLIT.seen, SPLIT.unseen)
+    full = F.interpolate(logits, size=(19, 23), mode="bilinear", align_corners=False)
+    best = torch.where(full[:, 2] >= full[:, 4], 2, 4)
+    assert torch.equal(found, torch.where(labels == -1, best, labels))
+
+
+@pytest.mark.parametrize(("seen", "unseen"), [([0, 1], [2]), ([0, 1, 2], [2, 3]), ([0, 1, 2], [4]), ([], [0, 1, 2])])
+def test_positions_that_do_not_make_up_the_classes_are_refused(seen: list, unseen: list) -> None:
+    with pytest.raises(ValueError, match="do not make up the 4 classes of the logits; wanted each position once"):
+        pseudo_labels(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long), seen, unseen)
+
+
+# fit
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0; wanted 1 to 1000000000"),
+        ({"warmup": -1}, "warmup is -1; wanted 0 to 1000000000"),
+        ({"learning_rate": 2.0}, "learning_rate is 2.0; wanted 0 < learning_rate < 1"),
+        ({"setting": "zero-shot"}, "setting is 'zero-shot'; choose inductive, transductive or supervised"),
+    ],
+)
+def test_settings_that_do_not_go_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": True}, "resume and tensorboard need an output folder"),
+        ({"config": toy_config(tensorboard=True)}, "resume and tensorboard need an output folder"),
+        ({"config": toy_config(validate_every=1)}, "validate_every is set but there is no validation data"),
+        ({"config": toy_config(batch_size=5, accumulation=2)}, "batch_size 5 cannot be shared"),
+        ({"split": ALL_SEEN}, "split 'toys' has no unseen classes; use setting='supervised'"),
+    ],
+)
+def test_runs_that_do_not_go_are_refused(options: dict, message: str) -> None:
+    options = {"split": SPLIT, "config": toy_config(), **options}
+    with pytest.raises(ValueError, match=message):
+        fit(toy_model(), Toys(), **options)
+
+
+def test_a_model_without_anything_to_train_is_refused() -> None:
+    model = build_model(replace(DENSE_CLIP, clip="small", image_size=(32, 32)), small_clip())
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(model, Toys(), SPLIT, toy_config())
+
+
+def test_training_learns_and_leaves_clip_alone() -> None:
+    clip = small_clip()
+    model = toy_model(clip, start="dense_clip", selection=False)
+    before = copy.deepcopy(clip.model.state_dict())
+    result = fit(model, Toys(), SPLIT, toy_config(iterations=30, learning_rate=3e-3))
+    assert result.model is model and not model.training
+    assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
+    totals = [row["total"] for row in result.history]
+    assert np.mean(totals[-5:]) < 0.8 * np.mean(totals[:5])
+
+
+@pytest.mark.parametrize(("loss", "second"), [("spt", "ssim"), ("zegclip", "dice")])
+def test_the_history(loss: str, second: str) -> None:
+    config = toy_config(iterations=3)
+    history = fit(toy_model(loss=loss), Toys(), SPLIT, config).history
+    assert [row["iteration"] for row in history] == [1, 2, 3]
+    for i, row in enumerate(history):
+        assert set(row) == {"iteration", "focal", second, "total", "learning_rate", "images_per_second"}
+        assert row["total"] == pytest.approx(row["focal"] + row[second])
+        assert row["learning_rate"] == learning_rate(config, i)
+        assert row["images_per_second"] > 0
+
+
+def test_the_first_step_by_hand() -> None:
+    """AdamW on the gradient of the plain loss of the first batch."""
+    config = toy_config(iterations=1)
+    model, expected = toy_model(), toy_model().train()
+    examples = stream.TrainingStream(
+        Toys(), windows.augmentation(model.config), stream.label_table(SPLIT, "inductive")[1], 0
+    )
+    images, labels = (torch.stack(part) for part in zip(*(examples[p][:2] for p in range(4)), strict=True))
+    optimizer = torch.optim.AdamW(parameter_groups(expected, 0.01), lr=1e-3)
+    loss = segmentation_loss(expected(images, expected.class_embeddings(["grass", "water", "tree"])), labels)
+    loss["total"].backward()
+    optimizer.step()
+    history = fit(model, Toys(), SPLIT, config).history
+    assert history[0]["total"] == pytest.approx(loss["total"].item())
+    for name, value in expected.trained_state().items():
+        assert_close(model.trained_state()[name], value, msg=name)
+
+
+@pytest.mark.parametrize("setting", ["transductive", "supervised"])
+def test_settings_with_all_classes_as_queries(setting: str) -> None:
+    """What the unseen class's name yields changes the loss; ignored pixels stay ignored."""
+    result = fit(toy_model(), Toys(), SPLIT, toy_config(setting=setting, iterations=2, accumulation=2))
+    assert all(np.isfinite(row["total"]) for row in result.history)
+    first = [fit(toy_model(), Toys(), SPLIT, toy_config(setting=s, iterations=1)) for s in ("inductive", setting)]
+    assert first[0].history[0]["total"] != pytest.approx(first[1].history[0]["total"])
+
+
+def test_transductive_targets_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    original = losses.segmentation_loss
+
+    def spy(logits: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        seen.append(labels)
+        return original(logits, labels, *arguments, **options)
+
+    monkeypatch.setattr(training, "segmentation_loss", spy)
+    fit(toy_model(), Toys(), SPLIT, toy_config(setting="transductive", iterations=2))
+    values = set(torch.stack(seen).unique().tolist())
+    assert values <= {0, 1, 2, 3, 4, IGNORE} and values & set(SPLIT.unseen) and values & set(SPLIT.seen)
+
+
+def test_accumulated_micro_batches_are_one_batch() -> None:
+    """The loss is normalised over all of them: 1 x 8 and 4 x 2 end in the same weights."""
+    models = [toy_model(), toy_model()]
+    for model, accumulation in zip(models, (1, 4), strict=True):
+        fit(model, Toys(), SPLIT, toy_config(batch_size=8, accumulation=accumulation))
+    for name, value in models[0].trained_state().items():
+        assert_close(models[1].trained_state()[name], value, atol=1e-5, rtol=0, msg=name)
+    assert not equal_states(models[0], toy_model())
+
+
+def test_a_seed_gives_the_same_run_and_another_one_does_not() -> None:
+    """With dropout, whatever the global generator did before."""
+    models = []
+    for seed in (0, 0, 1):
+        torch.randn(len(models) + 1)
+        models.append(fit(toy_model(dropout=0.1), Toys(), SPLIT, toy_config(seed=seed, iterations=3)).model)
+    assert equal_states(models[0], models[1])
+    assert not equal_states(models[0], models[2])
+
+
+def test_half_precision_runs() -> None:
+    configs = [toy_config(iterations=2, precision=precision) for precision in ("no", "bf16")]
+    full, half = (fit(toy_model(), Toys(), SPLIT, config).history for config in configs)
+    assert half[0]["total"] == pytest.approx(full[0]["total"], rel=0.02)
+    assert half[0]["total"] != full[0]["total"]
+
+
+# Files
+
+
+def test_the_folder_of_a_run(tmp_path: Path) -> None:
+    clip = small_clip()
+    config = toy_config(save_every=2)
+    result = fit(toy_model(clip), Toys(), SPLIT, config, output=tmp_path / "a" / "run")
+    folder = tmp_path / "a" / "run"
+    states = {"state.pt", "state.previous.pt"}
+    kept = {"model.safetensors", "halfway.safetensors", "history.json", "config.json"}
+    assert {file.name for file in folder.iterdir()} == kept | states
+    assert json.loads((folder / "history.json").read_text()) == result.history
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["train"]["iterations"] == 5 and stored["model"]["prompt_tokens"] == 2
+    assert stored["split"]["classes"] == list(SPLIT.classes)
+    about = read_header(folder / "model.safetensors")["about"]
+    seen = ["grass", "water", "tree"]
+    assert about == {"split": "toys", "seen": seen, "unseen": ["boat", "house"], "train": stored["train"]}
+    assert set(load_file(folder / "model.safetensors")) == set(result.model.trained_state())
+    loaded = load_model(folder, clip)
+    assert torch.equal(logits_of(loaded), logits_of(result.model))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path, accumulation: int) -> None:
+    """Stopped in the 6th iteration, after the state of the 4th; dropout, optimiser, order and history all go on."""
+    config = toy_config(iterations=8, save_every=2, accumulation=accumulation, warmup=3)
+    whole = fit(toy_model(dropout=0.1), Toys(), SPLIT, config)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(dropout=0.1), StopsAt(5 * 4 + 1), SPLIT, config, output=tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.manual_seed(99)
+    dataset = Toys()
+    resumed = fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=tmp_path, resume=True)
+    assert len(dataset.read) == 4 * 4
+    assert equal_states(resumed.model, whole.model)
+    strip = [{k: v for k, v in row.items() if k != "images_per_second"} for row in whole.history]
+    assert [{k: v for k, v in row.items() if k != "images_per_second"} for row in resumed.history] == strip
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    config = toy_config(save_every=2)
+    first = fit(toy_model(), Toys(), SPLIT, config, output=tmp_path)
+    dataset = Toys()
+    again = fit(toy_model(), dataset, SPLIT, config, output=tmp_path, resume=True)
+    assert dataset.read == []
+    assert equal_states(first.model, again.model) and again.history == first.history
+
+
+def test_resuming_without_a_state_starts(tmp_path: Path) -> None:
+    assert len(fit(toy_model(), Toys(), SPLIT, toy_config(), output=tmp_path, resume=True).history) == 5
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "unseen", "names"),
+    [
+        ({"learning_rate": 2e-3, "seed": 1}, {}, ["boat", "house"], "train.learning_rate, train.seed"),
+        ({"batch_size": 8}, {}, ["boat", "house"], "train.batch_size"),
+        ({}, {"loss": "zegclip"}, ["boat", "house"], "model.loss"),
+        ({}, {"selection": False}, ["boat", "house"], "model.selection"),
+        ({}, {"decoder_layers": 2}, ["boat", "house"], "model.decoder_layers"),
+        ({}, {}, ["tree", "house"], "split.unseen"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    tmp_path: Path, train: dict, model: dict, unseen: list, names: str
+) -> None:
+    fit(toy_model(), Toys(), SPLIT, toy_config(save_every=5), output=tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=f"trained with other settings of {names}; resume with the same, or"):
+        fit(
+            toy_model(**model), Toys(), SPLIT.with_unseen(unseen), toy_config(save_every=5, **train),
+            output=tmp_path, resume=True,
+        )  # fmt: skip
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_what_changes_no_result_may_change_on_resuming(tmp_path: Path) -> None:
+    fit(toy_model(), Toys(), SPLIT, toy_config(save_every=5), output=tmp_path)
+    other = toy_config(save_every=1, validate_every=1, validation_images=1)
+    fit(toy_model(), Toys(), SPLIT, other, output=tmp_path, resume=True, validation=Toys())
+
+
+@pytest.mark.parametrize(
+    ("save_every", "remark"),
+    [(1, "the last good state is "), (2, "no state was saved before"), (None, "no state was saved before")],
+)
+def test_a_loss_that_is_no_number_stops_the_run(
+    save_every: int | None, remark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = losses.segmentation_loss
+
+    def broken(logits: Tensor, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        return original(logits * (1.0 if optimizer_steps() < 1 else float("nan")), *arguments, **options)
+
+    model = toy_model()
+    start = {name: value.clone() for name, value in model.trained_state().items()}
+
+    def optimizer_steps() -> int:
+        return int(any(not torch.equal(value, start[name]) for name, value in model.trained_state().items()))
+
+    monkeypatch.setattr(training, "segmentation_loss", broken)
+    output = None if save_every is None else tmp_path
+    examples = stream.TrainingStream(Toys(), training.training_augmentation(model, toy_config()), torch.arange(256), 0)
+    names = ", ".join(examples[position].name for position in range(4, 8))
+    said = f"the loss is nan at iteration 1, on {names}; lower learning_rate, .*{remark}"
+    with pytest.raises(FloatingPointError, match=said):
+        fit(model, Toys(), SPLIT, toy_config(save_every=save_every or 1), output=output)
+    if save_every == 1:
+        state = read_sealed(tmp_path / "state.pt")
+        assert state["iteration"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+
+
+# Validation
+
+
+def test_validation_rows(tmp_path: Path) -> None:
+    """In the asked rhythm and at the end, also where the history is thinner; of the weights of that moment."""
+    config = toy_config(iterations=5, validate_every=2, validation_images=3)
+    validation = Toys(5)
+    result = fit(toy_model(dropout=0.1), Toys(), SPLIT, config, validation=validation)
+    figures = ["pixel_accuracy", "miou_seen", "miou_unseen", "hiou"]
+    assert [row["iteration"] for row in result.history if set(figures) <= set(row)] == [2, 4, 5]
+    assert validation.read == [0, 1, 2] * 3
+    scores = evaluate(result.model, Toys(3), SPLIT, progress=False)
+    assert [result.history[-1][name] for name in figures] == [getattr(scores, name) for name in figures]
+    plain = fit(toy_model(dropout=0.1), Toys(), SPLIT, toy_config(iterations=5))
+    assert equal_states(plain.model, result.model), "looking on changes no weight"
+
+
+def test_the_validation_rhythm_is_not_the_historys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run keeps about 200 rows; validation has its own rhythm."""
+    monkeypatch.setattr(training, "step", lambda *_: {"total": 1.0})
+    example = stream.Example(torch.zeros(1), torch.zeros(1), "name", "")
+    monkeypatch.setattr(training, "TrainingStream", lambda *_: [example] * 450)
+    config = toy_config(iterations=450, batch_size=1, validate_every=225, validation_images=1)
+    history = fit(toy_model(), Toys(), SPLIT, config, validation=Toys()).history
+    assert [row["iteration"] for row in history if "hiou" in row] == [225, 450]
+    assert [row["iteration"] for row in history] == sorted({*range(2, 451, 2), 225})
+
+
+# evaluate
+
+
+def plain_evaluation(model: SptSeg, dataset: Toys, offset: float) -> dict[str, float]:
+    """Segment's scores, picture by picture, lowered for seen classes; one confusion over all labelled pixels."""
+    confusion = np.zeros((5, 5), int)
+    lowered = np.array([offset if i in SPLIT.seen else 0.0 for i in range(5)])
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        found = segment(model, sample["image"].permute(1, 2, 0).numpy(), SPLIT.classes)
+        scores = np.stack([found.scores(name) for name in SPLIT.classes], axis=-1) - lowered
+        label = sample["label"].numpy()
+        np.add.at(confusion, (label[label != IGNORE], scores.argmax(axis=-1)[label != IGNORE]), 1)
+    hits = confusion.diagonal()
+    iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    seen, unseen = (float(np.nanmean(iou[list(part)])) for part in (SPLIT.seen, SPLIT.unseen))
+    return {
+        "pixel_accuracy": hits.sum() / confusion.sum(),
+        "miou_seen": seen,
+        "miou_unseen": unseen,
+        "hiou": 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained() -> SptSeg:
+    model = toy_model(start="dense_clip", selection=False)
+    config = toy_config(iterations=30, setting="supervised", learning_rate=3e-3)
+    return fit(model, Toys(), SPLIT, config, augment=PLAIN).model
+
+
+def summary(scores: Scores) -> dict[str, float]:
+    return {name: getattr(scores, name) for name in ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou")}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("sizes", [((32, 32),), ((40, 70), (32, 32), (90, 33), (20, 20))])
+def test_evaluation_equals_a_confusion_of_plain_labels(trained: SptSeg, sizes: tuple, batch_size: int) -> None:
+    dataset = Toys(7, sizes)
+    found = evaluate(trained, dataset, SPLIT, batch_size=batch_size, progress=False)
+    assert dataset.read == list(range(7))
+    expected = plain_evaluation(trained, dataset, trained.config.seen_offset)
+    assert summary(found) == pytest.approx(expected, abs=1e-3)  # rounding may turn a pixel or two of some thousand
+    assert 0.2 < expected["pixel_accuracy"] < 1
+
+
+def test_the_seen_offset_moves_pixels_to_unseen_classes(trained: SptSeg) -> None:
+    offsets = (0.0, 0.1, 2.0, -2.0)
+    found = {offset: evaluate(trained, Toys(), SPLIT, seen_offset=offset, progress=False) for offset in offsets}
+    for offset in (0.0, 2.0):
+        assert summary(found[offset]) == pytest.approx(plain_evaluation(trained, Toys(), offset), abs=1e-3)
+    assert found[2.0].miou_seen == 0 < found[2.0].miou_unseen, "everything is called unseen"
+    assert found[-2.0].miou_unseen == 0 < found[-2.0].miou_seen
+    assert summary(found[0.0]) != summary(found[0.1]) != summary(found[2.0])
+    assert evaluate(trained, Toys(), SPLIT, progress=False) == found[0.1], "the model's own is the default"
+
+
+def test_a_limit_takes_the_first_pictures(trained: SptSeg) -> None:
+    dataset = Toys(6)
+    first, two, all_two = (
+        evaluate(trained, pictures, SPLIT, limit=limit, progress=False).as_dict()
+        for pictures, limit in ((dataset, 2), (Toys(2), None), (Toys(2), 9))
+    )
+    assert first == two == all_two
+    assert dataset.read == [0, 1]
+
+
+def test_prompts_are_what_clip_is_told(trained: SptSeg) -> None:
+    """Of a class and of its scores, the name stays."""
+    renamed = replace(SPLIT, classes=("grass", "water", "boat", "tree", "home"), prompts=(("home", "house"),))
+    found, expected = (evaluate(trained, Toys(), split, progress=False) for split in (renamed, SPLIT))
+    assert summary(found) == summary(expected)
+    assert "home" in found.iou
+
+
+# Signals
+
+
+class SignalledAt(Toys):
+    """Sends this process a signal when its n-th picture is read, and when any of some later ones is."""
+
+    def __init__(self, number: int, *reads: int) -> None:
+        super().__init__()
+        self.number, self.reads = number, reads
+
+    def __getitem__(self, index: int) -> Any:
+        if len(self.read) in self.reads:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+@settings(deadline=None, max_examples=3)
+@given(read=st.integers(0, 4 * 8 - 1), save_every=st.sampled_from([0, 3]), accumulation=st.sampled_from([1, 2]))
+def test_sigterm_at_any_moment_costs_no_bit(read: int, save_every: int, accumulation: int) -> None:
+    """The iteration ends, the state is saved, whatever save_every is; the resumed run ends in the same weights."""
+    config = toy_config(iterations=8, save_every=save_every, accumulation=accumulation, warmup=3)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    whole = fit(toy_model(dropout=0.1), Toys(), SPLIT, config)
+    with TemporaryDirectory() as name:
+        folder, dataset = Path(name), SignalledAt(signal.SIGTERM, read)
+        done = read // 4 + 1
+        if done < 8:
+            with pytest.raises(SystemExit) as stopped:
+                fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=folder)
+            assert stopped.value.code == 143 and len(dataset.read) == 4 * done
+            assert not (folder / "model.safetensors").exists()
+        else:
+            fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=folder)
+        torch.manual_seed(read)
+        rest = Toys()
+        resumed = fit(toy_model(dropout=0.1), rest, SPLIT, config, output=folder, resume=True)
+        assert len(rest.read) == 4 * (8 - done) or (done == 8 and not save_every and len(rest.read) == 32)
+        assert equal_states(resumed.model, whole.model)
+        assert [row["total"] for row in resumed.history] == [row["total"] for row in whole.history]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_the_first_interrupt_saves_and_the_second_does_not_wait(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toy_config(iterations=4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(), SignalledAt(signal.SIGINT, 5), SPLIT, config, output=tmp_path / "one")
+    said = f"stopped by SIGINT after iteration 2 of 4; the state is in {tmp_path / 'one'}: go on with resume=True"
+    assert said in capsys.readouterr().err
+    dataset = SignalledAt(signal.SIGINT, 5, 6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(), dataset, SPLIT, config, output=tmp_path / "two")
+    assert len(dataset.read) == 6 and not (tmp_path / "two" / "state.pt").exists()
+
+
+def test_without_a_folder_signals_act_as_ever() -> None:
+    dataset = SignalledAt(signal.SIGINT, 5)
+    with pytest.raises(KeyboardInterrupt):
+        fit(toy_model(), dataset, SPLIT, toy_config())
+    assert len(dataset.read) == 5
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(fit, toy_model(), Toys(), SPLIT, toy_config(iterations=2), output=tmp_path).result()
+    assert len(result.history) == 2
+
+
+def test_loading_processes_do_not_get_the_groups_signals(tmp_path: Path) -> None:
+    """A launcher signals the whole group; were the loading processes to end, so would the iteration."""
+
+    class Grouped(Toys):
+        def __getitem__(self, index: int) -> Any:
+            (tmp_path / f"{os.getpgrp()}-{os.getpid()}").touch()
+            return super().__getitem__(index)
+
+    fit(toy_model(), Grouped(), SPLIT, toy_config(iterations=2, workers=1))
+    (file,) = tmp_path.iterdir()
+    group, process = file.name.split("-")
+    assert group == process != str(os.getpid())
+
+
+# What transductive training starts from, and what a run says of itself
+
+
+def test_the_half_way_checkpoint_is_the_model_of_that_iteration(tmp_path: Path) -> None:
+    clip = small_clip()
+    fit(toy_model(clip), Toys(), SPLIT, toy_config(iterations=5), output=tmp_path)
+    with pytest.raises(SystemExit):
+        fit(toy_model(clip), SignalledAt(signal.SIGTERM, 7), SPLIT, toy_config(iterations=5), output=tmp_path / "b")
+    halfway, stopped = (load_model(folder / "halfway.safetensors", clip) for folder in (tmp_path, tmp_path / "b"))
+    assert halfway.about["iteration"] == 2 and equal_states(halfway, stopped)
+    assert not equal_states(halfway, load_model(tmp_path, clip))
+    fit(halfway, Toys(), SPLIT, toy_config(setting="transductive", iterations=2), output=tmp_path / "c")
+    assert not (tmp_path / "c" / "halfway.safetensors").exists()
+
+
+def test_what_is_said_about_a_run_is_kept(tmp_path: Path) -> None:
+    clip = small_clip()
+    for setting, shown in (("inductive", ["grass", "water", "tree"]), ("supervised", list(SPLIT.classes))):
+        config = toy_config(iterations=1, setting=setting)
+        fit(toy_model(clip), Toys(), SPLIT, config, output=tmp_path, about={"preset": "toys"})
+        about = load_model(tmp_path, clip).about
+        assert (about["preset"], about["seen"], about["unseen"]) == ("toys", shown, ["boat", "house"])
+        assert json.loads((tmp_path / "config.json").read_text())["about"] == {"preset": "toys"}
+
+
+class Named(Toys):
+    def __init__(self, *names: str) -> None:
+        super().__init__(len(names))
+        self.names = names
+
+
+def test_resuming_with_other_pictures_or_another_clip_is_refused(tmp_path: Path) -> None:
+    config = toy_config(save_every=5)
+    fit(toy_model(), Named("a", "b"), SPLIT, config, output=tmp_path)
+    clip = small_clip()
+    with torch.no_grad():
+        clip.visual.proj.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
+    for dataset, model, named in (
+        (Named("b", "a"), toy_model(), "data.names"),
+        (Named("a", "b", "c"), toy_model(), "data.pictures, data.names"),
+        (Named("a", "b"), toy_model(clip), "clip.fingerprint"),
+    ):
+        with pytest.raises(ValueError, match=f"trained with other settings of {named}; resume with the same"):
+            fit(model, dataset, SPLIT, config, output=tmp_path, resume=True)
+
+
+def test_data_sets_are_told_apart_by_what_they_hold() -> None:
+    scenes = [Scenes(3), Scenes(4), Scenes(3, seed=1), Scenes(3, stream="training")]
+    assert len({str(identity(each)) for each in scenes}) == 4
+    assert identity(Scenes(3)) == identity(scenes[0])
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="other C libraries have no mallopt")
+def test_large_blocks_are_kept_for_the_next_use() -> None:
+    """Else the kernel hands out 16384 pages for 64 MiB each time; the fewest of five times count."""
+    program = """
+import resource, torch
+from sptseg.inference.evaluation import new_accelerator
+new_accelerator("no", cpu=True)
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[1:]))
+"""
+    assert int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout) < 1000

@@ -1,6 +1,7 @@
 """The shape of the package: rooms that import downward only, past nobody's face, in short modules."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,18 @@ def test_the_command_line_needs_none_of_the_optional_parts() -> None:
     extras = "IPython ipywidgets nbformat papermill skimage tensorboard voila".split()
     hidden = f"import sys; sys.modules.update(dict.fromkeys({extras})); import sptseg.cli"
     subprocess.run([sys.executable, "-c", hidden], check=True)
+
+
+def test_the_picture_in_the_readme_is_true() -> None:
+    """Its arrows are imports that exist; followed downward, they lead to all that a room may import, and to no more."""
+    readme = (PACKAGE.parent / "README.md").read_text()
+    arrows = re.findall(r"^    (\w+) --> (\w+)$", readme, re.MULTILINE)
+    below: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for room, other in reversed(arrows):
+        below[room] |= {other} | below[other]
+        names = {name.split(".")[1] for path in (PACKAGE / room).glob("*.py") for name in imported(path.read_text())}
+        assert other in names, f"{room} imports nothing of {other}"
+    assert all(set(ROOMS[room].split()) <= below[room] for room in ROOMS)
+    for room in ROOMS:
+        promise = (PACKAGE / room / "__init__.py").read_text().splitlines()[0].strip('"')
+        assert f"| `{room}/` | {promise} |" in readme

@@ -29,6 +29,7 @@ from sptseg.datasets import (
     names,
     plots,
     sorted_images,
+    where,
 )
 from sptseg.inference import by_training, evaluate, read_ahead, segment
 from sptseg.interactive import explore, notebooks
@@ -305,8 +306,7 @@ def check_command(
         limit: look at the first pictures only.
         json_file: write the report there.
     """
-    dataset, _ = replace(data, data=root).load("evaluation")
-    report = check_dataset(dataset, limit=limit)
+    report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
     print(report.table())
     if json_file is not None:
         write(json_file, json.dumps(report.as_dict(), indent=1) + "\n")
@@ -371,6 +371,7 @@ COMMANDS = {
     "demo": demo,
     "data check": check_command,
     "data show": show_command,
+    "data where": where,
     "evaluate": evaluate_command,
     "segment": segment_command,
     "benchmark": benchmark.benchmark,

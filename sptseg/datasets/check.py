@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from sptseg.datasets import plots
-from sptseg.datasets.folders import ImageMaskFolder, Sample
+from sptseg.datasets.folders import ImageMaskFiles, Sample
 from sptseg.datasets.splits import Colour, Split, ignored_label, spread_palette
 
 SHOWN = 12  # entries of a list
@@ -139,7 +139,7 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
     sizes, all_ignored, faults, unreadable = [], [], [], []
     palettes: dict[int, dict[Colour, str]] = defaultdict(dict)
     strays: set[int] = set()
-    folder = dataset if isinstance(dataset, ImageMaskFolder) else None
+    folder = dataset if isinstance(dataset, ImageMaskFiles) else None
     for index in tqdm(indices, desc="checking", disable=not progress, mininterval=1):
         mask = folder._files[index][1] if folder else None
         try:

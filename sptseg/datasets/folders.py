@@ -1,4 +1,4 @@
-"""Data sets of images and label masks: the picture-book scenes, folders, VOC, COCO-Stuff, Context, ADE20K, CamVid.
+"""Data sets of images and label masks: the picture-book scenes, folders, VOC, COCO-Stuff, Context, ADE20K, ...
 
 An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str}; label values index the data set's
 `split.classes`, `split.ignore` (255) is ignored. A `transform` gets and returns (image, label).
@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sptseg import scenes
-from sptseg.datasets import splits
-from sptseg.datasets.images import IMAGE_SUFFIXES, StrPath, _load, open_image
+from sptseg.datasets import layouts, splits
+from sptseg.datasets.images import IMAGE_SUFFIXES, StrPath, _indices, _matlab, open_image
+from sptseg.datasets.layouts import Files, by_suffix, lines, paired, require
 from sptseg.datasets.splits import IGNORE, Split
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[torch.Tensor, torch.Tensor]]
@@ -75,51 +76,19 @@ class Scenes(Dataset[Sample]):
         return _sample(tv_tensors.Image(channels_first), label, self.names[index], self.transform)
 
 
-class ImageMaskFolder(Dataset[Sample]):
-    """Images and index masks in two folders below `root`, matched by file name without suffix.
+class ImageMaskFiles(Dataset[Sample]):
+    """Images and index masks file by file, as `layouts` finds them; `found` names the layout.
 
-    split: the classes; None reads them from `root`/classes.txt (see `folder_split`).
-    images: the images' folder.
-    masks: the masks' folder, or several, of which the first that has a mask counts.
-    names: only these images (names without suffix), in this order; None: all, sorted.
-    mask_suffix: what follows the image's name in the mask's file name, letter case ignored.
-    value_map: label of a mask value; values not named stay as they are.
-    Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read.
+    Mask values that are neither a class nor ignored raise ValueError when the mask is read.
     """
 
-    def __init__(
-        self,
-        root: StrPath,
-        split: Split | None = None,
-        *,
-        images: str = "images",
-        masks: str | Sequence[str] = "masks",
-        names: Sequence[str] | None = None,
-        mask_suffix: str = ".png",
-        value_map: Mapping[int, int] | None = None,
-        transform: Transform | None = None,
-    ) -> None:
-        root = Path(root)
-        mask_folders = [masks] if isinstance(masks, str) else list(masks)
-        _require(root, {f"{images}/": "the images"} | {f"{folder}/": "the masks" for folder in mask_folders})
-        self.split = folder_split(root) if split is None else split
+    def __init__(self, files: Files, split: Split, transform: Transform | None = None) -> None:
+        self.names = tuple(files.pairs)
+        self.split = split
         self.transform = transform
-        self._labels = _label_table(value_map or {}, self.split.ignore)
-
-        image_paths = _by_stem(root / images)
-        mask_paths: dict[str, Path] = {}
-        for folder in reversed(mask_folders):
-            mask_paths |= _by_suffix(root / folder, mask_suffix)
-        self.names = tuple(sorted(image_paths) if names is None else names)
-        if not self.names:
-            wanted = f"files ending in {', '.join(IMAGE_SUFFIXES)}" if names is None else "at least one name listed"
-            raise FileNotFoundError(f"no images from {root / images}; wanted {wanted}")
-        _refuse_missing(f"images in {root / images}", [name for name in self.names if name not in image_paths])
-        _refuse_missing(
-            f"masks NAME{mask_suffix} in {' or '.join(str(root / folder) for folder in mask_folders)} for images",
-            [name for name in self.names if name not in mask_paths],
-        )
-        self._files = [(image_paths[name], mask_paths[name]) for name in self.names]
+        self.found = files.found
+        self._files = list(files.pairs.values())
+        self._labels = files.labels
 
     def __len__(self) -> int:
         return len(self._files)
@@ -138,21 +107,52 @@ class ImageMaskFolder(Dataset[Sample]):
 
     def _open_label(self, path: Path) -> np.ndarray:
         """Label values (H,W) of a mask file."""
-        mask = _load(path)
-        if mask.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(
-                f"{path} is a mask of mode {mask.mode}; wanted one class index per pixel (8-bit grey or palette PNG): "
-                "save the indices instead of the colours"
-            )
-        values = np.asarray(mask).astype(np.int64)  # (H,W)
-        ignore = self.split.ignore
-        if values.min() < 0 or values.max() > ignore:
+        values = _matlab(path) if path.suffix.lower() == ".mat" else _indices(path)  # (H,W)
+        if values.min() < 0 or values.max() >= len(self._labels):
             raise self._out_of_range(path, int(values.min() if values.min() < 0 else values.max()))
-        counts = np.bincount(values.ravel(), minlength=ignore + 1)
-        wrong = np.flatnonzero((counts > 0) & (self._labels >= len(self.split.classes)) & (self._labels != ignore))
+        counts = np.bincount(values.ravel(), minlength=len(self._labels))
+        known = (self._labels < len(self.split.classes)) | (self._labels == self.split.ignore)
+        wrong = np.flatnonzero((counts > 0) & ~known)
         if wrong.size:
             raise self._out_of_range(path, int(wrong[0]))
         return self._labels[values]
+
+    def _out_of_range(self, path: Path, value: int) -> ValueError:
+        masks = f"{self.split.name}'s masks {self.found}"
+        return ValueError(f"{path} has mask value {value}, which {masks} never have: get the file again")
+
+
+class ImageMaskFolder(ImageMaskFiles):
+    """Images and index masks in two folders below `root`, matched by file name without suffix.
+
+    split: the classes; None reads them from `root`/classes.txt (see `folder_split`).
+    images: the images' folder.
+    masks: the masks' folder.
+    names: only these images (names without suffix), in this order; None: all, sorted.
+    mask_suffix: what follows the image's name in the mask's file name, letter case ignored.
+    value_map: label of a mask value; values not named stay as they are.
+    Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read.
+    """
+
+    def __init__(
+        self,
+        root: StrPath,
+        split: Split | None = None,
+        *,
+        images: str = "images",
+        masks: str = "masks",
+        names: Sequence[str] | None = None,
+        mask_suffix: str = ".png",
+        value_map: Mapping[int, int] | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        root = Path(root)
+        require(root, {f"{images}/": "the images", f"{masks}/": "the masks"})
+        split = folder_split(root) if split is None else split
+        image_paths = _by_stem(root / images)
+        listed, mask_paths = sorted(image_paths) if names is None else names, by_suffix(root / masks, mask_suffix)
+        pairs = paired(listed, image_paths, mask_paths, root / images, f"{root / masks}/NAME{mask_suffix}")
+        super().__init__(Files(pairs, _label_table(value_map or {}, split.ignore)), split, transform)
 
     def _out_of_range(self, path: Path, value: int) -> ValueError:
         last, ignore = len(self.split.classes) - 1, self.split.ignore
@@ -168,115 +168,82 @@ def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
     unseen: names of unseen classes; None reads `root`/unseen.txt, and without that file all classes are seen.
     """
     root = Path(root)
-    _require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
-    classes = _lines(root / "classes.txt")
+    require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
+    classes = lines(root / "classes.txt")
     if unseen is None:
-        unseen = _lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
+        unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
     return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
 
 
-_CONVERTER = "are made by mmsegmentation's python tools/dataset_converters/"
-
-
 @contextmanager
-def _comes_from(source: str) -> Iterator[None]:
-    """Adds to what is said of missing files how they are made; as a decorator."""
+def _from(name: layouts.Released) -> Iterator[None]:
+    """Adds to what is said of missing files where they come from; as a decorator."""
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. {source}") from error
+        raise FileNotFoundError(f"{error}. What to download, into which folders: sptseg data where {name}") from error
 
 
-@_comes_from(f"SegmentationClassAug and aug.txt {_CONVERTER}voc_aug.py data/VOCdevkit data/VOCdevkit/VOCaug")
+@_from("voc2012")
 def voc2012(
     root: StrPath, subset: Literal["train", "trainaug", "val"], transform: Transform | None = None
-) -> ImageMaskFolder:
-    """PASCAL VOC 2012 in the devkit's layout; `root` is .../VOCdevkit/VOC2012. Background is ignored.
+) -> ImageMaskFiles:
+    """PASCAL VOC 2012; `root` is .../VOCdevkit/VOC2012. Background is ignored.
 
-    "trainaug" adds the SBD masks in SegmentationClassAug; its list is trainaug.txt, or train.txt and aug.txt.
+    "trainaug" adds SBD: SegmentationClassAug and trainaug.txt (or train.txt and aug.txt) from mmsegmentation's
+    converter, or without that folder benchmark_RELEASE, as released, in `root`, beside it or one above.
     """
     _one_of("voc2012", subset, ("train", "trainaug", "val"))
-    root, lists = Path(root), "ImageSets/Segmentation"
-    wanted = {"JPEGImages/": "the photographs", "SegmentationClass/": "the masks"}
-    masks, list_files = ["SegmentationClass"], [f"{lists}/{subset}.txt"]
-    if subset == "trainaug":
-        masks.append("SegmentationClassAug")
-        wanted["SegmentationClassAug/"] = "the SBD masks as index PNGs"
-        if not (root / list_files[0]).is_file() and (root / lists / "aug.txt").is_file():
-            list_files = [f"{lists}/train.txt", f"{lists}/aug.txt"]
-    names = _listed(root, wanted, list_files)
-    values = _without_background(20)
-    return ImageMaskFolder(
-        root, splits.voc2012(), images="JPEGImages", masks=masks, names=names, value_map=values, transform=transform
-    )
+    return ImageMaskFiles(layouts.voc2012(Path(root), subset), splits.voc2012(), transform)
 
 
-@_comes_from(f"*_labelTrainIds.png {_CONVERTER}coco_stuff164k.py data/coco_stuff164k")
-def coco_stuff(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFolder:
-    """COCO-Stuff 164k as mmsegmentation prepares it: images/train2017, annotations/train2017/*_labelTrainIds.png."""
+@_from("coco-stuff")
+def coco_stuff(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFiles:
+    """COCO-Stuff 164K; `root` holds images/train2017 and annotations/train2017.
+
+    The masks are *_labelTrainIds.png from mmsegmentation's converter, or without these stuffthingmaps_trainval2017 as
+    released, there or in a folder of that name.
+    """
     _one_of("coco_stuff", subset, ("train", "val"))
-    images, masks, suffix = f"images/{subset}2017", f"annotations/{subset}2017", "_labelTrainIds.png"
-    split = splits.coco_stuff()
-    return ImageMaskFolder(root, split, images=images, masks=masks, mask_suffix=suffix, transform=transform)
+    return ImageMaskFiles(layouts.coco_stuff(Path(root), subset), splits.coco_stuff(), transform)
 
 
-@_comes_from(
-    f"Masks and lists {_CONVERTER}pascal_context.py data/VOCdevkit data/VOCdevkit/VOC2010/trainval_merged.json"
-)
+@_from("context")
 def context(
     root: StrPath,
     subset: Literal["train", "val"],
     unseen: Literal["otseg", "cascade"] = "otseg",
     transform: Transform | None = None,
-) -> ImageMaskFolder:
-    """PASCAL Context, 59 classes, as mmsegmentation prepares it; `root` is .../VOCdevkit/VOC2010."""
+) -> ImageMaskFiles:
+    """PASCAL Context, 59 classes; `root` is .../VOCdevkit/VOC2010. All else is ignored.
+
+    The masks are SegmentationClassContext from mmsegmentation's converter, or without that folder trainval/*.mat and
+    labels.txt as released, in `root`, beside it or one above.
+    """
     _one_of("context", subset, ("train", "val"))
-    masks = "SegmentationClassContext"
-    wanted = {"JPEGImages/": "the photographs", f"{masks}/": "index masks from mmsegmentation's converter"}
-    names = _listed(Path(root), wanted, [f"ImageSets/SegmentationContext/{subset}.txt"])
-    split, values = splits.context(unseen), _without_background(59)
-    return ImageMaskFolder(
-        root, split, images="JPEGImages", masks=masks, names=names, value_map=values, transform=transform
-    )
+    split = splits.context(unseen)
+    return ImageMaskFiles(layouts.context(Path(root), subset, split.classes), split, transform)
 
 
-@_comes_from("Unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip: it holds all of them")
+@_from("ade20k")
 def ade20k(
     root: StrPath, subset: Literal["training", "validation"], transform: Transform | None = None
-) -> ImageMaskFolder:
+) -> ImageMaskFiles:
     """ADE20K's scene parsing benchmark; `root` is .../ADEChallengeData2016. "Other" (0) is ignored."""
     _one_of("ade20k", subset, ("training", "validation"))
-    images, masks, values = f"images/{subset}", f"annotations/{subset}", _without_background(150)
-    split = splits.ade20k()
-    return ImageMaskFolder(root, split, images=images, masks=masks, value_map=values, transform=transform)
+    return ImageMaskFiles(layouts.ade20k(Path(root), subset), splits.ade20k(), transform)
+
+
+@_from("cityscapes")
+def cityscapes(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFiles:
+    """Cityscapes, fine annotations; `root` holds leftImg8bit/ and gtFine/. All but the 19 classes is ignored."""
+    _one_of("cityscapes", subset, ("train", "val"))
+    return ImageMaskFiles(layouts.cityscapes(Path(root), subset), splits.cityscapes(), transform)
 
 
 def camvid(root: StrPath, transform: Transform | None = None) -> ImageMaskFolder:
     """CamVid in the SegNet tutorial's form; `root` holds images/ and masks/. Unlabelled (11) is ignored."""
     return ImageMaskFolder(root, splits.camvid(), value_map={11: IGNORE}, transform=transform)
-
-
-def _require(root: Path, parts: Mapping[str, str]) -> None:
-    """Refuses a root that lacks some of the files and folders (ending in /) named, saying which and why."""
-    missing = [
-        f"{part} ({meaning})"
-        for part, meaning in parts.items()
-        if not ((root / part).is_dir() if part.endswith("/") else (root / part).is_file())
-    ]
-    if missing:
-        got = "has no" if root.is_dir() else "does not exist; it lacks"
-        raise FileNotFoundError(
-            f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}: "
-            "check the path, or put the data there"
-        )
-
-
-def _refuse_missing(what: str, names: Sequence[str]) -> None:
-    if names:
-        more = ", ..." if len(names) > 5 else ""
-        raise FileNotFoundError(
-            f"missing {what}: {len(names)} ({', '.join(names[:5])}{more}); add them or take these names out"
-        )
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -287,29 +254,9 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             if path.stem in found:
                 raise ValueError(f"{found[path.stem]} and {path} have the same name but for the suffix; rename one")
             found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"no images from {folder}; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
-
-
-def _by_suffix(folder: Path, suffix: str) -> dict[str, Path]:
-    """The folder's files ending in `suffix`, by what comes before it."""
-    suffix = suffix.lower()
-    return {p.name[: -len(suffix)]: p for p in sorted(folder.iterdir()) if p.name.lower().endswith(suffix)}
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-
-
-def _listed(root: Path, folders: Mapping[str, str], lists: Sequence[str]) -> list[str]:
-    """Image names from list files below `root`, after checking that these and the folders are there."""
-    _require(root, {**folders, **dict.fromkeys(lists, "image names, one a line")})
-    # DeepLab's lists hold "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-    return [Path(line.split()[0]).stem for file in lists for line in _lines(root / file)]
-
-
-def _without_background(classes: int) -> dict[int, int]:
-    """Mask values 1..classes become labels 0..classes-1, 0 is ignored."""
-    return {0: IGNORE, **{value: value - 1 for value in range(1, classes + 1)}}
 
 
 def _label_table(value_map: Mapping[int, int], ignore: int = IGNORE) -> np.ndarray:

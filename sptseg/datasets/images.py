@@ -75,6 +75,29 @@ def _load(path: StrPath) -> Image.Image:
         raise Unreadable(f"{path} is damaged or cut off ({error}); wanted a whole image: copy it again") from error
 
 
+def _indices(path: Path) -> np.ndarray:
+    """int64 (H,W) of a grey or palette image."""
+    mask = _load(path)
+    if mask.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(
+            f"{path} is a mask of mode {mask.mode}; wanted one class index per pixel (8-bit grey or palette PNG): "
+            "save the indices instead of the colours"
+        )
+    return np.asarray(mask).astype(np.int64)
+
+
+def _matlab(path: Path) -> np.ndarray:
+    """int64 (H,W) of a MATLAB file: PASCAL Context's LabelMap, SBD's GTcls.Segmentation."""
+    from scipy.io import loadmat  # 0.1 s that few need
+
+    try:
+        content = loadmat(path, variable_names=("LabelMap", "GTcls"))
+        values = content["LabelMap"] if "LabelMap" in content else content["GTcls"]["Segmentation"][0, 0]
+        return values.astype(np.int64)
+    except Exception as error:  # scipy raises whatever its parser stumbles over
+        raise Unreadable(f"{path} is damaged, or no mask of Context or SBD ({error!r}); get it again") from error
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """A copy, turned as its EXIF orientation says; damaged EXIF data say nothing."""
     try:

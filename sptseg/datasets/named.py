@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,17 +12,20 @@ from typing import Literal
 from torch.utils.data import Dataset
 
 from sptseg.datasets import folders as datasets
-from sptseg.datasets.folders import Sample
+from sptseg.datasets.folders import ImageMaskFiles, Sample
 from sptseg.datasets.splits import Split, names
 
 Stream = Literal["evaluation", "training"]
-Layout = Literal["folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "camvid"]
+Layout = Literal[
+    "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "cityscapes", "camvid"
+]
 NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
     "voc2012": lambda root, subset: datasets.voc2012(root, subset),  # type: ignore[arg-type]
     "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset),  # type: ignore[arg-type]
     "context-otseg": lambda root, subset: datasets.context(root, subset, "otseg"),  # type: ignore[arg-type]
     "context-cascade": lambda root, subset: datasets.context(root, subset, "cascade"),  # type: ignore[arg-type]
     "ade20k": lambda root, subset: datasets.ade20k(root, subset),  # type: ignore[arg-type]
+    "cityscapes": lambda root, subset: datasets.cityscapes(root, subset),  # type: ignore[arg-type]
     "camvid": lambda root, subset: datasets.camvid(root),
 }
 SUBSETS = {  # for training, for evaluation
@@ -65,6 +70,9 @@ class Data:
             dataset = datasets.ImageMaskFolder(self.data)
         else:
             dataset = NamedLayouts[self.layout](Path(self.data), self.resolved(stream).subset)
+        if isinstance(dataset, ImageMaskFiles) and dataset.found and os.environ.get("RANK", "0") == "0":
+            masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
+            print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
         split: Split = dataset.split  # type: ignore[attr-defined]
         if self.unseen:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))

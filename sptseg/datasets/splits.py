@@ -260,6 +260,20 @@ def ade20k() -> Split:
     return Split.from_names("ade20k", classes, source="ADE20K scene parsing benchmark (ADEChallengeData2016)")
 
 
+def cityscapes() -> Split:
+    """Cityscapes: the 19 classes of its benchmark, none of them unseen (for cross-dataset use); in its colours."""
+    classes = _names(
+        "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person,"
+        "rider, car, truck, bus, train, motorcycle, bicycle"
+    )
+    palette: tuple[Colour, ...] = (
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+        (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
+        (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    )  # fmt: skip
+    return Split("cityscapes", classes, (), palette, "Cityscapes, labels.py of its scripts")
+
+
 def camvid() -> Split:
     """CamVid in the SegNet tutorial's form: 11 classes of street photographs, 3 unseen (our choice)."""
     classes = _names("sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist")
@@ -274,6 +288,7 @@ BY_NAME: dict[str, Callable[[], Split]] = {
     "context-otseg": context,
     "context-cascade": lambda: context("cascade"),
     "ade20k": ade20k,
+    "cityscapes": cityscapes,
     "camvid": camvid,
 }
 

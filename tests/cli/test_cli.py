@@ -228,6 +228,7 @@ def test_train_validates_on_other_pictures(clip: list[str], tmp_path: Path) -> N
         ("coco_stuff", "train", "val"),
         ("context", "train", "val"),
         ("ade20k", "training", "validation"),
+        ("cityscapes", "train", "val"),
     ],
 )
 def test_training_never_reads_the_validation_subset_by_default(
@@ -314,17 +315,6 @@ def test_bad_input_of_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 # data
-
-
-def test_missing_data_name_the_command_that_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for layout, made_by in {
-        "voc2012": "tools/dataset_converters/voc_aug.py",
-        "coco-stuff": "tools/dataset_converters/coco_stuff164k.py",
-        "context-cascade": "tools/dataset_converters/pascal_context.py",
-        "ade20k": "ADEChallengeData2016.zip",
-    }.items():
-        message = fails(capsys, "data", "check", tmp_path, "--layout", layout)
-        assert made_by in message and str(tmp_path) in message
 
 
 def test_data_check_and_show(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ CASCADE_UNSEEN = [0, 2, 3, 7, 9, 13, 17, 19, 31, 37]
         ("context-otseg", 59, 49),
         ("context-cascade", 59, 49),
         ("ade20k", 150, 150),
+        ("cityscapes", 19, 19),
         ("camvid", 11, 8),
     ],
 )
@@ -47,7 +48,7 @@ def test_every_split_has_its_counts(name: str, classes: int, seen: int) -> None:
 
 
 def test_no_split_is_left_out() -> None:
-    assert len(splits.BY_NAME) == 7
+    assert len(splits.BY_NAME) == 8
 
 
 @pytest.mark.parametrize(("split", "unseen"), [(splits.coco_stuff(), COCO_UNSEEN), (splits.voc2012(), VOC_UNSEEN)])

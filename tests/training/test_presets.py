@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from miniatures import MINIATURES, context, voc
 
 from sptseg.checkpoints.checkpoint import read_header
 from sptseg.cli.commands import main
@@ -80,70 +79,7 @@ def test_every_preset_has_a_name_for_the_command_line() -> None:
     assert VOC.with_method(SPT_RELEASED) == VOC
 
 
-# Miniature data sets
-
-
-def picture(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
-
-
-def mask(path: Path, values: list[int], palette: list[tuple[int, int, int]] | None = None) -> None:
-    """Four upright bands of mask values."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.repeat(np.array([values], np.uint8), 48, axis=0).repeat(16, axis=1))
-    if palette:
-        image.putpalette([channel for colour in palette for channel in colour])
-    image.save(path)
-
-
-def list_file(path: Path, names: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(names) + "\n")
-
-
-def voc(root: Path) -> set[str]:
-    """The devkit: palette PNGs with the background 0 and the border 255, SBD's masks beside them."""
-    palette = [(0, 0, 0), *splits.voc2012().palette]
-    for seed, (name, folder, values) in enumerate([
-        ("2007_000001", "SegmentationClass", [0, 255, 1, 16]), ("2008_000002", "SegmentationClassAug", [2, 255, 20, 3]),
-        ("2007_000003", "SegmentationClass", [0, 3, 255, 17]), ("2007_000004", "SegmentationClass", [1, 255, 0, 20]),
-    ]):  # fmt: skip
-        picture(root / f"JPEGImages/{name}.jpg", seed)
-        mask(root / f"{folder}/{name}.png", values, palette if folder == "SegmentationClass" else None)
-    for subset, names in (
-        ("train", ["2007_000001"]),
-        ("aug", ["2008_000002"]),
-        ("val", ["2007_000003", "2007_000004"]),
-    ):
-        list_file(root / f"ImageSets/Segmentation/{subset}.txt", names)
-    return {"bird", "sheep", "aeroplane", "tv monitor"}
-
-
-def coco_stuff(root: Path) -> set[str]:
-    """Label ids from 0 in *_labelTrainIds.png, the raw ids beside them."""
-    for subset, values in (("train", [[0, 19, 170, 255], [1, 94, 2, 255]]), ("val", [[0, 19, 255, 160]])):
-        for i, row in enumerate(values):
-            name = f"{i:012}"
-            picture(root / f"images/{subset}2017/{name}.jpg", i)
-            mask(root / f"annotations/{subset}2017/{name}_labelTrainIds.png", row)
-            mask(root / f"annotations/{subset}2017/{name}.png", [200, 201, 202, 203])
-    return {"person", "cow", "wall-concrete"}
-
-
-def context(root: Path) -> set[str]:
-    """Masks from 1, 0 for the rest."""
-    for seed, (name, values) in enumerate(
-        [("2008_1", [1, 2, 0, 20]), ("2008_2", [59, 3, 0, 7]), ("2008_3", [2, 1, 0, 59])]
-    ):
-        picture(root / f"JPEGImages/{name}.jpg", seed)
-        mask(root / f"SegmentationClassContext/{name}.png", values)
-    list_file(root / "ImageSets/SegmentationContext/train.txt", ["2008_1", "2008_2"])
-    list_file(root / "ImageSets/SegmentationContext/val.txt", ["2008_3"])
-    return {"bag", "aeroplane", "wood"}
-
-
-LAYOUTS: dict[str, Callable[[Path], set[str]]] = {"voc": voc, "coco-stuff": coco_stuff, "context": context}
+# Training and scores
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +111,7 @@ def test_from_training_to_the_table(
 ) -> None:
     """Stopped by SIGTERM after three of four iterations, resumed, evaluated; then on to transductive training."""
     data, run = tmp_path / "data", tmp_path / "run"
-    present = LAYOUTS[preset](data)
+    present = MINIATURES[PRESETS[preset].data.layout](tmp_path / "released", data)
     train = ["train", "--preset", preset, "--data", str(data), *clip, *SMALL, *STEPS]
     stopped_once(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
@@ -212,8 +148,8 @@ def test_from_training_to_the_table(
 
 def test_across_data_sets(clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained on VOC, told Context's names: seen classes are not favoured, and figures of shared names stand apart."""
-    voc(tmp_path / "voc")
-    context(tmp_path / "context")
+    voc(tmp_path / "released", tmp_path / "voc")
+    context(tmp_path / "released", tmp_path / "context")
     train = ["train", "--preset", "voc-zegclip", "--data", str(tmp_path / "voc"), *clip, *SMALL, *STEPS]
     main([*train, "--output", str(tmp_path / "run"), "--train.iterations", "1"])
     assert read_header(tmp_path / "run/model.safetensors")["config"]["decoder"] == "cross_attention"
@@ -239,7 +175,7 @@ def test_across_data_sets(clip: list[str], tmp_path: Path, capsys: pytest.Captur
 def test_transductive_training_from_random_weights_is_refused(
     clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    voc(tmp_path / "voc")
+    voc(tmp_path / "released", tmp_path / "voc")
     options = ["--data", str(tmp_path / "voc"), "--output", str(tmp_path / "run"), "--train.setting=transductive"]
     with pytest.raises(SystemExit):
         main(["train", "--preset", "voc", *options, *clip, *SMALL, *STEPS])

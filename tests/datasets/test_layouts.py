@@ -1,0 +1,182 @@
+"""Data sets as released: read like their prepared forms, tables that meet the published lists, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from miniatures import CONTEXT_IDS, LABELS_TXT, MINIATURES, context, listing, mask, voc
+from scipy.io import savemat
+
+from sptseg import datasets
+from sptseg.cli.commands import main
+from sptseg.datasets import layouts, splits
+from sptseg.datasets.named import Data
+from sptseg.datasets.splits import IGNORE
+from sptseg.model.clip import new_tiny_clip, save_tiny_clip
+
+
+@pytest.fixture
+def roots(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Path]:
+    """A layout and its two roots."""
+    released, prepared = tmp_path / "raw/data", tmp_path / "converted/data"
+    MINIATURES[request.param](released, prepared)
+    return request.param, released, prepared
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a tiny CLIP with random weights that knows the words of all four data sets."""
+    words = {word for layout in MINIATURES for name in splits.BY_NAME[layout]().classes for word in name.split()}
+    file = tmp_path_factory.mktemp("clip") / "tiny.safetensors"
+    torch.manual_seed(0)
+    save_tiny_clip(new_tiny_clip(sorted(words)), file)
+    return ["--clip", "tiny", "--clip-weights", str(file)]
+
+
+@pytest.mark.parametrize("roots", MINIATURES, indirect=True)
+def test_released_and_prepared_give_the_same(
+    roots: tuple[str, Path, Path], clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Label by label, in `data check` and in the scores of a model trained on the released files."""
+    layout, *folders = roots
+    other = "folder" if layout == "cityscapes" else layout
+    small = "--image-size 64 64 --prompt-tokens 2 --decoder-layers 1 --templates {} --train.precision no".split()
+    steps = "--train.iterations 1 --train.batch-size 2 --train.workers 0 --train.setting supervised".split()
+    data = ["--data", str(folders[0]), "--layout", layout]
+    main(["train", "--preset", "voc", "--output", str(tmp_path / "run"), *data, *clip, *small, *steps])
+    reports, said = [], []
+    for folder, name in zip(folders, (layout, other), strict=True):
+        check, scores = tmp_path / "check.json", tmp_path / "scores.json"
+        data = ["--layout", name, *(["--subset", "trainaug"] if layout == "voc2012" else [])]
+        capsys.readouterr()
+        main(["data", "check", str(folder), *data, "--json", str(check)])
+        main(["evaluate", "--model", str(tmp_path / "run"), "--data", str(folder), *data, *clip, "--json", str(scores)])
+        reports.append([json.loads(file.read_text()) for file in (check, scores)])
+        said.append(capsys.readouterr().err)
+    assert reports[0] == reports[1] and reports[0][0]["faults"] == []
+    assert "images, masks as released, such as" in said[0]
+    assert ("images, masks from mmsegmentation's converter, such as" in said[1]) == (other == layout)
+
+    for stream in ("evaluation",) if other == "folder" else ("evaluation", "training"):
+        ours, theirs = (Data(str(f), name).load(stream)[0] for f, name in zip(folders, (layout, other), strict=True))  # pyright: ignore
+        assert len(ours) == len(theirs) > 0
+        for mine, yours in zip(ours, theirs, strict=True):
+            assert mine["name"] == yours["name"] and torch.equal(mine["image"], yours["image"])
+            assert torch.equal(mine["label"], yours["label"]) and mine["label"].min() < IGNORE
+
+
+def test_sbd_adds_what_voc_neither_trains_nor_validates_on(tmp_path: Path) -> None:
+    voc(tmp_path / "a/VOC2012", tmp_path / "b")
+    dataset = datasets.voc2012(tmp_path / "a/VOC2012", "trainaug")
+    assert dataset.names == ("2007_1", "2008_2", "2008_5")
+    assert [dataset[i]["label"][0, ::16].tolist() for i in range(2)] == [[255, 255, 0, 15], [1, 255, 19, 2]]
+
+
+# Tables
+
+
+def test_tables_meet_the_published_lists() -> None:
+    """Ids in COCO-Stuff's labels.txt, at either side of each gap, and in Cityscapes' labels.py."""
+    coco = {
+        1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack", 28: "umbrella", 31: "handbag",
+        44: "bottle", 46: "wine glass", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv", 82: "refrigerator",
+        84: "book", 90: "toothbrush", 92: "banner", 110: "desk-stuff", 182: "wood",
+    }  # fmt: skip
+    city = {
+        7: "road", 8: "sidewalk", 11: "building", 13: "fence", 17: "pole", 19: "traffic light", 23: "sky", 24: "person",
+        28: "bus", 31: "train", 33: "bicycle",
+    }  # fmt: skip
+    for values, split, published in (
+        (layouts.COCO_STUFF_VALUES, splits.coco_stuff(), {i - 1: name for i, name in coco.items()}),
+        (layouts.CITYSCAPES_VALUES, splits.cityscapes(), city),
+    ):
+        assert dict(zip(values, split.classes, strict=True)).items() >= published.items()
+    assert layouts.labels_of([4, 2], (0, 300)).tolist() == [IGNORE, 2, 1, 2, 0, *[2] * 295, IGNORE]
+
+
+def test_context_is_mapped_by_name(tmp_path: Path) -> None:
+    context(tmp_path, tmp_path / "prepared")
+    labels = layouts.context(tmp_path, "val", splits.context().classes).labels.tolist()
+    assert [labels[i] for i in CONTEXT_IDS] == list(range(59))
+    assert len(labels) == 460 and labels.count(IGNORE) == 460 - 59
+    listing(tmp_path / "labels.txt", *(line.replace(": table", ": diningtable") for line in LABELS_TXT))
+    with pytest.raises(ValueError, match=r"labels.txt lacks table; wanted the 459 names in trainval.tar.gz"):
+        datasets.context(tmp_path, "val")
+
+
+# What is refused
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def check_of(layout: str, root: Path) -> list[object]:
+    return ["data", "check", root, "--layout", layout, "--subset", "trainaug" if layout == "voc2012" else "train"]
+
+
+@pytest.mark.parametrize(
+    ("roots", "file", "value"),
+    [
+        ("voc2012", "../benchmark_RELEASE/dataset/cls/2008_2.mat", 21),
+        ("coco-stuff", "stuffthingmaps_trainval2017/train2017/000000000009.png", 11),
+        ("context-otseg", "trainval/2008_2.mat", 460),
+        ("cityscapes", "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", 34),
+    ],
+    indirect=["roots"],
+)
+def test_unknown_values_and_damaged_masks_are_named(
+    roots: tuple[str, Path, Path], file: str, value: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout, root, _ = roots
+    path = root / file
+    mask(path, 0, value, 0, 0)
+    message = fails(capsys, *check_of(layout, root))
+    assert f"{path} has mask value {value}, which {layout}'s masks as released never have: get the" in message
+    path.write_bytes(b"junk" * 64)
+    message = fails(capsys, *check_of(layout, root))
+    assert f"{path} is damaged, or no mask of" in message or f"{path} is not an image" in message
+    if path.suffix == ".mat":
+        savemat(path, {"other": 1})
+        assert "no mask of Context or SBD (KeyError('GTcls'))" in fails(capsys, *check_of(layout, root))
+
+
+@pytest.mark.parametrize(
+    ("roots", "moved", "wanted"),
+    [
+        ("voc2012", "../benchmark_RELEASE", "../../VOCaug/dataset/ (SBD's masks; or SegmentationClassAug/ from mmseg"),
+        ("coco-stuff", "images", "images/train2017/ or train2017/ (the photographs)"),
+        ("context-otseg", "trainval", "(Context's masks; or SegmentationClassContext/ from mmseg"),
+        ("cityscapes", "gtFine", "gtFine/train/ (the masks)"),
+    ],
+    indirect=["roots"],
+)
+def test_missing_parts_are_named(
+    roots: tuple[str, Path, Path], moved: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout, root, _ = roots
+    (root / moved).rename(root.parent / "elsewhere")
+    message = fails(capsys, *check_of(layout, root))
+    assert f"{root} has no " in message and wanted in message
+    assert f", found {', '.join(sorted(x.name for x in root.iterdir()))}: check the path" in message
+    assert message.endswith(f"sptseg data where {layout.removesuffix('-otseg')}")
+
+
+@pytest.mark.parametrize("name", layouts.WHERE)
+def test_where_ends_with_the_command_that_checks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["data", "where", name])
+    printed = capsys.readouterr().out
+    program, *command = shlex.split(printed.splitlines()[-1])
+    assert program == "sptseg" and "unpacked in data/" in printed and "B  " in printed
+    message = fails(capsys, *command)
+    assert f"{command[2]} does not exist" in message and message.endswith(f"sptseg data where {name}")

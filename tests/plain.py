@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from sptseg.model.decoder import CrossAttentionLayer, Decoder, HighLowAttention, QueryUpdate
-from sptseg.model.encoder import PromptedEncoder
-from sptseg.model.ops import resize_positions
+from sptseg.model.encoder import PromptedEncoder, SpectralPrompt
+from sptseg.model.ops import resample_filter, resize_positions
 from sptseg.model.spt_seg import SptSeg
 
 
@@ -33,7 +33,7 @@ def encode(encoder: PromptedEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
     token, patches = x[:, :1], x[:, 1:]
     for i, block in enumerate(clip.transformer.resblocks):
         if i in encoder.spectral_layers:
-            patches = patches + filtered(patches * token, encoder.spectral_prompt.filter(grid), grid)
+            patches = patches + filtered(patches * token, encoder.spectral_prompt, grid)
         prompts = patches[:, :0]
         if encoder.prompts is not None and i <= encoder.prompt_depth:
             prompts = linear(encoder.prompt_projection, encoder.prompts[i]).expand(len(images), -1, -1)
@@ -43,8 +43,11 @@ def encode(encoder: PromptedEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
     return patches.transpose(1, 2).unflatten(2, grid), token[:, 0]
 
 
-def filtered(tokens: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
-    """irfft2(rfft2(X) * F) of tokens (B, N, D)."""
+def filtered(tokens: Tensor, prompt: SpectralPrompt, grid: tuple[int, int]) -> Tensor:
+    """irfft2(rfft2(X) * F) of tokens (B, N, D), F being 0 outside the band."""
+    weight, (low, high) = resample_filter(torch.view_as_complex(prompt.weight), prompt.grid, grid), prompt.band
+    radius = torch.fft.fftfreq(grid[0])[:, None].square().add(torch.fft.rfftfreq(grid[1]).square()).sqrt()
+    weight = torch.where(((low <= radius) & (radius < high))[..., None], weight, 0)
     spectrum = torch.fft.rfft2(tokens.unflatten(1, grid), dim=(1, 2), norm="ortho")
     return torch.fft.irfft2(spectrum * weight, s=grid, dim=(1, 2), norm="ortho").flatten(1, 2)
 
@@ -56,16 +59,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, head_width: int) -> Ten
 
 
 def high_low(module: HighLowAttention, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Y (B, N, E): attention inside windows, and from every token to the pooled grid."""
+    """Y (B, N, E): attention inside windows, and from every token to the pooled grid; or of all tokens to all."""
+    if module.full:
+        query, key, value = linear(module.high_qkv, tokens).chunk(3, dim=-1)
+        return attention(query, key, value, module.head_width)
     (height, width), s = grid, module.window
     x = F.pad(tokens.unflatten(1, grid), (0, 0, 0, -width % s, 0, -height % s))
     windows = x.unfold(1, s, s).unfold(2, s, s).flatten(4).mT  # (B, H/s, W/s, s², E)
-    query, key, value = linear(module.high_qkv, windows).chunk(3, dim=-1)
-    high = attention(query, key, value, module.head_width).unflatten(3, (s, s))
-    high = high.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
-    key, value = linear(module.low_key_value, windows.mean(dim=3).flatten(1, 2)).chunk(2, dim=-1)
-    low = attention(linear(module.low_query, tokens), key, value, module.head_width)
-    return torch.cat([high.flatten(1, 2), linear(module.low_projection, low)], dim=-1)
+    parts = []
+    if module.high_width:
+        query, key, value = linear(module.high_qkv, windows).chunk(3, dim=-1)
+        high = attention(query, key, value, module.head_width).unflatten(3, (s, s))
+        parts += [high.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].flatten(1, 2)]
+    if module.low_width:
+        key, value = linear(module.low_key_value, windows.mean(dim=3).flatten(1, 2)).chunk(2, dim=-1)
+        low = attention(linear(module.low_query, tokens), key, value, module.head_width)
+        parts += [linear(module.low_projection, low)]
+    return torch.cat(parts, dim=-1)
 
 
 def updated(module: QueryUpdate, queries: Tensor, update: Tensor) -> Tensor:

@@ -43,12 +43,22 @@ __all__ = ["IMPORTED", "import_research_checkpoint", "load_model", "save_model"]
 FORMAT = "sptseg-1"
 EMBEDDED = {"embedded": "spt_seg.safetensors", "embedded-zegclip": "zegclip.safetensors"}
 WEIGHTS_FILE = "model.safetensors"
+LATER_FIELDS = {
+    "spectral_band",
+    "spectral_trained",
+    "branches",
+    "residual",
+    "norms",
+    "logit_scale",
+}  # none in old files
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """A validated `ModelConfig` from JSON values; unknown or missing fields are refused by name."""
+    """A validated `ModelConfig` from JSON values; unknown or missing fields are refused by name.
+
+    Fields that came later than the file have the defaults, which do what the file's version did."""
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+    unknown, missing = sorted(set(values) - known), sorted(known - set(values) - LATER_FIELDS)
     if unknown:
         raise ValueError(f"unknown ModelConfig fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     if missing:

@@ -6,12 +6,12 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sptseg.model.clip import TEMPLATES, TINY
-from sptseg.model.decoder import DecoderKind, DecoderStart
+from sptseg.model.decoder import Branches, DecoderKind, DecoderStart, Norms
 
 LossKind = Literal["spt", "zegclip"]
 
@@ -34,6 +34,7 @@ def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> N
 # Far beyond use, and far below what no memory holds: configurations also come from strangers' files.
 RANGES = {
     "image_size": (1, 8192), "prompt_tokens": (0, 10_000), "prompt_depth": (0, 1000), "spectral_layers": (0, 1000),
+    "spectral_band": (0, 1),
     "decoder_layers": (1, 100), "decoder_heads": (1, 1024), "decoder_window": (1, 8192), "seen_offset": (-1, 1),
 }  # fmt: skip
 
@@ -48,10 +49,15 @@ class ModelConfig:
         prompt_tokens: K deep prompts a block (paper: 10 for VOC, 100 for COCO-Stuff); 0 for none.
         prompt_depth: blocks after the first that get prompts of their own; None for all.
         spectral_layers: blocks before which the spectral prompt is added; () for none.
+        spectral_band: the frequencies low <= r < high, in cycles per token, of which F passes anything; all by default.
+        spectral_trained: whether F is learned; else it keeps its random start (to see what learning it is worth).
         class_embedding_twice: the released code's class token (see `PromptedEncoder`).
         decoder: "spectral" (SPT-SEG), "cross_attention" (ZegCLIP) or "none" (dense CLIP: cosine of patch and text).
         selection: the spectral decoder's top-down selection.
-        start: the decoder's first weights, see `Decoder`.
+        branches: which of its branches there are: "high_low" (paper), "high", "low", or "full" attention instead.
+        start, residual, norms, logit_scale: the decoder's first weights, whether its layers add to the patches, its
+            norms, and whether it learns a scale and threshold of its logits; see `Decoder`. None: as belongs to
+            `start`: with "dense_clip" a residual, RMS norms and a scale, so that the first logits are dense CLIP's.
         loss: "spt" (focal + SSIM) or "zegclip" (focal + dice).
         templates: prompt templates of the class names.
         normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip".
@@ -64,13 +70,19 @@ class ModelConfig:
     prompt_tokens: int = 10
     prompt_depth: int | None = None
     spectral_layers: tuple[int, ...] = (0, 1)
+    spectral_band: tuple[float, float] = (0.0, 1.0)
+    spectral_trained: bool = True
     class_embedding_twice: bool = True
     decoder: DecoderKind | Literal["none"] = "spectral"
     decoder_layers: int = 3
     decoder_heads: int = 8
     decoder_window: int = 3
     selection: bool = True
+    branches: Branches = "high_low"
     start: DecoderStart = "random"
+    residual: bool | None = None
+    norms: Norms | None = None
+    logit_scale: bool | None = None
     dropout: float = 0.1
     loss: LossKind = "spt"
     templates: tuple[str, ...] = TEMPLATES
@@ -80,7 +92,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         choices = {
             "decoder": ("spectral", "cross_attention", "none"),
+            "branches": ("high_low", "high", "low", "full"),
             "start": ("random", "dense_clip"),
+            "norms": ("layer", "rms", None),
             "loss": ("spt", "zegclip"),
             "normalization": ("imagenet", "clip"),
         }
@@ -90,10 +104,21 @@ class ModelConfig:
         check_values(self, RANGES)
         if len(set(self.spectral_layers)) < len(self.spectral_layers):
             raise ValueError(f"spectral_layers is {self.spectral_layers}; wanted each block once")
+        if self.spectral_band[0] >= self.spectral_band[1]:
+            raise ValueError(f"spectral_band is {self.spectral_band}; wanted the lower frequency first")
+        if self.decoder == "cross_attention" and (self.residual is not None or self.branches != "high_low"):
+            raise ValueError("residual and branches are of the spectral decoder; leave them out with cross_attention")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; wanted 0 <= dropout < 1")
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
             raise ValueError(f"templates is {self.templates!r}; wanted one or more texts with one {{}} each")
+
+    def of_decoder(self) -> dict[str, Any]:
+        """The decoder's switches, none of them None."""
+        dense = self.start == "dense_clip"
+        defaults = {"residual": dense, "norms": "rms" if dense else "layer", "logit_scale": dense}
+        chosen = {name: getattr(self, name) for name in defaults}
+        return {"start": self.start} | {n: defaults[n] if value is None else value for n, value in chosen.items()}
 
     @property
     def trains(self) -> bool:

@@ -27,6 +27,8 @@ from sptseg.model.ops import (
 
 DecoderKind = Literal["spectral", "cross_attention"]
 DecoderStart = Literal["random", "dense_clip"]
+Norms = Literal["layer", "rms"]
+Branches = Literal["high_low", "high", "low", "full"]
 LOW_FREQUENCY_SHARE = 0.9
 START_THRESHOLD = 0.3  # cosine of patch and text at which a dense start says "maybe"; learned from there
 
@@ -60,19 +62,25 @@ class HighLowAttention(nn.Module):
     High: h_hi heads attend inside s x s windows, where neighbours differ in fine detail. Low: h_lo heads attend from
     every token to the average-pooled grid, where only slow changes are left. Source: paper, "Spectral Guided Decode
     Layer", after LITv2's HiLo attention; released code: h_lo = floor(0.9 h), s = 3, zero padding is pooled as well.
+
+    Ours, to take the branches apart: `branches` "high" or "low" gives one of them all heads; "full" is ordinary
+    attention of all heads from every token to every token, in place of both.
     """
 
-    def __init__(self, width: int, heads: int, window: int) -> None:
+    def __init__(self, width: int, heads: int, window: int, branches: Branches = "high_low") -> None:
         super().__init__()
-        low_heads = math.floor(LOW_FREQUENCY_SHARE * heads)
+        low_heads = {"high_low": math.floor(LOW_FREQUENCY_SHARE * heads), "low": heads}.get(branches, 0)
+        self.full = branches == "full"
         self.head_width = width // heads
         self.window = window
         self.low_width = low_heads * self.head_width
-        high_width = width - self.low_width
-        self.high_qkv = Linear(width, 3 * high_width, bias=False)
-        self.low_query = Linear(width, self.low_width, bias=False)
-        self.low_key_value = Linear(width, 2 * self.low_width, bias=False)
-        self.low_projection = Linear(self.low_width, self.low_width)
+        self.high_width = width - self.low_width
+        if self.high_width:
+            self.high_qkv = Linear(width, 3 * self.high_width, bias=False)
+        if self.low_width:
+            self.low_query = Linear(width, self.low_width, bias=False)
+            self.low_key_value = Linear(width, 2 * self.low_width, bias=False)
+            self.low_projection = Linear(self.low_width, self.low_width)
 
     def high(self, x: Tensor) -> Tensor:
         """Padded grid (B, H, W, E) -> (B, H, W, h_hi * d)."""
@@ -91,21 +99,24 @@ class HighLowAttention(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, N, E) -> (B, N, E): high-frequency channels first, then low-frequency ones."""
+        if self.full:
+            return join_heads(attend(*split_heads(self.high_qkv(tokens), 3, self.head_width)))
         height, width = grid
         padded = pad_to_multiple(tokens.unflatten(1, grid), self.window)
-        both = torch.cat([self.high(padded), self.low(padded)], dim=-1)
+        widths = {self.high: self.high_width, self.low: self.low_width}
+        both = torch.cat([branch(padded) for branch, wide in widths.items() if wide], dim=-1)
         return both[:, :height, :width].flatten(1, 2)
 
 
 class QueryUpdate(nn.Module):
     """q <- LN(q + dropout(U)); q <- LN(q + dropout(FFN(q))), the FFN E -> 4E -> E with ReLU.
 
-    With `keep_direction` (ours), RMS norms stand for the layer norms: these would take the mean out of a query.
+    With `norms` "rms" (ours), RMS norms stand for the layer norms: these would take the mean out of a query.
     """
 
-    def __init__(self, width: int, dropout: float, keep_direction: bool) -> None:
+    def __init__(self, width: int, dropout: float, norms: Norms) -> None:
         super().__init__()
-        norm = nn.RMSNorm if keep_direction else nn.LayerNorm
+        norm = nn.RMSNorm if norms == "rms" else nn.LayerNorm
         self.feedforward = nn.Sequential(
             Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), Linear(4 * width, width)
         )
@@ -128,16 +139,26 @@ class SpectralGuidedLayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, *, window: int, dropout: float, last: bool, selection: bool, residual: bool
+        self,
+        width: int,
+        heads: int,
+        *,
+        window: int,
+        dropout: float,
+        last: bool,
+        selection: bool,
+        residual: bool,
+        norms: Norms,
+        branches: Branches,
     ) -> None:
         super().__init__()
-        self.attention = HighLowAttention(width, heads, window)
+        self.attention = HighLowAttention(width, heads, window, branches)
         self.selection_vector = nn.Parameter(torch.randn(width)) if selection else None
         self.top_down = nn.Parameter(torch.zeros(width, width) if residual else torch.eye(width))
         self.residual = residual
         self.attention_dropout = nn.Dropout(dropout)
         self.update_projection = None if last else Linear(width, width)
-        self.update = None if last else QueryUpdate(width, dropout, keep_direction=residual)
+        self.update = None if last else QueryUpdate(width, dropout, norms)
 
     def selected(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Y after the selection, before T: (B, N, E)."""
@@ -166,14 +187,14 @@ class CrossAttentionLayer(nn.Module):
     """One layer of ZegCLIP's decoder: cross-attention from queries to patches; mask logits are its scaled dot products,
     averaged over the heads. The last layer gives logits only."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float, last: bool, keep_direction: bool) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float, last: bool, norms: Norms) -> None:
         super().__init__()
         self.head_width = width // heads
         self.query = Linear(width, width)
         self.key = Linear(width, width)
         self.value = None if last else Linear(width, width)
         self.update_projection = None if last else Linear(width, width)
-        self.update = None if last else QueryUpdate(width, dropout, keep_direction)
+        self.update = None if last else QueryUpdate(width, dropout, norms)
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Queries (B, C, E), tokens (B, N, E) -> queries for the next layer (B, C, E), mask logits (B, C, N)."""
@@ -196,14 +217,18 @@ class Decoder(nn.Module):
     Args:
         kind: "spectral" (SPT-SEG) or "cross_attention" (ZegCLIP).
         selection: the spectral decoder's top-down selection (paper: on).
-        start: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours): at the first step the
-            decoder gives dense CLIP's logits, the cosine of patch and text times `clip_scale`: queries start as T_c,
-            residual branches at zero, and a learned scale and threshold turn logits A into
-            scale * (A * unit - threshold), A * unit being a cosine.
+        branches: which of the spectral decoder's branches there are, see `HighLowAttention`.
+        start: the first weights: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours):
+            queries start as T_c, query updates at zero, ZegCLIP's projections as the identity.
+        residual: a spectral layer's output is X + Y T, T starting at zero, instead of Y T (ours).
+        norms: of the query updates, "layer" (paper) or "rms" (ours), which leave a query its direction.
+        logit_scale: a learned scale and threshold turn logits A into scale * (A * unit - threshold), A * unit being a
+            cosine and the scale starting as `clip_scale` (ours). With all four, the decoder's first logits are dense
+            CLIP's: the cosine of patch and text times CLIP's scale.
     """
 
     log_scale: nn.Parameter | None
-    threshold: nn.Parameter  # this and `unit` only with a dense start
+    threshold: nn.Parameter  # this and `unit` only with `logit_scale`
     unit: float
 
     def __init__(
@@ -216,7 +241,11 @@ class Decoder(nn.Module):
         window: int,
         selection: bool,
         start: DecoderStart,
+        residual: bool,
+        norms: Norms,
+        logit_scale: bool,
         clip_scale: float,
+        branches: Branches = "high_low",
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -226,16 +255,12 @@ class Decoder(nn.Module):
             raise ValueError(f"the spectral decoder needs at least 2 heads, one for each branch, got {heads}")
         self.query_map = Linear(2 * width, width)
         last = [i == layers - 1 for i in range(layers)]
-        dense = start == "dense_clip"
+        common: dict[str, Any] = {"dropout": dropout, "norms": norms}
+        own: dict[str, Any] = {"window": window, "selection": selection, "residual": residual, "branches": branches}
         if kind == "spectral":
-            made = [
-                SpectralGuidedLayer(
-                    width, heads, window=window, dropout=dropout, last=end, selection=selection, residual=dense
-                )
-                for end in last
-            ]
+            made = [SpectralGuidedLayer(width, heads, last=end, **own, **common) for end in last]
         else:
-            made = [CrossAttentionLayer(width, heads, dropout=dropout, last=end, keep_direction=dense) for end in last]
+            made = [CrossAttentionLayer(width, heads, last=end, **common) for end in last]
         self.layers = nn.ModuleList(made)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -243,13 +268,18 @@ class Decoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.log_scale = None
-        if dense:
-            self.start_as_dense_clip(width, heads, clip_scale)
+        if start == "dense_clip":
+            self.start_as_dense_clip(width)
+        if logit_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(clip_scale)))
+            self.threshold = nn.Parameter(torch.tensor(START_THRESHOLD))
+            self.unit = 1 / math.sqrt(width) if layers > 1 else 1.0  # the norms give queries the length sqrt(E)
+            if kind == "cross_attention":
+                self.unit *= heads * math.sqrt(width / heads)  # its logits are mean dot products over heads, scaled
 
     @torch.no_grad()
-    def start_as_dense_clip(self, width: int, heads: int, clip_scale: float) -> None:
+    def start_as_dense_clip(self, width: int) -> None:
         self.query_map.weight.copy_(torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1))
-        self.unit = 1 / math.sqrt(width) if len(self.layers) > 1 else 1.0  # the norms give queries the length sqrt(E)
         layer: Any
         for layer in self.layers[:-1]:  # the last has no query update
             nn.init.zeros_(layer.update_projection.weight)
@@ -258,10 +288,6 @@ class Decoder(nn.Module):
             if isinstance(layer, CrossAttentionLayer):
                 layer.query.weight.copy_(torch.eye(width))
                 layer.key.weight.copy_(torch.eye(width))
-        if isinstance(self.layers[-1], CrossAttentionLayer):
-            self.unit *= heads * math.sqrt(width / heads)  # its logits are mean dot products over heads, scaled
-        self.log_scale = nn.Parameter(torch.tensor(math.log(clip_scale)))
-        self.threshold = nn.Parameter(torch.tensor(START_THRESHOLD))
 
     def queries(self, image: Tensor, text: Tensor) -> Tensor:
         """Image embeddings (B, E), text (C, E) -> class queries (B, C, E)."""

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sptseg.model.clip import run_block
-from sptseg.model.ops import Grid, fourier_filter, linear, resample_filter, resize_positions, tokens_to_grid
+from sptseg.model.ops import (
+    Grid,
+    fourier_filter,
+    linear,
+    radial_frequency,
+    resample_filter,
+    resize_positions,
+    tokens_to_grid,
+)
 
 
 class SpectralPrompt(nn.Module):
@@ -26,17 +34,21 @@ class SpectralPrompt(nn.Module):
     Tuning" (the gate by the class token is in the released code).
 
     `weight` holds F as real numbers (H, W//2+1, D, 2), for the grid it was made for; on other grids F is resampled over
-    normalised frequency (ours; the released code works on its own grid only).
+    normalised frequency (ours; the released code works on its own grid only). Outside `band`, low <= r < high in cycles
+    per token, F is 0.
     """
 
-    def __init__(self, grid: Grid, width: int) -> None:
+    def __init__(self, grid: Grid, width: int, band: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__()
         self.grid = grid
+        self.band = band
         self.weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, width, 2))
 
     def filter(self, grid: Grid) -> Tensor:
         """F for a grid: (H, W//2+1, D) complex64."""
-        return resample_filter(torch.view_as_complex(self.weight.float()), self.grid, grid)
+        weight = resample_filter(torch.view_as_complex(self.weight.float()), self.grid, grid)
+        radius = radial_frequency(grid, weight.device)
+        return weight * ((radius >= self.band[0]) & (radius < self.band[1]))[..., None]
 
     def forward(self, patches: Tensor, class_token: Tensor, weight: Tensor) -> Tensor:
         return patches + fourier_filter(patches * class_token[:, None, None], weight)
@@ -54,6 +66,7 @@ class PromptedEncoder(nn.Module):
         prompt_tokens: K; 0 for none.
         prompt_depth: how many blocks after the first get prompts of their own (paper: L - 1, all of them).
         spectral_layers: blocks before which the spectral prompt is added (paper: the first two).
+        spectral_band, spectral_trained: see `SpectralPrompt`, and whether F is learned (paper: all of it is).
         class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
             otherwise CLIP's own class token.
     """
@@ -69,6 +82,8 @@ class PromptedEncoder(nn.Module):
         prompt_tokens: int,
         prompt_depth: int,
         spectral_layers: Sequence[int],
+        spectral_band: tuple[float, float] = (0.0, 1.0),
+        spectral_trained: bool = True,
         class_embedding_twice: bool = True,
         dropout: float = 0.1,
     ) -> None:
@@ -93,7 +108,7 @@ class PromptedEncoder(nn.Module):
             nn.init.kaiming_normal_(self.prompt_projection.weight, mode="fan_out")
             self.prompt_dropout = nn.Dropout(dropout)
         if self.spectral_layers:
-            self.spectral_prompt = SpectralPrompt(grid, width)
+            self.spectral_prompt = SpectralPrompt(grid, width, spectral_band).requires_grad_(spectral_trained)
         self.prompt_norm = nn.LayerNorm(width, eps=1e-6)
 
     def train(self, mode: bool = True) -> PromptedEncoder:

@@ -72,6 +72,8 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
         prompt_tokens=config.prompt_tokens,
         prompt_depth=layers - 1 if config.prompt_depth is None else config.prompt_depth,
         spectral_layers=config.spectral_layers,
+        spectral_band=config.spectral_band,
+        spectral_trained=config.spectral_trained,
         class_embedding_twice=config.class_embedding_twice,
         dropout=config.dropout,
     )
@@ -84,7 +86,8 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
             heads=config.decoder_heads,
             window=config.decoder_window,
             selection=config.selection,
-            start=config.start,
+            branches=config.branches,
+            **config.of_decoder(),
             clip_scale=float(clip.model.logit_scale.exp()),
             dropout=config.dropout,
         )

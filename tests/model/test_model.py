@@ -270,6 +270,26 @@ def test_a_dense_start_is_dense_clip(decoder: str, selection: bool, layers: int)
     assert torch.equal(logits.argmax(1), dense.argmax(1))
 
 
+def test_each_switch_of_a_dense_start_stands_alone() -> None:
+    """Taken one by one they leave the other weights as released; together they are `start="dense_clip"` to the bit."""
+
+    def seeded(**switches: object) -> Any:
+        torch.manual_seed(0)
+        return new_model(**switches).decoder.eval()
+
+    released, text, image = seeded(), text_of(4), torch.randn(2, 32)
+    first_weights = seeded(start="dense_clip", residual=False, norms="layer", logit_scale=False)
+    assert_close(first_weights.queries(image, text), text.expand(2, -1, -1))
+    assert first_weights.log_scale is None and torch.equal(first_weights.layers[0].top_down, torch.eye(32))
+    for switch, part in (({"residual": True}, "top_down"), ({"norms": "rms"}, "norm"), ({"logit_scale": True}, "")):
+        own = seeded(**switch).state_dict()
+        other = {n for n, v in released.state_dict().items() if n not in own or not torch.equal(own[n], v)}
+        assert bool(other) == bool(part) and all(part in name for name in other), (switch, other)
+    patches = torch.randn(2, 32, 5, 6)
+    explicit = seeded(start="dense_clip", residual=True, norms="rms", logit_scale=True)
+    assert torch.equal(explicit(patches, image, text), seeded(start="dense_clip")(patches, image, text))
+
+
 def test_token_zero_twice_as_in_the_released_code() -> None:
     images = torch.randn(1, 3, 32, 32)
     visual = PLAIN_CLIP.visual
@@ -289,6 +309,9 @@ def test_token_zero_twice_as_in_the_released_code() -> None:
         ({"decoder": "unet"}, "decoder is 'unet'; choose one of spectral, cross_attention, none"),
         ({"start": "warm"}, "start is 'warm'; choose one of random, dense_clip"),
         ({"loss": "dice"}, "loss is 'dice'; choose one of spt, zegclip"),
+        ({"branches": "both"}, "branches is 'both'; choose one of high_low, high, low, full"),
+        ({"spectral_band": (0.3, 0.3)}, r"spectral_band is \(0.3, 0.3\); wanted the lower frequency first"),
+        ({"decoder": "cross_attention", "residual": True}, "residual and branches are of the spectral decoder"),
         ({"normalization": "none"}, "normalization is 'none'; choose one of imagenet, clip"),
         ({"decoder_layers": 0}, "decoder_layers is 0; wanted 1 to 100"),
         ({"decoder_heads": 0}, "decoder_heads is 0; wanted 1 to 1024"),
@@ -445,6 +468,11 @@ def test_torch_compile_gets_one_graph_for_any_batch_and_number_of_classes() -> N
         {"prompt_tokens": 0, "class_embedding_twice": False},
         {"start": "dense_clip", "selection": False},
         {"start": "dense_clip"},
+        {"residual": True, "branches": "high", "spectral_band": (0.1, 0.3)},
+        {"norms": "rms", "branches": "low", "spectral_band": (0.0, 0.25)},
+        {"logit_scale": True, "branches": "full", "spectral_band": (0.25, 1.0), "spectral_trained": False},
+        {"start": "dense_clip", "residual": False, "norms": "layer", "logit_scale": False},
+        {"spectral_layers": (), "decoder": "cross_attention", "logit_scale": True},
         {"spectral_layers": (), "decoder": "cross_attention"},
         {"spectral_layers": (), "decoder": "cross_attention", "start": "dense_clip"},
     ],

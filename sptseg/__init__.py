@@ -5,6 +5,7 @@ from sptseg.checkpoints import import_research_checkpoint, save_model
 from sptseg.hub import from_pretrained, load_model, push_to_hub, save_pretrained
 from sptseg.inference import Segmentation, segment
 from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, SptSeg, build_model
+from sptseg.readouts import read_out
 from sptseg.training import TrainConfig, evaluate, fit
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "losses",
     "metrics",
     "push_to_hub",
+    "read_out",
     "save_model",
     "save_pretrained",
     "scenes",

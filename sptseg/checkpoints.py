@@ -22,6 +22,7 @@ from torch import Tensor
 from sptseg.clip import Clip, check_public, data_file, fingerprint, load_clip
 from sptseg.files import write
 from sptseg.model import DENSE_CLIP, ModelConfig, SptSeg, build_model
+from sptseg.readouts import default_readout
 from sptseg.research import (
     IMPORTED,
     check_architecture,
@@ -37,15 +38,21 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """A validated `ModelConfig` from JSON values; unknown or missing fields are refused by name."""
+    """A validated `ModelConfig` from JSON values; unknown fields are refused by name.
+
+    Fields that are missing are younger than the file; their defaults are what was done before there was a choice.
+    """
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+    unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown ModelConfig fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    if missing:
-        raise ValueError(f"missing ModelConfig fields: {', '.join(missing)}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ModelConfig(**{**values, **lists})
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's JSON values with those that are younger than its file."""
+    return json.loads(json.dumps(dataclasses.asdict(config_from_dict(values))))
 
 
 def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
@@ -87,12 +94,13 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> Spt
 
     Args:
         source: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training, the tiny CLIP's
-            patch embeddings), a checkpoint file or a folder that holds one.
+            patch embeddings; of another `clip` by `default_readout`), a checkpoint file or a folder that holds one.
         clip: the CLIP model to use, if it is already loaded, or if its weights are a file of yours: a path that stands
             in a checkpoint is not opened.
     """
     if source == "dense-clip":
-        return build_model(DENSE_CLIP, clip).eval()
+        clip = load_clip() if clip is None else clip
+        return build_model(dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name)), clip).eval()
     if source in EMBEDDED:
         return load_model(data_file(EMBEDDED[str(source)]), clip)
     path = Path(source)

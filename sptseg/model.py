@@ -17,6 +17,7 @@ from sptseg.clip import TEMPLATES, TINY, Clip, load_clip
 from sptseg.decoder import Decoder, DecoderKind, DecoderStart
 from sptseg.encoder import PromptedEncoder
 from sptseg.losses import LossKind
+from sptseg.readouts import OPTIONS, ReadOut
 
 
 def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -52,6 +53,9 @@ class ModelConfig:
         prompt_depth: blocks after the first that get prompts of their own; None for all.
         spectral_layers: blocks before which the spectral prompt is added; () for none.
         class_embedding_twice: the released code's class token (see `PromptedEncoder`).
+        readout: how CLIP's last block is read, see `sptseg.read_out`: "plain", "maskclip", "sclip", "clearclip",
+            "naclip" or "gem". Dense CLIP and decoders that start from it begin there; prompts are trained through it.
+            GEM goes without prompts only.
         decoder: "spectral" (SPT-SEG), "cross_attention" (ZegCLIP) or "none" (dense CLIP: cosine of patch and text).
         selection: the spectral decoder's top-down selection.
         start: the decoder's first weights, see `Decoder`.
@@ -68,6 +72,7 @@ class ModelConfig:
     prompt_depth: int | None = None
     spectral_layers: tuple[int, ...] = (0, 1)
     class_embedding_twice: bool = True
+    readout: ReadOut = "plain"
     decoder: DecoderKind | Literal["none"] = "spectral"
     decoder_layers: int = 3
     decoder_heads: int = 8
@@ -82,6 +87,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         choices = {
+            "readout": tuple(OPTIONS),
             "decoder": ("spectral", "cross_attention", "none"),
             "start": ("random", "dense_clip"),
             "loss": ("spt", "zegclip"),
@@ -91,6 +97,11 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         check_values(self, RANGES)
+        if self.readout == "gem" and (self.prompt_tokens or self.spectral_layers):
+            raise ValueError(
+                "readout gem reads the last blocks on a second path, which prompts would not reach; set prompt_tokens "
+                "to 0 and spectral_layers to (), or choose another read-out"
+            )
         if len(set(self.spectral_layers)) < len(self.spectral_layers):
             raise ValueError(f"spectral_layers is {self.spectral_layers}; wanted each block once")
         if not 0 <= self.dropout < 1:
@@ -175,6 +186,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
         prompt_depth=layers - 1 if config.prompt_depth is None else config.prompt_depth,
         spectral_layers=config.spectral_layers,
         class_embedding_twice=config.class_embedding_twice,
+        readout=config.readout,
         dropout=config.dropout,
     )
     decoder = None

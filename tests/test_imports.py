@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sptseg"
 ORDER = """
-    files measure ops splits textures pen drawings scenes losses metrics plots transforms datasets clip encoder
+    files measure ops splits textures pen drawings scenes losses metrics plots transforms datasets clip readouts encoder
     decoder model research checkpoints pretraining inference evaluation streams states training presets datacheck
     preflight ablation hub spectra failures charts lesson panels browser widgets benchmark explore baselines
     notebooks demo options cli

@@ -31,7 +31,7 @@ from toys import SPLIT, Toys, toy_config, toy_model
 from sptseg import training
 from sptseg.checkpoints import load_model, read_header
 from sptseg.datasets import Scenes
-from sptseg.files import read_sealed
+from sptseg.files import read_sealed, write_sealed
 from sptseg.inference import segment
 from sptseg.losses import segmentation_loss
 from sptseg.metrics import Scores
@@ -339,7 +339,12 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_what_changes_no_result_may_change_on_resuming(tmp_path: Path) -> None:
+    """And a state that is older than a setting goes on with the setting's default."""
     fit(toy_model(), Toys(), SPLIT, toy_config(save_every=5), output=tmp_path)
+    state = read_sealed(tmp_path / "state.pt")
+    asked = json.loads(state["settings"])
+    assert asked["model"].pop("readout") == "plain"
+    write_sealed(tmp_path / "state.pt", {**state, "settings": json.dumps(asked)})
     other = toy_config(save_every=1, validate_every=1, validation_images=1)
     fit(toy_model(), Toys(), SPLIT, other, output=tmp_path, resume=True, validation=Toys())
 

@@ -7,18 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import load_model
+from sptseg.checkpoints import completed, load_model
 from sptseg.clip import fingerprint, load_clip
 from sptseg.datasets import Sample
 from sptseg.files import write
 from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, build_model
 from sptseg.presets import in_setting
+from sptseg.readouts import ReadOut
 from sptseg.splits import Split
 from sptseg.states import HALFWAY, identity
 from sptseg.training import TrainConfig, evaluate, fit
@@ -28,6 +29,7 @@ FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIo
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 CONFIGURATIONS: dict[str, ModelConfig] = {
     "dense-clip": DENSE_CLIP,
+    **{f"dense-clip-{name}": replace(DENSE_CLIP, readout=name) for name in get_args(ReadOut) if name != "plain"},
     "zegclip-released": ZEGCLIP,
     "spt-released": SPT_RELEASED,
     "zegclip": replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0),
@@ -78,7 +80,8 @@ def run(
     asked = json.loads(json.dumps(asked))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
-        other = [part for part in asked if result["asked"].get(part) != asked[part]]
+        before = {**result["asked"], "model": completed(result["asked"]["model"])}
+        other = [part for part in asked if before.get(part) != asked[part]]
         if not other:
             return result
         raise ValueError(

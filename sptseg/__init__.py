@@ -22,6 +22,7 @@ from sptseg.model import (
     SptSeg,
     build_model,
     clip,
+    read_out,
 )
 from sptseg.training import TrainConfig, fit, losses
 
@@ -50,6 +51,7 @@ __all__ = [
     "losses",
     "metrics",
     "push_to_hub",
+    "read_out",
     "save_model",
     "save_pretrained",
     "scenes",

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from sptseg.model.decoder import CrossAttentionLayer, Decoder, HighLowAttention, QueryUpdate
 from sptseg.model.encoder import PromptedEncoder, SpectralPrompt
 from sptseg.model.ops import resample_filter, resize_positions
+from sptseg.model.readouts import OPTIONS
 from sptseg.model.spt_seg import SptSeg
 
 
@@ -37,10 +39,67 @@ def encode(encoder: PromptedEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
         prompts = patches[:, :0]
         if encoder.prompts is not None and i <= encoder.prompt_depth:
             prompts = linear(encoder.prompt_projection, encoder.prompts[i]).expand(len(images), -1, -1)
-        x = block(torch.cat([token, prompts, patches], dim=1))
-        token, patches = x[:, :1], x[:, 1 + prompts.shape[1] :]
+        x = torch.cat([token, prompts, patches], dim=1)
+        if block is clip.transformer.resblocks[-1] and encoder.readout != "plain":
+            x = torch.cat([token, patches, prompts], dim=1)
+            x = read_block(block, x, grid, encoder.readout, **OPTIONS[encoder.readout])
+        else:
+            x = block(x)
+        token, patches = x[:, :1], x[:, -patches.shape[1] :]
     token, patches = (F.normalize(clip.ln_post(encoder.prompt_norm(y)) @ clip.proj, dim=-1) for y in (token, patches))
     return patches.transpose(1, 2).unflatten(2, grid), token[:, 0]
+
+
+def read_block(
+    block: Any, x: Tensor, grid: tuple[int, int], name: str, bare: bool, sigma: float | None = None
+) -> Tensor:
+    """Class token and patches after the last block of tokens x (B, 1 + N + K, D): class, patches, prompts."""
+    patches, seen = grid[0] * grid[1], x.shape[1]
+    near = torch.zeros(seen, seen)
+    if sigma is not None:
+        places = torch.tensor([(row, column) for row in range(grid[0]) for column in range(grid[1])]).float()
+        near[1 : 1 + patches, 1 : 1 + patches] = torch.exp(-(torch.cdist(places, places) ** 2) / (2 * sigma**2))
+    width, heads = x.shape[-1] // block.attn.num_heads, []
+    for q, k, v in zip(*(part.split(width, dim=-1) for part in in_projection(block, x)), strict=True):
+        q_alike, k_alike = q @ q.mT / math.sqrt(width), k @ k.mT / math.sqrt(width)
+        weights = {
+            "maskclip": torch.eye(seen),
+            "sclip": q_alike.softmax(dim=-1) + k_alike.softmax(dim=-1),
+            "clearclip": q_alike.softmax(dim=-1),
+            "naclip": (k_alike + near).softmax(dim=-1),
+        }
+        heads.append(weights[name] @ v)
+    out = block.ls_1(linear(block.attn.out_proj, torch.cat(heads, dim=-1)))
+    if not bare:
+        out = x + out
+        out = out + block.ls_2(block.mlp(block.ln_2(out)))
+    return torch.cat([block(x)[:, :1], out[:, 1 : 1 + patches]], dim=1)
+
+
+def in_projection(block: Any, x: Tensor) -> tuple[Tensor, ...]:
+    return F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
+
+
+def gem(clip: VisionTransformer, x: Tensor, blocks: int) -> Tensor:
+    """GEM's second path beside the last blocks, with the class token of the first; x (B, 1 + N, D) after `ln_pre`."""
+    block: Any
+    for block in clip.transformer.resblocks[:-blocks]:
+        x = block(x)
+    second = x
+    for block in clip.transformer.resblocks[-blocks:]:
+        width, heads = x.shape[-1] // block.attn.num_heads, []
+        t = block.ln_1(x).norm(dim=-1).mean(dim=1)[:, None, None] / math.sqrt(width)
+        for q, k, v in zip(*(part.split(width, dim=-1) for part in in_projection(block, x)), strict=True):
+            mixed = []
+            for a in (v, k, q):
+                a = a / a.norm(dim=-1, keepdim=True)
+                a = (a @ a.mT * t).softmax(dim=-1) @ a
+                a = a / a.norm(dim=-1, keepdim=True)
+                mixed.append((a @ a.mT * t).softmax(dim=-1) @ v)
+            heads.append(torch.stack(mixed).mean(dim=0))
+        second = second + block.ls_1(linear(block.attn.out_proj, torch.cat(heads, dim=-1)))
+        x = block(x)
+    return torch.cat([x[:, :1], second[:, 1:]], dim=1)
 
 
 def filtered(tokens: Tensor, prompt: SpectralPrompt, grid: tuple[int, int]) -> Tensor:

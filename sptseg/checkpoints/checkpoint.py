@@ -34,6 +34,7 @@ from sptseg.model import (
     build_model,
     check_public,
     data_file,
+    default_readout,
     fingerprint,
     load_clip,
 )
@@ -44,6 +45,7 @@ FORMAT = "sptseg-1"
 EMBEDDED = {"embedded": "spt_seg.safetensors", "embedded-zegclip": "zegclip.safetensors"}
 WEIGHTS_FILE = "model.safetensors"
 LATER_FIELDS = {
+    "readout",
     "spectral_band",
     "spectral_trained",
     "branches",
@@ -65,6 +67,11 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"missing ModelConfig fields: {', '.join(missing)}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ModelConfig(**{**values, **lists})
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's JSON values with those that are younger than its file."""
+    return json.loads(json.dumps(dataclasses.asdict(config_from_dict(values))))
 
 
 def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
@@ -106,12 +113,13 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> Spt
 
     Args:
         source: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training, the tiny CLIP's
-            patch embeddings), a checkpoint file or a folder that holds one.
+            patch embeddings; of another `clip` by `default_readout`), a checkpoint file or a folder that holds one.
         clip: the CLIP model to use, if it is already loaded, or if its weights are a file of yours: a path that stands
             in a checkpoint is not opened.
     """
     if source == "dense-clip":
-        return build_model(DENSE_CLIP, clip).eval()
+        clip = load_clip() if clip is None else clip
+        return build_model(dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name)), clip).eval()
     if source in EMBEDDED:
         return load_model(data_file(EMBEDDED[str(source)]), clip)
     path = Path(source)

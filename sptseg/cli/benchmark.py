@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, cast, get_args
@@ -30,7 +31,7 @@ from sptseg.cli.measure import HEADER, Clock, Row, Stopwatch, Work, line, machin
 from sptseg.datasets import ImageMaskFolder, Split
 from sptseg.datasets import scenes as scenes_split
 from sptseg.inference import Precision, at_precision, new_accelerator, segment, window_logits
-from sptseg.model import TINY, ModelConfig, SptSeg, build_model, resize_positions
+from sptseg.model import TINY, ModelConfig, SptSeg, build_model, read_out, readouts, resize_positions
 from sptseg.system import cores, write
 from sptseg.training import (
     VOC,
@@ -112,7 +113,7 @@ def large_picture(sizes: Sizes, device: torch.device) -> Work:
 
 
 def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
-    """A window to labels (on a GPU 64), few classes and many, float32 and bf16; memory of a large picture."""
+    """A window to labels (on a GPU 64), few classes and many; read-outs; float32, bf16; memory of a large picture."""
     device = watch.device
     images = torch.randn(64 if device.type == "cuda" else 1, 3, sizes.side, sizes.side, device=device)
     model = new_model(sizes, device).requires_grad_(False)
@@ -130,6 +131,11 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
         for count, embeddings in text.items():
             cases[name := f"{count} classes, {width}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
             against[name], counted[name] = f"bare encoder, {width}", dtype
+        for name in readouts.OPTIONS:
+            read = torch.inference_mode()(partial(read_out, narrow.encoder.visual, images, name))
+            cases[f"read-out {name}, {width}"] = read
+            if name != "plain":
+                against[f"read-out {name}, {width}"] = f"read-out plain, {width}"
     against["bare encoder, bf16"] = "bare encoder, float32"
     if device.type == "cuda":  # on a CPU it takes minutes to compile, and gains little
         compiled = at_precision(model, "bf16")

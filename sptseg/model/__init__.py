@@ -1,7 +1,7 @@
 """Pictures and class names to mask logits: the whole method."""
 
 # fmt: off
-from sptseg.model import clip, decoder, encoder, ops
+from sptseg.model import clip, decoder, encoder, ops, readouts
 from sptseg.model.clip import (
     Clip, TINY, check_public, data_file, fingerprint, load_clip, new_tiny_clip, run_block, save_tiny_clip,
 )
@@ -12,4 +12,5 @@ from sptseg.model.ops import (
     Grid, band_filter, from_windows, grid_to_tokens, interpolation, maps_at_once, radial_frequency, resize_positions,
     to_windows, tokens_to_grid,
 )
+from sptseg.model.readouts import ReadOut, default_readout, read_out
 from sptseg.model.spt_seg import SptSeg, build_model, upsample

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sptseg.model.ops import attend, linear
+from sptseg.model.ops import Grid, attend, linear, resize_positions, tokens_to_grid
 from sptseg.system import write
 
 TINY = "tiny"
@@ -225,6 +225,62 @@ def check_visual(name: str, visual: object) -> None:
         )
 
 
+def grid_of(visual: VisionTransformer, images: Tensor) -> Grid:
+    """The token grid of images (B, 3, height, width), whose sides must be multiples of the patch size."""
+    (height, width), (patch_height, patch_width) = images.shape[-2:], cast(Grid, visual.patch_size)
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"images are {height} x {width}; both sides must be multiples of the patch size {patch_height} x "
+            f"{patch_width}; resize or pad them, or use sptseg.segment, which does"
+        )
+    return height // patch_height, width // patch_width
+
+
+def embed(
+    visual: VisionTransformer, images: Tensor, *, class_embedding_twice: bool = False, bicubic: bool = False
+) -> Tensor:
+    """Tokens before the first block (B, 1 + N, D), the class token first; positions resized to the images' grid."""
+    patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+    token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    mode = "bicubic" if bicubic else "bilinear"
+    positions = resize_positions(visual.positional_embedding, visual.grid_size, grid_of(visual, images), mode)
+    x = torch.cat([token, patches], dim=1) + positions.to(patches.dtype)
+    if class_embedding_twice:
+        x = torch.cat([x[:, :1] + token, x[:, 1:]], dim=1)
+    return visual.ln_pre(x)
+
+
+def embeddings(visual: VisionTransformer, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Tokens after the last block (B, 1 + N, D) -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
+    embedded = linear(visual.ln_post(tokens), cast(Tensor, visual.proj).T)
+    embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
+    return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]
+
+
+def project(block: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's queries (B, h, N, d) of tokens x (B, N, D), its keys and values (B, h, N + K, d) of x and a context."""
+    weight, bias, heads = block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.num_heads
+    width, qkv = x.shape[-1], linear(block.ln_1(x), weight, bias)
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
+    if context is not None:
+        further = linear(block.ln_1(context), weight[width:], bias[width:])
+        further = further.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), further, strict=True))
+    return query, key, value
+
+
+def attention_output(block: Any, mixed: Tensor) -> Tensor:
+    """What the heads mixed of the values (B, h, N, d), through the output projection: (B, N, D), to be added to x."""
+    return block.ls_1(linear(mixed.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias))
+
+
+def feed_forward(block: Any, x: Tensor) -> Tensor:
+    """The second half of a block, x + MLP(LN(x))."""
+    expand, activation, contract = block.mlp
+    hidden = activation(linear(block.ln_2(x), expand.weight, expand.bias))
+    return x + block.ls_2(linear(hidden, contract.weight, contract.bias))
+
+
 def run_block(block: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
     """open_clip's residual attention block on tokens x (B, N, D), equal to `block(x)`.
 
@@ -232,15 +288,4 @@ def run_block(block: nn.Module, x: Tensor, context: Tensor | None = None) -> Ten
     the context are its keys and values.
     """
     assert isinstance(block, ResidualAttentionBlock)
-    attention, (expand, activation, contract) = block.attn, cast("tuple[Any, Any, Any]", block.mlp)
-    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, x.shape[-1]
-    qkv = linear(block.ln_1(x), weight, bias)
-    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
-    if context is not None:
-        further = linear(block.ln_1(context), weight[width:], bias[width:])
-        further = further.unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), further, strict=True))
-    mixed = attend(query, key, value).transpose(1, 2).flatten(2)
-    x = x + block.ls_1(linear(mixed, attention.out_proj.weight, attention.out_proj.bias))
-    hidden = activation(linear(block.ln_2(x), expand.weight, expand.bias))
-    return x + block.ls_2(linear(hidden, contract.weight, contract.bias))
+    return feed_forward(block, x + attention_output(block, attend(*project(block, x, context))))

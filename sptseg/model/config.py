@@ -12,6 +12,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from sptseg.model.clip import TEMPLATES, TINY
 from sptseg.model.decoder import Branches, DecoderKind, DecoderStart, Norms
+from sptseg.model.readouts import OPTIONS, ReadOut
 
 LossKind = Literal["spt", "zegclip"]
 
@@ -52,6 +53,9 @@ class ModelConfig:
         spectral_band: the frequencies low <= r < high, in cycles per token, of which F passes anything; all by default.
         spectral_trained: whether F is learned; else it keeps its random start (to see what learning it is worth).
         class_embedding_twice: the released code's class token (see `PromptedEncoder`).
+        readout: how CLIP's last block is read, see `sptseg.read_out`: "plain", "maskclip", "sclip", "clearclip",
+            "naclip" or "gem". Dense CLIP and decoders that start from it begin there; prompts are trained through it.
+            GEM goes without prompts only.
         decoder: "spectral" (SPT-SEG), "cross_attention" (ZegCLIP) or "none" (dense CLIP: cosine of patch and text).
         selection: the spectral decoder's top-down selection.
         branches: which of its branches there are: "high_low" (paper), "high", "low", or "full" attention instead.
@@ -73,6 +77,7 @@ class ModelConfig:
     spectral_band: tuple[float, float] = (0.0, 1.0)
     spectral_trained: bool = True
     class_embedding_twice: bool = True
+    readout: ReadOut = "plain"
     decoder: DecoderKind | Literal["none"] = "spectral"
     decoder_layers: int = 3
     decoder_heads: int = 8
@@ -91,6 +96,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         choices = {
+            "readout": tuple(OPTIONS),
             "decoder": ("spectral", "cross_attention", "none"),
             "branches": ("high_low", "high", "low", "full"),
             "start": ("random", "dense_clip"),
@@ -102,6 +108,11 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         check_values(self, RANGES)
+        if self.readout == "gem" and (self.prompt_tokens or self.spectral_layers):
+            raise ValueError(
+                "readout gem reads the last blocks on a second path, which prompts would not reach; set prompt_tokens "
+                "to 0 and spectral_layers to (), or choose another read-out"
+            )
         if len(set(self.spectral_layers)) < len(self.spectral_layers):
             raise ValueError(f"spectral_layers is {self.spectral_layers}; wanted each block once")
         if self.spectral_band[0] >= self.spectral_band[1]:

@@ -5,24 +5,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sptseg.model.clip import run_block
-from sptseg.model.ops import (
-    Grid,
-    fourier_filter,
-    linear,
-    radial_frequency,
-    resample_filter,
-    resize_positions,
-    tokens_to_grid,
-)
+from sptseg.model.clip import embed, embeddings, grid_of, run_block
+from sptseg.model.ops import Grid, fourier_filter, radial_frequency, resample_filter
+from sptseg.model.readouts import OPTIONS, ReadOut, gem, read_block
 
 
 class SpectralPrompt(nn.Module):
@@ -69,6 +62,7 @@ class PromptedEncoder(nn.Module):
         spectral_band, spectral_trained: see `SpectralPrompt`, and whether F is learned (paper: all of it is).
         class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
             otherwise CLIP's own class token.
+        readout: how the last block is read, see `sptseg.read_out`; "gem" has no place for prompts.
     """
 
     prompts: nn.Parameter | None
@@ -85,6 +79,7 @@ class PromptedEncoder(nn.Module):
         spectral_band: tuple[float, float] = (0.0, 1.0),
         spectral_trained: bool = True,
         class_embedding_twice: bool = True,
+        readout: ReadOut = "plain",
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -97,6 +92,7 @@ class PromptedEncoder(nn.Module):
         self.checkpointing = (
             False  # gradient checkpointing: blocks run again in the backward pass instead of being kept
         )
+        self.readout: ReadOut = readout
         self.prompt_depth = prompt_depth
         self.spectral_layers = frozenset(spectral_layers)
         self.class_embedding_twice = class_embedding_twice
@@ -121,31 +117,18 @@ class PromptedEncoder(nn.Module):
         return cast(Grid, self.visual.patch_size)
 
     def grid_of(self, images: Tensor) -> Grid:
-        """The token grid of images (B, 3, height, width), whose sides must be multiples of the patch size."""
-        (height, width), (patch_height, patch_width) = images.shape[-2:], self.patch_size
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"images are {height} x {width}; both sides must be multiples of the patch size {patch_height} x "
-                f"{patch_width}; resize or pad them, or use sptseg.segment, which does"
-            )
-        return height // patch_height, width // patch_width
+        """The token grid of images (B, 3, height, width), see `sptseg.clip.grid_of`."""
+        return grid_of(self.visual, images)
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block (B, 1 + N, D)."""
-        visual, grid = self.visual, self.grid_of(images)
-        patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        x = torch.cat([token, patches], dim=1)
-        x = x + resize_positions(visual.positional_embedding, visual.grid_size, grid).to(x.dtype)
-        if self.class_embedding_twice:  # released code, kept
-            x = torch.cat([x[:, :1] + token, x[:, 1:]], dim=1)
-        return visual.ln_pre(x)
+        return embed(self.visual, images, class_embedding_twice=self.class_embedding_twice)
 
     def states(self, images: Tensor, *, of_prompts: bool = True) -> Iterator[Tensor]:
         """Tokens after every block: (B, 1 + K + N, D) while the block has prompts, else (B, 1 + N, D).
 
         Nothing reads what a block makes of its prompts. So without `of_prompts` it makes keys and values of them only,
-        and the tokens are always (B, 1 + N, D).
+        and the tokens are always (B, 1 + N, D), after the last block as the read-out gives them.
         """
         grid = self.grid_of(images)
         x = self.embed(images)
@@ -163,17 +146,21 @@ class PromptedEncoder(nn.Module):
                 tokens, context = torch.cat([class_token, prompts, patches], dim=1), None
             else:
                 tokens, context = torch.cat([class_token, patches], dim=1), prompts
+            run = run_block
+            if block is self.visual.transformer.resblocks[-1] and not of_prompts:
+                run = partial(read_block, grid=grid, name=self.readout, **OPTIONS[self.readout])
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_block, block, tokens, context, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(run, block, tokens, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = run_block(block, tokens, context)
+                x = run(block, tokens, context)
             yield x
             class_token, patches = x[:, :1], x[:, -patches.shape[1] :]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
-        (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
-        embedded = linear(self.visual.ln_post(self.prompt_norm(x)), cast(Tensor, self.visual.proj).T)
-        embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
-        return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]
+        if self.readout == "gem":  # which has no prompts, see `ModelConfig`
+            x = gem(self.visual.transformer.resblocks, self.embed(images))
+        else:
+            (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
+        return embeddings(self.visual, self.prompt_norm(x), grid)

@@ -28,8 +28,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of query (..., N, d), key (..., M, d) and value (..., M, d): (..., N, d).
+
+    `bias` (N, M), of the query's type, is added to the logits of all heads.
 
     Torch's fused kernel is slow on x86 CPUs, most of all in bf16 and in the backward pass. There all heads at once, or
     one after the other if their weights would not stay in the cache, take down to half of its time. Under autograd
@@ -38,12 +40,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     keys = key.shape[-2]
     if not on_x86(query) or (keys > 1200 and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, bias)
     query = query * query.shape[-1] ** -0.5
+
+    def weights(logits: Tensor) -> Tensor:
+        return (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
+
     if keys < 512:
-        return (query @ key.mT).softmax(dim=-1).to(value.dtype) @ value
+        return weights(query @ key.mT) @ value
     heads = zip(*(part.flatten(0, -3).unbind(0) for part in (query, key, value.mT)), strict=True)
-    return torch.stack([linear(linear(q, k).softmax(dim=-1).to(v.dtype), v) for q, k, v in heads]).view_as(query)
+    return torch.stack([linear(weights(linear(q, k)), v) for q, k, v in heads]).view_as(query)
 
 
 def on_x86(x: Tensor) -> bool:
@@ -154,10 +160,11 @@ def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -
     return torch.fft.irfft2(spectrum * keep, s=images.shape[-2:]).to(images.dtype)
 
 
-def resize_positions(embedding: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Resizes the patch part of a position embedding (1 + H*W, D) bilinearly to another grid; the class token's stays.
+def resize_positions(embedding: Tensor, source: Grid, target: Grid, mode: str = "bilinear") -> Tensor:
+    """Resizes the patch part of a position embedding (1 + H*W, D) to another grid; the class token's stays.
 
-    Source: released code; `align_corners=False`, no antialiasing.
+    Source: released code, "bilinear"; training-free read-outs are published with "bicubic". `align_corners=False`, no
+    antialiasing.
     """
     if embedding.shape[0] != 1 + source[0] * source[1]:
         raise ValueError(
@@ -166,7 +173,7 @@ def resize_positions(embedding: Tensor, source: Grid, target: Grid) -> Tensor:
     if source == tuple(target):
         return embedding
     patches = tokens_to_grid(embedding[None, 1:], source)
-    resized = F.interpolate(patches.float(), size=target, mode="bilinear", align_corners=False)
+    resized = F.interpolate(patches.float(), size=target, mode=mode, align_corners=False)
     return torch.cat([embedding[:1], grid_to_tokens(resized)[0].to(embedding.dtype)])
 
 

@@ -75,6 +75,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
         spectral_band=config.spectral_band,
         spectral_trained=config.spectral_trained,
         class_embedding_twice=config.class_embedding_twice,
+        readout=config.readout,
         dropout=config.dropout,
     )
     decoder = None

@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import load_model
+from sptseg.checkpoints import completed, load_model
 from sptseg.datasets import Sample, Split
 from sptseg.inference import evaluate
 from sptseg.model import (
@@ -22,6 +22,7 @@ from sptseg.model import (
     SPT_RELEASED,
     ZEGCLIP,
     ModelConfig,
+    ReadOut,
     build_model,
     fingerprint,
     load_clip,
@@ -36,6 +37,7 @@ FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIo
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 CONFIGURATIONS: dict[str, ModelConfig] = {
     "dense-clip": DENSE_CLIP,
+    **{f"dense-clip-{name}": replace(DENSE_CLIP, readout=name) for name in get_args(ReadOut) if name != "plain"},
     "zegclip-released": ZEGCLIP,
     "spt-released": SPT_RELEASED,
     "zegclip": replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0),
@@ -86,7 +88,8 @@ def run(
     asked = json.loads(json.dumps(asked))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
-        other = [part for part in asked if result["asked"].get(part) != asked[part]]
+        before = {**result["asked"], "model": completed(result["asked"]["model"])}
+        other = [part for part in asked if before.get(part) != asked[part]]
         if not other:
             return result
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from sptseg.checkpoints import completed
 from sptseg.datasets import Sample
 from sptseg.model import SptSeg
 
@@ -87,6 +88,7 @@ def load_state(
     if state is None:
         return Progress()
     before = json.loads(state["settings"])
+    before["model"] = completed(before["model"])
     changed = [
         f"{part}.{name}"
         for part, values in json.loads(json.dumps(settings)).items()

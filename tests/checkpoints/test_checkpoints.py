@@ -169,7 +169,6 @@ def test_other_files_are_refused(saved: tuple[SptSeg, Path], clip: Clip, tmp_pat
             "does not fit its configuration: decoder.layers.1",
         ),
         (lambda header, _: header["config"].update(prompt_tokens=4), "does not fit its configuration: encoder.prompts"),
-        (lambda header, _: header["config"].pop("decoder"), "missing ModelConfig fields: decoder"),
         (lambda header, _: header.pop("config"), "'config'"),
         (lambda _, tensors: tensors.pop("encoder.prompts"), "does not fit its configuration: encoder.prompts"),
         (lambda _, tensors: tensors.update(more=torch.zeros(1)), "does not fit its configuration: more"),
@@ -186,6 +185,11 @@ def test_changed_checkpoints_are_refused_with_file_and_reason(
     with pytest.raises(ValueError, match=message) as refusal:
         load_model(path, clip)
     assert str(path) in str(refusal.value)
+
+
+def test_a_checkpoint_older_than_a_field_has_its_default(saved: tuple[SptSeg, Path], clip: Clip) -> None:
+    path = rewritten(saved[1], lambda header, _: header["config"].pop("readout"))
+    assert load_model(path, clip).config == saved[0].config
 
 
 @pytest.mark.parametrize("place", [-1, -1000])

@@ -39,6 +39,9 @@ def test_inference_against_the_bare_encoder(tmp_path: Path, monkeypatch: pytest.
             row = rows[f"{classes} classes, {width}"]
             assert row["against"] == f"bare encoder, {width}" and row["ratio"] > 0.3
             assert row["extra"]["windows_per_second"] == pytest.approx(1 / row["seconds"])
+        for name in ("maskclip", "sclip", "clearclip", "naclip", "gem"):
+            row = rows[f"read-out {name}, {width}"]
+            assert row["against"] == f"read-out plain, {width}" and row["ratio"] > 0.3
     assert rows[f"plain PyTorch, {QUICK.few} classes, float32"]["ratio"] > 0.3
     assert rows["labels that are equal in bf16 and float32"]["extra"]["share"] >= 0.99
 

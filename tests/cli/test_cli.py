@@ -291,6 +291,9 @@ def test_ablate_knows_its_runs_by_model_data_and_clip(
     assert [row["iteration"] for row in rows] == [1, 2]
     assert load_model(tmp_path / "spt@transductive-seed3", load_clip("tiny", clip[-1])).config.prompt_tokens == 2
 
+    older = results["spt-seed3"]
+    assert older["asked"]["model"].pop("readout") == "plain"
+    (tmp_path / "spt-seed3" / "result.json").write_text(json.dumps(older))
     monkeypatch.setattr(ablation, "fit", None)
     main(command)
     assert capsys.readouterr().out.splitlines()[:5] == table.splitlines()[:5], "nothing is trained again"

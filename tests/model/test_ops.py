@@ -38,12 +38,15 @@ def test_linear_goes_by_the_types() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [3, 600])  # below and above where float32 goes head by head
-def test_attention_equals_plain_attention_in_value_and_gradient(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [3, 600, 1300])  # below and above where heads go one by one; by the fused kernel
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_equals_plain_attention_in_value_and_gradient(tokens: int, dtype: torch.dtype, biased: bool) -> None:
     query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype).requires_grad_() for n in (5, tokens, tokens))
-    ours = ops.attend(query, key, value)
+    bias = torch.randn(5, tokens, dtype=dtype) if biased else None
+    ours = ops.attend(query, key, value, bias)
     wide = [part.detach().double().requires_grad_() for part in (query, key, value)]
-    plain = (wide[0] @ wide[1].transpose(-2, -1) / math.sqrt(8)).softmax(dim=-1) @ wide[2]
+    logits = wide[0] @ wide[1].transpose(-2, -1) / math.sqrt(8)
+    plain = (logits + (0 if bias is None else bias.double())).softmax(dim=-1) @ wide[2]
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
     assert_close(ours.double(), plain, **tolerance)
     cotangent = torch.randn(ours.shape, dtype=dtype)

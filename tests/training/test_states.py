@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_the_scaler_of_half_precision_goes_along(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))  # it begins with the first loss
-    settings = {"train": {"precision": "fp16"}}
+    settings = {"train": {"precision": "fp16"}, "model": asdict(model.config)}
     states.save_state(folder, model, optimizer, scaler, states.Progress(3, [{"x": 1}], ["a"]), settings)
     new = torch.amp.GradScaler("cpu", init_scale=2.0)
     progress = states.load_state(folder, toy_model(), optimizer, new, settings)

@@ -42,7 +42,7 @@ from sptseg.training import loop as training
 from sptseg.training import losses, stream
 from sptseg.training.loop import TrainConfig, fit, learning_rate, parameter_groups, pseudo_labels
 from sptseg.training.losses import segmentation_loss
-from sptseg.training.state import identity, read_sealed
+from sptseg.training.state import identity, read_sealed, write_sealed
 
 ALL_SEEN = SPLIT.with_unseen([])
 PLAIN = Augmentation(crop=32, resize_base=(128, 32), scale=(1, 1), largest_share=1, distortion=0)
@@ -342,7 +342,12 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_what_changes_no_result_may_change_on_resuming(tmp_path: Path) -> None:
+    """And a state that is older than a setting goes on with the setting's default."""
     fit(toy_model(), Toys(), SPLIT, toy_config(save_every=5), output=tmp_path)
+    state = read_sealed(tmp_path / "state.pt")
+    asked = json.loads(state["settings"])
+    assert asked["model"].pop("readout") == "plain"
+    write_sealed(tmp_path / "state.pt", {**state, "settings": json.dumps(asked)})
     other = toy_config(save_every=1, validate_every=1, validation_images=1)
     fit(toy_model(), Toys(), SPLIT, other, output=tmp_path, resume=True, validation=Toys())
 

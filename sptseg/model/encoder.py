@@ -159,6 +159,7 @@ class PromptedEncoder(nn.Module):
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
         (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
-        embedded = linear(self.visual.ln_post(self.prompt_norm(x)), cast(Tensor, self.visual.proj).T)
+        x = self.prompt_norm(x.to(self.prompt_norm.weight.dtype))  # CPUs add up its gradients in x's own
+        embedded = linear(self.visual.ln_post(x), cast(Tensor, self.visual.proj).T)
         embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
         return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]

@@ -267,7 +267,8 @@ def test_a_dense_start_is_dense_clip(decoder: str, selection: bool, layers: int)
     scale = model.clip.model.logit_scale.exp()
     assert_close(logits, scale * (cosine - START_THRESHOLD), atol=1e-3, rtol=1e-4)
     dense = new_model(**BARE, decoder="none").eval()(images, text)
-    assert torch.equal(logits.argmax(1), dense.argmax(1))
+    for found in (logits, dense):  # rounding may swap equals
+        assert_close(cosine.gather(1, found.argmax(1, keepdim=True))[:, 0], cosine.amax(1), atol=1e-5, rtol=0)
 
 
 def test_token_zero_twice_as_in_the_released_code() -> None:

@@ -425,6 +425,7 @@ def test_of_a_context_only_keys_and_values_count() -> None:
 # Compiled
 
 
+@pytest.mark.slow
 def test_torch_compile_gets_one_graph_for_any_batch_and_number_of_classes() -> None:
     model = new_model().eval()
     traced: Any = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,13 +12,20 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors import safe_open
 from torch import Tensor
 
 from sptseg.checkpoints.research import Imported, import_research
 from sptseg.model.clip import Clip, WordTokenizer
+from sptseg.training.losses import segmentation_loss
 
 REFERENCE = Path(__file__).parent / "reference"
+DEVICE = os.environ.get("SPTSEG_TEST_DEVICE", "cpu")  # of tests/gpu; all others mean the CPU, and no GPU is seen
+if DEVICE == "cpu":
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")
 
 
@@ -31,6 +40,24 @@ class Reference:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def backward(self, device: str = "cpu", narrow: bool = False) -> dict[str, Tensor]:
+        """Logits and loss of the training example, each trained parameter's gradient; `narrow`: bf16 by autocast."""
+        model = copy.deepcopy(self.imported.model).to(device)
+        weights = {name: model.get_parameter(name).requires_grad_() for name in model.trained_state()}
+        image, text, labels = self["input/image"], self["input/text"][self["input/seen"]], self["train/label"]
+        with torch.autocast(device, torch.bfloat16, enabled=narrow):
+            logits = model(image.to(device), text.to(device))
+        loss = segmentation_loss(logits, labels.to(device), self.kind)["total"]
+        gradients = torch.autograd.grad(loss, [*weights.values()])
+        found = {"logits": logits, "loss": loss, **dict(zip(weights, gradients, strict=True))}
+        return {name: value.detach().float().cpu() for name, value in found.items()}
+
+    def errors(self, device: str, narrow: bool, floor: float) -> dict[str, float]:
+        """Of `backward` against the CPU's in float32: relative, to a share `floor` of all gradients at least."""
+        found, expected = self.backward(device, narrow), self.backward()
+        least = floor * torch.cat([each.flatten() for name, each in expected.items() if "." in name]).norm()
+        return {name: float((found[name] - each).norm() / max(each.norm(), least)) for name, each in expected.items()}
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -313,11 +313,11 @@ def filter_response(prompt: SpectralPrompt, class_token: Tensor | None = None) -
     frequency 0 first. With a class token c (D,), the response of the whole layer, 1 + c F: what a wave in the patch
     tokens is multiplied by before the block sees it.
     """
-    kernel = torch.fft.irfft2(prompt.filter(prompt.grid), s=prompt.grid, dim=(0, 1))  # (H, W, D) real
-    response = torch.fft.fft2(kernel, dim=(0, 1))
+    weight = prompt.filter(prompt.grid).cpu()  # where irfft2 takes the symmetric part
+    response = torch.fft.fft2(torch.fft.irfft2(weight, s=prompt.grid, dim=(0, 1)), dim=(0, 1))  # (H, W, D)
     if class_token is not None:
-        response = 1 + class_token * response
-    return response.cpu().numpy()
+        response = 1 + class_token.cpu() * response
+    return response.numpy()
 
 
 @dataclass(frozen=True)

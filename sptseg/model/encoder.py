@@ -163,4 +163,5 @@ class PromptedEncoder(nn.Module):
             x = gem(self.visual.transformer.resblocks, self.embed(images))
         else:
             (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
-        return embeddings(self.visual, self.prompt_norm(x), grid)
+        x = self.prompt_norm(x.to(self.prompt_norm.weight.dtype))  # CPUs add up its gradients in x's own
+        return embeddings(self.visual, x, grid)

@@ -103,9 +103,23 @@ def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
             f"{(height, width // 2 + 1, channels)}; resample it with resample_filter"
         )
     with torch.autocast(features.device.type, enabled=False):
-        spectrum = torch.fft.rfft2(features.float(), dim=(1, 2), norm="ortho")
-        filtered = torch.fft.irfft2(spectrum * weight, s=(height, width), dim=(1, 2), norm="ortho")
+        spectrum = torch.fft.rfft2(features.float(), dim=(1, 2), norm="ortho") * weight
+        if features.device.type == "cpu":
+            filtered = torch.fft.irfft2(spectrum, s=(height, width), dim=(1, 2), norm="ortho")
+        else:
+            filtered = irfft2_by_axes(spectrum, width)
     return filtered.to(features.dtype)
+
+
+def irfft2_by_axes(spectrum: Tensor, width: int) -> Tensor:
+    """`torch.fft.irfft2`, orthonormal, of (B, H, W//2+1, C) complex: (B, H, W, C); first and last columns made real.
+
+    Filtered by a learned filter, a spectrum is that of no real map. Libraries for CPUs take the real part where it
+    matters; what those for GPUs make of it is undefined.
+    """
+    rows = torch.fft.ifft(spectrum, dim=1, norm="ortho")
+    edge = 2 * torch.arange(rows.shape[2], device=rows.device) % width == 0  # frequencies that are their own mirror
+    return torch.fft.irfft(torch.where(edge[:, None], rows.real + 0j, rows), n=width, dim=2, norm="ortho")
 
 
 def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:

@@ -73,8 +73,8 @@ class TrainingStream(Dataset[Example]):
             self.epoch = epoch
             self.order = torch.randperm(length, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
         sample, left_out = self.readable(offset)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self.seed, position, 1))
+        with torch.random.fork_rng(devices=[]):  # GPUs' generators are dropout's: torch.manual_seed would set them too
+            torch.default_generator.manual_seed(mixed_seed(self.seed, position, 1))
             image, label = self.transform(sample["image"], sample["label"])
         target = self.table[torch.as_tensor(label)]
         return Example(torch.as_tensor(image), target, sample["name"], "\n".join(left_out))

@@ -505,7 +505,7 @@ def test_broken_checkpoints(
 ) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes([*garbage(checkpoint)][number][1])
-    arguments = command.replace("OUT", str(tmp_path / "out")).split()
+    arguments = [word.replace("OUT", str(tmp_path / "out")) for word in command.split()]
     assert str(path) in refused(capsys, *arguments, path)
     assert not (tmp_path / "out").exists()
 

@@ -124,6 +124,12 @@ def test_losses_and_gradients(reference: Reference) -> None:
     }
 
 
+def test_gradients_in_bfloat16_are_nearly_those_in_float32(reference: Reference) -> None:
+    """A gradient added up in bfloat16 is off by half and more."""
+    errors = reference.errors("cpu", narrow=True, floor=1e-3)
+    assert max(errors.values()) < 0.2, max(errors, key=errors.__getitem__)
+
+
 @torch.no_grad()
 def test_self_training(reference: Reference) -> None:
     """All classes' text are the queries; pixels of unseen classes (-1) get the current model's best unseen class."""

@@ -267,7 +267,8 @@ def test_a_dense_start_is_dense_clip(decoder: str, selection: bool, layers: int)
     scale = model.clip.model.logit_scale.exp()
     assert_close(logits, scale * (cosine - START_THRESHOLD), atol=1e-3, rtol=1e-4)
     dense = new_model(**BARE, decoder="none").eval()(images, text)
-    assert torch.equal(logits.argmax(1), dense.argmax(1))
+    for found in (logits, dense):  # rounding may swap equals
+        assert_close(cosine.gather(1, found.argmax(1, keepdim=True))[:, 0], cosine.amax(1), atol=1e-5, rtol=0)
 
 
 def test_each_switch_of_a_dense_start_stands_alone() -> None:
@@ -447,6 +448,7 @@ def test_of_a_context_only_keys_and_values_count() -> None:
 # Compiled
 
 
+@pytest.mark.slow
 def test_torch_compile_gets_one_graph_for_any_batch_and_number_of_classes() -> None:
     model = new_model().eval()
     traced: Any = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")

@@ -19,6 +19,7 @@ from sptseg.inference.evaluation import evaluate
 from sptseg.training.loop import fit
 from sptseg.training.state import STATE, read_sealed
 
+pytestmark = pytest.mark.slow
 ODD = {"length": 5, "sizes": ((32, 32), (40, 33))}
 RUNS: dict[str, dict[str, Any]] = {
     "whole": {"iterations": 20},
@@ -79,7 +80,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "script.py").write_text(SCRIPT)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join(map(str, here.parents[:2]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
     command = [*launch, str(folder), str(here), json.dumps(RUNS), json.dumps(ODD)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)

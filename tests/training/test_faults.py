@@ -100,23 +100,22 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     return {**report, "seconds": round(time.perf_counter() - started, 1), "undisturbed": round(seconds, 2)}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(kills: int, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
     """kill -9 at random moments and in the middle of writes, in a process of its own: forks want a single thread."""
     here = Path(__file__).parent
-    script = f"import test_faults as t, json; print(json.dumps(t.kill_runs(t.Path({str(tmp_path)!r}), {kills}, 0)))"
+    script = f"import test_faults as t, json; print(json.dumps(t.kill_runs(t.Path({str(tmp_path)!r}), 20, 0)))"
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
+        "PYTHONPATH": os.pathsep.join(map(str, (here, *here.parents[:2]))),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills"] == kills and report["runs"] >= kills / 8
-    if kills == 20:
-        assert report["in a write"] > 2 and len(set(report["iterations"])) > 4, "moments of all kinds"
+    assert report["kills"] == 20 and report["runs"] >= 20 / 8
+    assert report["in a write"] > 2 and len(set(report["iterations"])) > 4, "moments of all kinds"
 
 
 # Pictures that cannot be read
@@ -142,14 +141,14 @@ def folder(tmp_path: Path) -> Path:
 
 def broken_files(sentences: list[str] | tuple[str, ...]) -> list[str]:
     """The names at the beginning of sentences."""
-    return sorted(Path(sentence.split()[0]).name for sentence in sentences)
+    return sorted(Path(sentence.partition(" is ")[0]).name for sentence in sentences)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_training_stops_at_an_unreadable_picture_with_its_name(folder: Path, workers: int) -> None:
     """In one line, also from a data-loading process, whose exceptions bring their traceback as text."""
-    with pytest.raises(Unreadable, match=r"^\S+images/[di].png is (damaged or cut off|not an image)[^\n]*$"):
+    with pytest.raises(Unreadable, match=r"^[^\n]+images/[di].png is (damaged or cut off|not an image)[^\n]*$"):
         fit(toy_model(), ImageMaskFolder(folder), SPLIT, toy_config(workers=workers))
 
 

@@ -215,7 +215,7 @@ def test_contact_sheet_says_which_files_are_broken(tmp_path: Path) -> None:
     root = folder(tmp_path, {"a": [[0, 1, 2, 255]] * 2, "b": [[0, 1, 2, 255]] * 2})
     (root / "masks/b.png").write_bytes(b"")
     figure = contact_sheet(ImageMaskFolder(root))
-    shown = [text.get_text().replace("\n", "") for ax in figure.axes for text in ax.texts]
+    shown = [text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts]
     assert any("not an image" in text for text in shown)
     assert png_bytes(figure).startswith(b"\x89PNG")
 

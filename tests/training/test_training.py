@@ -125,7 +125,8 @@ def test_pseudo_labels_are_drawn_at_the_size_of_the_labels() -> None:
     found = pseudo_labels(logits, labels, SPLIT.seen, SPLIT.unseen)
     full = F.interpolate(logits, size=(19, 23), mode="bilinear", align_corners=False)
     best = torch.where(full[:, 2] >= full[:, 4], 2, 4)
-    assert torch.equal(found, torch.where(labels == -1, best, labels))
+    decided = (full[:, 2] - full[:, 4]).abs() > 1e-5  # rounding may swap equals
+    assert torch.equal(found[decided], torch.where(labels == -1, best, labels)[decided])
 
 
 @pytest.mark.parametrize(("seen", "unseen"), [([0, 1], [2]), ([0, 1, 2], [2, 3]), ([0, 1, 2], [4]), ([], [0, 1, 2])])
@@ -543,8 +544,12 @@ def test_the_first_interrupt_saves_and_the_second_does_not_wait(
 
 def test_without_a_folder_signals_act_as_ever() -> None:
     dataset = SignalledAt(signal.SIGINT, 5)
-    with pytest.raises(KeyboardInterrupt):
-        fit(toy_model(), dataset, SPLIT, toy_config())
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(toy_model(), dataset, SPLIT, toy_config())
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert len(dataset.read) == 5
 
 

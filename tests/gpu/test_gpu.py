@@ -1,0 +1,153 @@
+"""A GPU held to the CPU, and its speed: `make test-gpu`. SPTSEG_TEST_DEVICE=cpu runs the same, small, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from conftest import DEVICE, Reference
+from torch.testing import assert_close
+from toys import SPLIT, Toys, toy_config, toy_model
+
+from sptseg.checkpoints.hub import load_model
+from sptseg.cli.benchmark import benchmark
+from sptseg.datasets import splits
+from sptseg.datasets.folders import Scenes
+from sptseg.inference.evaluation import evaluate
+from sptseg.inference.windows import at_precision
+from sptseg.model import ops
+from sptseg.model.clip import TEMPLATES, TINY
+from sptseg.model.spt_seg import build_model
+from sptseg.training.checks import preflight
+from sptseg.training.loop import FitResult, fit
+from sptseg.training.presets import PRESETS
+
+GPU = DEVICE == "cuda"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS's sums may differ from run to run
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Convolutions in float32 proper, where cuDNN would take TF32 by default."""
+    if GPU and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU here; SPTSEG_TEST_DEVICE=cpu runs these tests small, on the CPU")
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def accelerated_by(device: str) -> Iterator[None]:
+    """Where accelerate trains and evaluates."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=device == "cpu")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(device: str = DEVICE, dropout: float = 0.0, reads: int = 10**6, **options: Any) -> FitResult:
+    """A toy model trained on a device; with `reads`, interrupted when so many pictures were read."""
+
+    class Stopped(Toys):
+        def __getitem__(self, index: int) -> Any:
+            if len(self.read) == reads:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    folder = {name: options.pop(name) for name in ("output", "resume") if name in options}
+    with accelerated_by(device):
+        result = fit(toy_model(dropout=dropout), Stopped(), SPLIT, toy_config(**options), **folder)
+        assert result.model.device.type == device
+        return result
+
+
+@pytest.mark.parametrize(("narrow", "most", "floor"), [(False, 1e-3, 1e-5), (True, 0.2, 1e-3)])
+def test_reference_sets_forward_and_backward(narrow: bool, most: float, floor: float, reference: Reference) -> None:
+    errors = reference.errors(DEVICE, narrow, floor)
+    assert max(errors.values()) < most, max(errors, key=errors.__getitem__)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (32, 32), (1, 1), (3, 2), (40, 27)])
+def test_learned_filters_of_any_grid(grid: ops.Grid) -> None:
+    """Made for 8 x 8; on every grid the filtered features and both gradients."""
+    features, weight = torch.randn(2, *grid, 3), torch.randn(8, 5, 3, dtype=torch.complex64)
+    cotangent = torch.randn_like(features)
+    found = []
+    for device in (DEVICE, "cpu"):
+        x, w = (each.to(device).requires_grad_() for each in (features, weight))
+        y = ops.fourier_filter(x, ops.resample_filter(w, (8, 8), grid))
+        found.append([each.cpu() for each in (y, *torch.autograd.grad(y, (x, w), cotangent.to(device)))])
+    assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["inductive", "transductive"])
+def test_a_hundred_steps(setting: str) -> None:
+    """Rounding grows from step to step: the first losses are equal, the last ones nearly."""
+    runs = (trained(device, setting=setting, iterations=100) for device in (DEVICE, "cpu"))
+    ours, expected = ([row["total"] for row in run.history] for run in runs)
+    assert ours[:3] == pytest.approx(expected[:3], rel=1e-3)
+    assert sum(ours[-10:]) == pytest.approx(sum(expected[-10:]), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_stopped_run_goes_on_with_the_same_bits(precision: str, tmp_path: Path) -> None:
+    """With dropout, whichever process reads the pictures; in PyTorch's deterministic mode, as attention on GPUs adds up
+    its gradients in any order otherwise."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        run = {"dropout": 0.1, "iterations": 8, "save_every": 2, "precision": precision}
+        whole = trained(**run, workers=1).model.trained_state()
+        with pytest.raises(KeyboardInterrupt):
+            trained(**run, output=tmp_path, reads=21)
+        resumed = trained(**run, output=tmp_path, resume=True).model.trained_state()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_evaluation(narrow: bool) -> None:
+    """Rounding turns few pixels."""
+    scenes, scores = Scenes(60 if GPU else 4, seed=4), []
+    for device in (DEVICE, "cpu"):
+        with accelerated_by(device):
+            model = at_precision(load_model().to(device), "bf16" if narrow and device == DEVICE else "no")
+            scores.append(evaluate(model, scenes, scenes.split, progress=False).as_dict())
+    one, other = ({**each.pop("iou"), **each} for each in scores)
+    assert one == pytest.approx(other, abs=0.05 if narrow else 0.005)
+
+
+@pytest.mark.parametrize("name", ["voc", "coco-stuff"])
+def test_a_step_of_a_preset_and_its_memory(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With random weights; time and memory are printed."""
+    preset, split = PRESETS[name], {"voc": splits.voc2012, "coco-stuff": splits.coco_stuff}[name]()
+    small = {} if GPU else {"clip": TINY, "image_size": (64, 64)}
+    config = replace(preset.model, clip_weights=None, templates=TEMPLATES, **small)
+    split = split if GPU else splits.scenes()  # of words that the tiny CLIP knows
+    train = preset.train if GPU else replace(preset.train, batch_size=2)
+    with accelerated_by(DEVICE):
+        report = preflight(build_model(config), Toys(32), split, train)
+    with capsys.disabled():
+        print(f"\n{name}, a step of {train.batch_size} pictures:", *report.text().splitlines()[-4:], sep="\n  ")
+    assert not report.faults and report.device == DEVICE and report.memory and report.terms["total"] > 0
+
+
+def test_speed_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps with and without loading, as `sptseg benchmark training` measures and prints them."""
+    with capsys.disabled(), accelerated_by(DEVICE):
+        print()
+        benchmark(("training",), quick=not GPU, json_file=tmp_path / "rows.json")
+    report = json.loads((tmp_path / "rows.json").read_text())
+    assert bool(report["machine"]["gpu"]) == GPU
+    (loaded,) = (row["extra"] for row in report["rows"] if row["case"] == "steps, loading included")
+    assert loaded["images_per_second"] > 0

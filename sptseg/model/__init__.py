@@ -3,7 +3,8 @@
 # fmt: off
 from sptseg.model import clip, decoder, encoder, ops
 from sptseg.model.clip import (
-    Clip, TINY, check_public, data_file, fingerprint, load_clip, new_tiny_clip, run_block, save_tiny_clip,
+    Clip, OLD_FINGERPRINT, TINY, check_public, data_file, fingerprint, load_clip, new_tiny_clip, run_block,
+    save_tiny_clip,
 )
 from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, SPT_RELEASED, ZEGCLIP, check_values
 from sptseg.model.decoder import HighLowAttention
@@ -13,3 +14,4 @@ from sptseg.model.ops import (
     to_windows, tokens_to_grid,
 )
 from sptseg.model.spt_seg import SptSeg, build_model, upsample
+from sptseg.model.weights import read_tensors

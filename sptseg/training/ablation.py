@@ -86,7 +86,11 @@ def run(
     asked = json.loads(json.dumps(asked))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
-        other = [part for part in asked if result["asked"].get(part) != asked[part]]
+        before = {**result["asked"], "model": {**result["asked"]["model"], "clip_weights": config.clip_weights}}
+        asked["clip"] = fingerprint(
+            clip, like=before.get("clip", "")
+        )  # which tells the weights, wherever their file lies
+        other = [part for part in asked if before.get(part) != asked[part]]
         if not other:
             return result
         raise ValueError(

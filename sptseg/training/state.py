@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import threading
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from sptseg.datasets import Sample
-from sptseg.model import SptSeg
+from sptseg.model import SptSeg, fingerprint
 
 if TYPE_CHECKING:  # plots write files too, without PyTorch
     import torch
@@ -87,11 +88,12 @@ def load_state(
     if state is None:
         return Progress()
     before = json.loads(state["settings"])
+    settings = {**settings, "clip": {"fingerprint": fingerprint(model.clip, like=before["clip"]["fingerprint"])}}
     changed = [
         f"{part}.{name}"
         for part, values in json.loads(json.dumps(settings)).items()
         for name, value in values.items()
-        if not (part == "train" and name in FREE) and before[part].get(name) != value
+        if not (part == "train" and name in FREE) and name != "clip_weights" and before[part].get(name) != value
     ]
     if changed:
         raise ValueError(
@@ -127,8 +129,10 @@ def last_state(folder: Path, device: torch.device) -> tuple[dict[str, Any] | Non
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:
-    """What tells a data set from others: how many pictures, and a hash of their names; not where they lie."""
-    digest = hashlib.sha256("\n".join(getattr(dataset, "names", ())).encode()).hexdigest()
+    """What tells a data set from others: how many pictures, and a hash of their names, in whatever Unicode form these
+    are; not where they lie."""
+    names = unicodedata.normalize("NFC", "\n".join(getattr(dataset, "names", ())))
+    digest = hashlib.sha256(names.encode()).hexdigest()
     return {"pictures": len(dataset), "names": digest[:16]}  # pyright: ignore[reportArgumentType]
 
 

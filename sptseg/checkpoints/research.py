@@ -14,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from sptseg.model import Clip, ModelConfig, SptSeg, build_model, read_tensors
+from sptseg.model import Clip, ModelConfig, SptSeg, build_model, read_weights
 
 IMPORTED = "imported"  # ModelConfig.clip of a model whose CLIP weights travel in its checkpoint
 VISION_SIZES = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -124,7 +124,7 @@ def import_research(
     source: Mapping[str, Tensor] | str | Path, *, image_size: int | tuple[int, int], heads: int, decoder_heads: int = 8
 ) -> Imported:
     """As `import_research_checkpoint`, with the names of what it left out."""
-    state = read_tensors(source)
+    state = read_weights(source)
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     spectral = any(".hlfs." in name for name in state)
     theirs = {our_name(name, spectral): name for name in state}

@@ -14,4 +14,4 @@ from sptseg.model.ops import (
     to_windows, tokens_to_grid,
 )
 from sptseg.model.spt_seg import SptSeg, build_model, upsample
-from sptseg.model.weights import read_tensors
+from sptseg.model.weights import read_weights

@@ -30,7 +30,7 @@ TRANSFORMERS_NAMES = {  # of transformers' CLIPModel -> of open_clip, replaced o
 }  # fmt: skip
 
 
-def read_tensors(source: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
+def read_weights(source: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, of what `torch.save` wrote, or of a TorchScript archive, by name.
 
     A wrapping "state_dict" and the prefix of parallel training are taken off, of a mapping too. Raises ValueError in
@@ -138,7 +138,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> bool:
 
     Raises ValueError, in one sentence, where the file holds anything but the weights of such a model.
     """
-    state, own = read_tensors(path), model.state_dict()
+    state, own = read_weights(path), model.state_dict()
     try:
         state = from_transformers(state) if any(key.startswith("vision_model.") for key in state) else state
     except KeyError as error:

@@ -86,10 +86,11 @@ def run(
     asked = json.loads(json.dumps(asked))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
-        before = {**result["asked"], "model": {**result["asked"]["model"], "clip_weights": config.clip_weights}}
-        asked["clip"] = fingerprint(
-            clip, like=before.get("clip", "")
-        )  # which tells the weights, wherever their file lies
+        before = result["asked"]
+        before["model"]["clip_weights"] = config.clip_weights  # wherever the file lies: the fingerprint tells it
+        asked["clip"] = fingerprint(clip, like=before.get("clip", ""))
+        for part in ("data", "validation"):  # what is younger than the file
+            before[part] = {**asked[part], **before.get(part, {"pictures": 0})}
         other = [part for part in asked if before.get(part) != asked[part]]
         if not other:
             return result

@@ -93,7 +93,10 @@ def load_state(
         f"{part}.{name}"
         for part, values in json.loads(json.dumps(settings)).items()
         for name, value in values.items()
-        if not (part == "train" and name in FREE) and name != "clip_weights" and before[part].get(name) != value
+        if not (part == "train" and name in FREE)
+        and name != "clip_weights"  # wherever the file lies: the fingerprint tells the weights
+        and not (part == "data" and name not in before[part])  # younger than the state
+        and before[part].get(name) != value
     ]
     if changed:
         raise ValueError(
@@ -129,11 +132,16 @@ def last_state(folder: Path, device: torch.device) -> tuple[dict[str, Any] | Non
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:
-    """What tells a data set from others: how many pictures, and a hash of their names, in whatever Unicode form these
-    are; not where they lie."""
+    """What tells a data set from others: how many pictures, and hashes of their names, in whatever Unicode form these
+    are, and of some pictures' and masks' files; not where they lie."""
     names = unicodedata.normalize("NFC", "\n".join(getattr(dataset, "names", ())))
-    digest = hashlib.sha256(names.encode()).hexdigest()
-    return {"pictures": len(dataset), "names": digest[:16]}  # pyright: ignore[reportArgumentType]
+    files, content = getattr(dataset, "_files", ()), hashlib.sha256()
+    for pair in files[:: max(1, len(files) // 16)]:
+        for path in pair:
+            with path.open("rb") as file:
+                content.update(f"{path.stat().st_size}".encode() + file.read(1 << 16))
+    digests = {"names": hashlib.sha256(names.encode()).hexdigest()[:16], "content": content.hexdigest()[:16]}
+    return {"pictures": len(dataset), **digests}  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from sptseg.model.clip import load_clip
-from sptseg.model.weights import read_tensors
+from sptseg.model.weights import read_weights
 
 TOY: dict[str, Any] = {
     "embed_dim": 16,
@@ -265,14 +265,14 @@ def test_files_that_hold_no_tensors_are_refused_and_not_run(kind: str, suffix: s
     with pytest.raises(
         ValueError, match=rf"model{suffix} cannot be read as tensors only \(.*{reason}.*\); it is"
     ) as said:
-        read_tensors(path)
+        read_weights(path)
     assert "\n" not in str(said.value) and [file.name for file in tmp_path.iterdir()] == [path.name], "nothing ran"
 
 
 def test_an_archive_that_refers_to_one_module_a_billion_times(tmp_path: Path) -> None:
     module = reduce(lambda module, _: of(a=module, b=module), range(30), of(weight=Stored((2, 2), (1, 2))))
     (tmp_path / "model.pt").write_bytes(archive({"x": module}))
-    assert {name: value.shape for name, value in read_tensors(tmp_path / "model.pt").items()} == {
+    assert {name: value.shape for name, value in read_weights(tmp_path / "model.pt").items()} == {
         f"x.{'a.' * 30}weight": (2, 2)
     }
 
@@ -280,4 +280,4 @@ def test_an_archive_that_refers_to_one_module_a_billion_times(tmp_path: Path) ->
 @pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), {"state_dict": None}, {"epoch": 3}, None])
 def test_files_without_named_tensors_have_none(value: object, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "model.pt")
-    assert read_tensors(tmp_path / "model.pt") == {}
+    assert read_weights(tmp_path / "model.pt") == {}

@@ -185,7 +185,8 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
         raise ValueError(f"{name!r} is no open_clip model with a standard VisionTransformer; use {usable}")
     tag = open_clip.get_pretrained_cfg(name, weights or "")
     if tag:
-        check_activation(name, weights, tag.get("quick_gelu", False))
+        if tag.get("quick_gelu"):
+            refuse_quick_gelu(name, weights)
         try:
             model: Any = open_clip.create_model(name, pretrained=weights, precision="fp32")
         except Exception as error:  # there is no list of what open_clip and the network may raise
@@ -199,17 +200,15 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
             raise ValueError(f"{weights} is no file, and no tag of {name}; open_clip's tags of it: {tags}")
         model = open_clip.CLIP(**cast("dict[str, Any]", open_clip.get_model_config(name)))
         if file is not None and load_weights(model, file, name):
-            check_activation(name, weights, quick_gelu=True)
+            refuse_quick_gelu(name, weights)
     return Clip(name, weights, model.eval().requires_grad_(False), open_clip.get_tokenizer(name))
 
 
-def check_activation(name: str, weights: str | None, quick_gelu: bool) -> None:
-    """Refuses weights that were trained with another activation than the model's: they would fit, and be wrong."""
-    config = cast("dict[str, Any]", open_clip.get_model_config(name))
-    if quick_gelu != config.get("quick_gelu", False):
-        other = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
-        have, has = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
-        raise ValueError(f"the weights {weights} were trained with {have}, {name!r} has {has}; use {other!r}")
+def refuse_quick_gelu(name: str, weights: str | None) -> None:
+    """Refuses weights that were trained with QuickGELU for a model without: they would fit, and be wrong."""
+    if not cast("dict[str, Any]", open_clip.get_model_config(name)).get("quick_gelu"):
+        other = f"{name}-quickgelu"
+        raise ValueError(f"the weights {weights} were trained with QuickGELU, which {name!r} lacks; use {other!r}")
 
 
 def usable_models() -> list[str]:

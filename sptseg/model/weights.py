@@ -44,7 +44,7 @@ def read_weights(source: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
@@ -55,8 +55,8 @@ def read_file(path: Path) -> Any:
     except Exception as error:  # there is no list of what the readers raise at other bytes
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as tensors only ({reason}); it is damaged or holds other Python objects, which "
-            f"could run code; save it again with torch.save(model.state_dict(), ...)"
+            f"{path} cannot be read as a checkpoint of tensors only ({reason}); it is damaged or holds other Python "
+            f"objects, which could run code; save it again with torch.save(model.state_dict(), ...)"
         ) from error
 
 

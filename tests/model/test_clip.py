@@ -213,7 +213,7 @@ def test_weights_of_another_activation_are_refused_with_the_right_name(
     for builder in NOTHING_BUILT:
         monkeypatch.setattr(builder, lambda *_, **__: pytest.fail("the model was built"))
     other = f"{name}-quickgelu"
-    with pytest.raises(ValueError, match=f"{tag} were trained with QuickGELU, '{name}' has GELU; use '{other}'"):
+    with pytest.raises(ValueError, match=f"{tag} were trained with QuickGELU, which '{name}' lacks; use '{other}'"):
         load_clip(name, tag)
     assert tag in open_clip.list_pretrained_tags_by_model(other) and other in usable_models()
 

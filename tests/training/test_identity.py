@@ -51,7 +51,7 @@ def test_a_run_goes_on_with_its_clip_at_another_path_only(tmp_path: Path) -> Non
     model = toy_model()
     model.config = replace(model.config, clip_weights="clip.pt")
     fit(model, Toys(), SPLIT, toy_config(save_every=2, iterations=4), output=tmp_path, resume=True)
-    model.clip.model.text_projection.data.mul_(2)
+    model.clip.model.state_dict()["text_projection"].mul_(2)
     with pytest.raises(ValueError, match=r"trained with other settings of clip.fingerprint; resume"):
         fit(model, Toys(), SPLIT, toy_config(save_every=2, iterations=4), output=tmp_path, resume=True)
 

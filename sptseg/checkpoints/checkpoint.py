@@ -9,25 +9,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sptseg.checkpoints.research import (
-    IMPORTED,
-    check_architecture,
-    clip_architecture,
-    clip_from_architecture,
-    import_research_checkpoint,
-)
+from sptseg.checkpoints.research import IMPORTED, check_architecture, clip_architecture, clip_from_architecture
 from sptseg.model import (
     DENSE_CLIP,
+    OLD_FINGERPRINT,
     Clip,
     ModelConfig,
     SptSeg,
@@ -40,32 +36,14 @@ from sptseg.model import (
 )
 from sptseg.system import write
 
-__all__ = ["IMPORTED", "import_research_checkpoint", "load_model", "save_model"]
 FORMAT = "sptseg-1"
 EMBEDDED = {"embedded": "spt_seg.safetensors", "embedded-zegclip": "zegclip.safetensors"}
 WEIGHTS_FILE = "model.safetensors"
-LATER_FIELDS = {
-    "readout",
-    "spectral_band",
-    "spectral_trained",
-    "branches",
-    "residual",
-    "norms",
-    "logit_scale",
-}  # none in old files
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """A validated `ModelConfig` from JSON values; unknown or missing fields are refused by name.
-
-    Fields that came later than the file have the defaults, which do what the file's version did."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown, missing = sorted(set(values) - known), sorted(known - set(values) - LATER_FIELDS)
-    if unknown:
-        raise ValueError(f"unknown ModelConfig fields: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    if missing:
-        raise ValueError(f"missing ModelConfig fields: {', '.join(missing)}")
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    """A validated `ModelConfig` from JSON values. A field that is younger than the file takes its default."""
+    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ModelConfig(**{**values, **lists})
 
 
@@ -80,22 +58,16 @@ def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None 
     `about` (JSON values: data, seed, figures) is kept with the configuration; `half` stores float16, which loads as
     float32. The file is written whole or not at all.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".safetensors":
         path = path / WEIGHTS_FILE
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "config": dataclasses.asdict(model.config),
-        "clip": fingerprint(model.clip),
-        "about": dict(about or {}),
-    }
+    header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(model.config), "about": dict(about or {})}
+    header["clip"] = fingerprint(model.clip)
     state = model.trained_state()
     if model.config.clip == IMPORTED:
         state |= {f"clip.{name}": value for name, value in model.clip.model.state_dict().items()}
         header["architecture"] = clip_architecture(model.clip)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    if half:
-        tensors = {name: value.half() for name, value in tensors.items()}
+    tensors = {name: (value.half() if half else value).detach().cpu().contiguous() for name, value in state.items()}
     header["sha256"] = checksum(tensors)
     return write(path, save(tensors, metadata={"sptseg": json.dumps(header)}))
 
@@ -108,111 +80,121 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> SptSeg:
+def load_model(source: str | Path = "embedded", clip: Clip | None = None, *, revision: str | None = None) -> SptSeg:
     """A model in evaluation mode.
 
     Args:
         source: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training, the tiny CLIP's
-            patch embeddings; of another `clip` by `default_readout`), a checkpoint file or a folder that holds one.
+            patch embeddings; of another `clip` by `default_readout`), a checkpoint file, a folder that holds one, or a
+            Hub id, "owner/name", if there is no folder "owner" here. What has one of these names is meant by a path
+            such as "./embedded".
         clip: the CLIP model to use, if it is already loaded, or if its weights are a file of yours: a path that stands
             in a checkpoint is not opened.
+        revision: of a Hub id, a branch, tag or commit.
     """
     if source == "dense-clip":
         clip = load_clip() if clip is None else clip
         return build_model(dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name)), clip).eval()
-    if source in EMBEDDED:
-        return load_model(data_file(EMBEDDED[str(source)]), clip)
-    path = Path(source)
-    path = path / WEIGHTS_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {path}; wanted {', '.join(EMBEDDED)}, dense-clip, or a file or folder "
-            f"written by sptseg train"
-        )
+    path = find_checkpoint(source, revision)
     header, state = read_header(path), load_file(path)
-    digest = checksum(state)
-    with refusals_naming(path):
-        config = config_from_dict(header["config"])
-        if config.clip == IMPORTED:
-            tower = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
-            check_architecture(header["architecture"], len(tower))
-            with torch.device("meta"):  # sizes without memory: they may be anything
-                planned = clip_from_architecture(header["architecture"]).model.state_dict()
-            check_fit(planned, tower, path)
-            clip = clip_from_architecture(header["architecture"])
-            clip.model.load_state_dict(tower)
-            state = {k: v for k, v in state.items() if not k.startswith("clip.")}
-    if clip is None:
-        check_public(config.clip, config.clip_weights, path)
-        clip = load_clip(config.clip, config.clip_weights)
-    with refusals_naming(path):
-        with torch.device("meta"):
-            planned = build_model(config, clip).trained_state()
-        check_fit(planned, state, path)
-        model = build_model(config, clip)
-    model.load_state_dict(state, strict=False)
-    model.about = header.get("about", {})
-    if header.get("sha256", digest) != digest:  # files of before had none
+    if header.get("sha256") not in (None, checksum(state)):  # the earliest files have none
         raise ValueError(
-            f"{path} is damaged: its tensors have not the checksum that it was written with; copy it again"
+            f"{path} is damaged: its tensors have another checksum than when it was written; copy it again"
         )
-    if header.get("clip") != fingerprint(model.clip):
-        raise ValueError(
-            f"{path} was trained on another CLIP than {config.clip} with weights {config.clip_weights}: fingerprint "
-            f"{header.get('clip')}, this one's {fingerprint(model.clip)}; give the CLIP that it was trained on"
-        )
+    try:
+        model = assembled(header, state, clip)
+    except Exception as error:  # there is no list of what a stranger's values may raise, in whichever part reads them
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
     return model.eval()
 
 
-@contextmanager
-def refusals_naming(path: Path) -> Iterator[None]:
-    """Turns what a wrong configuration raises, in whichever part reads it, into one sentence that names the file."""
-    try:
-        yield
-    except Misfit:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{path} holds a wrong configuration: {' '.join(str(error).split())}") from error
-
-
-class Misfit(ValueError):
-    """Tensors that are not those of the configuration beside them."""
-
-
-def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses a state whose names, shapes or kinds of number are not a model's own, or that is not finite."""
-    wrong = sorted(set(own) ^ set(state)) or [
-        name
-        for name, value in state.items()
-        if own[name].shape != value.shape or own[name].is_floating_point() != value.is_floating_point()
-    ]
-    if wrong:
-        raise Misfit(
-            f"{path} does not fit its configuration: {', '.join(wrong[:5])} differ; "
-            f"the file was changed or is of another version"
+def assembled(header: Mapping[str, Any], state: Mapping[str, Tensor], clip: Clip | None) -> SptSeg:
+    """The model of a checkpoint's header and tensors."""
+    config = config_from_dict(header["config"])
+    if config.clip == IMPORTED:
+        tower = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
+        state = {name: value for name, value in state.items() if not name.startswith("clip.")}
+        check_architecture(header["architecture"], len(tower))
+        with torch.device("meta"):  # sizes without memory: they may be anything
+            check_fit(clip_from_architecture(header["architecture"]).model.state_dict(), tower)
+        clip = clip_from_architecture(header["architecture"])
+        clip.model.load_state_dict(tower)
+    elif clip is None:
+        check_public(config.clip, config.clip_weights)
+        clip = load_clip(config.clip, config.clip_weights)
+    with torch.device("meta"):
+        check_fit(build_model(config, clip).trained_state(), state)
+    known = str(header.get("clip"))
+    renamed = len(known) == OLD_FINGERPRINT and clip.name != config.clip  # it does not tell activations apart
+    if config.clip != IMPORTED and (renamed or known != fingerprint(clip, like=known)):
+        raise ValueError(
+            f"it was trained on another CLIP than this {clip.name} with weights {clip.weights}; give the one that it "
+            f"was trained on, {config.clip} with weights {config.clip_weights}"
         )
-    broken = [name for name, value in state.items() if not value.float().isfinite().all()]
+    model = build_model(config, clip)
+    model.load_state_dict(state, strict=False)
+    model.about = header.get("about", {})
+    return model
+
+
+def from_pretrained(repo_id_or_folder: str | Path, *, revision: str | None = None, clip: Clip | None = None) -> SptSeg:
+    """`load_model`, by the name that Hugging Face's libraries have for it."""
+    return load_model(repo_id_or_folder, clip, revision=revision)
+
+
+def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+    """The file that `load_model` reads; one of the Hub is downloaded."""
+    if source in EMBEDDED:
+        return data_file(EMBEDDED[str(source)])
+    path = Path(source).expanduser()
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.is_file():
+        if revision is not None:
+            raise ValueError(f"{path} is a path here, without revisions such as {revision!r}; leave revision out")
+        return file
+    if not is_hub_id(source) or (path.parent.is_dir() and revision is None):  # mistyped paths are not the Hub's
+        known = ", ".join((*EMBEDDED, "dense-clip"))
+        raise FileNotFoundError(
+            f"there is no checkpoint {file}; wanted {known}, a file, a folder or a Hub id owner/name"
+        )
+    try:
+        return Path(hf_hub_download(str(source), WEIGHTS_FILE, revision=revision))
+    except (OSError, ValueError) as error:  # huggingface_hub's own are of these two kinds
+        raise FileNotFoundError(
+            f"{source} is no path here, and {WEIGHTS_FILE} of its revision {revision or 'main'} could not be had from "
+            f"the Hub ({type(error).__name__}); check name, revision and network; closed ones need `hf auth login`"
+        ) from error
+
+
+def is_hub_id(source: object) -> bool:
+    """Whether this can be a Hub id, "owner/name"; a `Path` never is, nor is a checkpoint's file name."""
+    pattern = r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)"
+    return isinstance(source, str) and bool(re.fullmatch(pattern, source, re.ASCII | re.IGNORECASE))
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuses a state whose names, shapes or kinds of number are not a model's own, or that is not finite."""
+    kinds, theirs = ({k: (v.shape, v.is_floating_point()) for k, v in tensors.items()} for tensors in (own, state))
+    wrong = sorted({name for name, _ in kinds.items() ^ theirs.items()})
+    if wrong:
+        raise ValueError(f"{', '.join(wrong[:5])} of its tensors are not those of its configuration")
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
-        raise Misfit(f"{path} holds values that are no numbers, in {', '.join(broken[:5])}; take an earlier checkpoint")
+        raise ValueError(f"it holds values that are no numbers, in {', '.join(broken[:5])}; take an earlier checkpoint")
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """Configuration and remarks of a checkpoint, without its tensors."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            header = json.loads((file.metadata() or {}).get("sptseg", "null"))
+        found = header.get("format") if isinstance(header, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); "
-            f"a checkpoint of the research code goes through sptseg import"
+            f"{path} is no checkpoint of sptseg ({' '.join(str(error).split())}); wanted one written by sptseg train, "
+            f"or by sptseg import, which reads those of the research code"
         ) from error
-    try:
-        header = json.loads(metadata["sptseg"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} holds no sptseg configuration; wanted a checkpoint written by sptseg train or sptseg import"
-        ) from error
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path} has the format {found!r}; this version reads {FORMAT!r}")
     return header

@@ -1,34 +1,26 @@
-"""Hugging Face Hub: models with a card that states data, split, seeds and figures; `load_model` of paths and ids."""
+"""Hugging Face Hub: models are pushed with a card that states data, split, seeds and figures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors, hf_hub_download
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from sptseg.checkpoints import checkpoint as checkpoints
-from sptseg.checkpoints.checkpoint import WEIGHTS_FILE
+from sptseg.checkpoints.checkpoint import WEIGHTS_FILE, is_hub_id, save_model
 from sptseg.checkpoints.research import IMPORTED, refuse_text
 from sptseg.inference import Scores
-from sptseg.model import Clip, SptSeg, check_public
+from sptseg.model import SptSeg, check_public
 from sptseg.system import write
 
 About = Mapping[str, Any]  # JSON values
 METHODS = {"spectral": "SPT-SEG", "cross_attention": "ZegCLIP", "none": "dense CLIP"}
 METRICS = {"pixel_accuracy": "accuracy", "miou_seen": "mean_iou", "miou_unseen": "mean_iou", "hiou": "hiou"}
 TAGS = ["zero-shot", "semantic-segmentation", "clip", "arxiv:2312.12754"]
-REFUSALS = {  # the first that fits counts
-    errors.LocalEntryNotFoundError: "is not here, and the Hub cannot be reached; connect, or give a folder's path",
-    errors.RepositoryNotFoundError: "is no path here and no open Hub repository; closed ones need `hf auth login`",
-    errors.RevisionNotFoundError: "does not exist; wanted a branch, a tag or a commit of the repository",
-    errors.EntryNotFoundError: f"holds no {WEIGHTS_FILE}; wanted a model that sptseg pushed",
-}
 CARD = """---
 {metadata}
 ---
@@ -50,36 +42,6 @@ model = sptseg.load_model("{repo_id}")
 """
 
 
-def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> SptSeg:
-    """As `checkpoints.load_model`; `source` may also be a Hub id, "owner/name", if there is no folder "owner" here."""
-    local = Path(source).parent.is_dir() or not is_hub_id(source)  # a mistyped path is not asked of the Hub
-    return checkpoints.load_model(source, clip) if local else from_pretrained(source, clip=clip)
-
-
-def from_pretrained(repo_id_or_folder: str | Path, *, revision: str | None = None, clip: Clip | None = None) -> SptSeg:
-    """A model in evaluation mode, from a folder that `save_pretrained` wrote, or a branch, tag or commit on the Hub.
-
-    Only `model.safetensors` is read, tensors and JSON; nothing is executed, or opened by a path that stands in it.
-    """
-    path = Path(repo_id_or_folder, WEIGHTS_FILE)
-    if is_hub_id(repo_id_or_folder) and not path.parent.exists():
-        try:
-            path = Path(hf_hub_download(str(repo_id_or_folder), WEIGHTS_FILE, revision=revision))
-        except tuple(REFUSALS) as error:
-            why = next(text for kind, text in REFUSALS.items() if isinstance(error, kind))
-            raise FileNotFoundError(f"{repo_id_or_folder}, revision {revision or 'main'}, {why}") from error
-    elif not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; wanted a folder that holds it, or a Hub id owner/name")
-    elif revision is not None:
-        raise ValueError(f"{path.parent} is a folder here, without revisions such as {revision!r}; leave revision out")
-    return checkpoints.load_model(path, clip)
-
-
-def is_hub_id(source: object) -> bool:
-    """Whether this can be a Hub id, "owner/name"; a `Path` never is, nor is a checkpoint's file name."""
-    return isinstance(source, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", source, re.ASCII))
-
-
 def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: Scores | None) -> Path:
     """Writes `model.safetensors`, `config.json` and the card `README.md` into a folder of their own; returns it.
 
@@ -87,13 +49,13 @@ def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: 
     `license` (a Hub identifier; default apache-2.0, none for imported weights), with scores also `evaluated_on` and
     perhaps `command`, and anything else. Without `scores`, which must be this model's, the card has no figures.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if model.config.clip != IMPORTED:
-        check_public(model.config.clip, model.config.clip_weights, "the model")
+        check_public(model.config.clip, model.config.clip_weights)
     if (folder / "history.json").exists():
         raise ValueError(f"{folder} holds a training run, whose config.json would be lost; give another folder")
     card = model_card(model, {"repo_id": folder.resolve().name, **about}, scores)
-    checkpoints.save_model(model, folder, about)
+    save_model(model, folder / WEIGHTS_FILE, about)
     settings = {"model": dataclasses.asdict(model.config), "about": dict(about), "scores": scores and scores.as_dict()}
     write(folder / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     write(folder / "README.md", str(card))

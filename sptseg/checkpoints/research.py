@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import re
-import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +12,9 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sptseg.model import Clip, ModelConfig, SptSeg, build_model
+from sptseg.model import Clip, ModelConfig, SptSeg, build_model, read_weights
 
 IMPORTED = "imported"  # ModelConfig.clip of a model whose CLIP weights travel in its checkpoint
 VISION_SIZES = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -49,17 +44,11 @@ def clip_architecture(clip: Clip) -> dict[str, Any]:
 
 
 def check_architecture(architecture: Mapping[str, Any], tensors: int) -> None:
-    """Refuses sizes that `clip_architecture` cannot have written for a file of so many tensors.
-
-    open_clip would take other keys too, some of which load models by name.
-    """
+    """Refuses other keys than `clip_architecture`'s, as open_clip has some that load models by name, and more layers
+    than a file of so many tensors can have: all other sizes are held to the tensors before anything is made."""
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
-    sizes = [architecture["embed_dim"], *vision.values(), *text.values()]
-    numbers = [number for size in sizes for number in (size if isinstance(size, list) else [size])]
-    if len(architecture) != 3 or set(vision) != VISION_SIZES or set(text) != set(NO_TEXT) or len(numbers) != 13:
+    if (len(architecture), set(vision), set(text)) != (3, VISION_SIZES, set(NO_TEXT)):
         raise ValueError(f"wanted embed_dim, vision_cfg with {sorted(VISION_SIZES)} and text_cfg with {[*NO_TEXT]}")
-    if not all(type(number) is int and 1 <= number < 2**20 for number in numbers):
-        raise ValueError(f"the sizes of CLIP are {numbers}; wanted whole numbers from 1 to {2**20}")
     if max(vision["layers"], text["layers"]) > tensors:
         raise ValueError(f"CLIP has {vision['layers']} and {text['layers']} layers, the file only {tensors} tensors")
 
@@ -77,39 +66,25 @@ def refuse_text(texts: object) -> Tensor:
     raise ValueError("this model was imported without a text encoder; call it with text embeddings (C, E)")
 
 
-# Names in the research code's checkpoints -> ours. Encoder names that are not listed belong to CLIP's image tower.
-ENCODER_NAMES = {
-    r"backbone\.prompt_proj\.(weight|bias)": r"encoder.prompt_projection.\1",
-    r"backbone\.prompt_norm\.(weight|bias)": r"encoder.prompt_norm.\1",
-    r"backbone\.complex_weight": r"encoder.spectral_prompt.weight",
-}
-LAYER = r"decode_head\.decoder_1\.layers\.(\d+)\."
-UPDATE_NAMES = {
-    LAYER + r"linear1\.(weight|bias)": r"decoder.layers.\1.update.feedforward.0.\2",
-    LAYER + r"linear2\.(weight|bias)": r"decoder.layers.\1.update.feedforward.3.\2",
-    LAYER + r"norm2\.(weight|bias)": r"decoder.layers.\1.update.norm_attention.\2",
-    LAYER + r"norm3\.(weight|bias)": r"decoder.layers.\1.update.norm_feedforward.\2",
-    r"decode_head\.q_proj\.(weight|bias)": r"decoder.query_map.\1",
-}
+# Modules and parameters of the research code -> ours; in decoder layers what follows `LAYER`. Names of the encoder that
+# are not listed belong to CLIP's image tower.
+NAMES = {
+    "backbone.prompt_proj": "encoder.prompt_projection", "backbone.prompt_norm": "encoder.prompt_norm",
+    "backbone.complex_weight": "encoder.spectral_prompt.weight", "decode_head.q_proj": "decoder.query_map",
+    "linear1": "update.feedforward.0", "linear2": "update.feedforward.3",
+    "norm2": "update.norm_attention", "norm3": "update.norm_feedforward",
+}  # fmt: skip
 SPT_NAMES = {
-    LAYER + r"hlfs\.h_qkv\.(weight)": r"decoder.layers.\1.attention.high_qkv.\2",
-    LAYER + r"hlfs\.l_q\.(weight)": r"decoder.layers.\1.attention.low_query.\2",
-    LAYER + r"hlfs\.l_kv\.(weight)": r"decoder.layers.\1.attention.low_key_value.\2",
-    LAYER + r"hlfs\.l_proj\.(weight|bias)": r"decoder.layers.\1.attention.low_projection.\2",
-    LAYER + r"hlfs\.prompt": r"decoder.layers.\1.selection_vector",
-    LAYER + r"hlfs\.top_down_transform": r"decoder.layers.\1.top_down",
-    LAYER + r"hlfs\.proj\.(weight|bias)": r"decoder.layers.\1.update_projection.\2",
-}
+    "hlfs.h_qkv": "attention.high_qkv", "hlfs.l_q": "attention.low_query", "hlfs.l_kv": "attention.low_key_value",
+    "hlfs.l_proj": "attention.low_projection", "hlfs.prompt": "selection_vector", "hlfs.top_down_transform": "top_down",
+    "hlfs.proj": "update_projection",
+}  # fmt: skip
 ZEGCLIP_NAMES = {
-    LAYER + r"multihead_attn\.q\.(weight|bias)": r"decoder.layers.\1.query.\2",
-    LAYER + r"multihead_attn\.k\.(weight|bias)": r"decoder.layers.\1.key.\2",
-    LAYER + r"multihead_attn\.v\.(weight|bias)": r"decoder.layers.\1.value.\2",
-    LAYER + r"multihead_attn\.proj\.(weight|bias)": r"decoder.layers.\1.update_projection.\2",
-}
-UNREADABLE = (  # what the readers raise on bytes that are no checkpoint
-    SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, LookupError, TypeError, AttributeError,
-    ValueError, AssertionError, struct.error,
-)  # fmt: skip
+    "multihead_attn.q": "query", "multihead_attn.k": "key", "multihead_attn.v": "value",
+    "multihead_attn.proj": "update_projection",
+}  # fmt: skip
+PROMPTS = ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings")
+LAYER = r"decode_head\.decoder_1\.layers\.(\d+)\."
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # in place of a missing tower
 TEXT_TOWER = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection")
 
@@ -122,41 +97,10 @@ class Imported:
     left_out: tuple[str, ...]
 
     def report(self) -> str:
-        config = self.model.config
-        kind = "SPT-SEG" if config.decoder == "spectral" else "ZegCLIP"
+        kind = "SPT-SEG" if self.model.config.decoder == "spectral" else "ZegCLIP"
         text = "with" if self.model.clip.tokenizer is not refuse_text else "without"
-        head = f"{kind} checkpoint, {config.prompt_tokens} prompt tokens, {text} a text encoder"
-        names = [f"  {name}" for name in self.left_out or ("nothing",)]
-        return "\n".join([f"{head}; left out, as no forward pass reads them:", *names])
-
-
-def read_research_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
-    """A flat state dictionary from a mapping, a safetensors file or a `.pth` file (read with `weights_only=True`)."""
-    state: Any
-    if isinstance(source, Mapping):
-        state = source
-    elif not Path(source).is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {source}")
-    else:
-        try:
-            if Path(source).suffix == ".safetensors":
-                state = load_file(source)
-            else:
-                with warnings.catch_warnings(action="ignore"):  # of pickle protocols: it reads them or refuses
-                    state = torch.load(source, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{source} cannot be read as a checkpoint of tensors only; it is damaged or holds other Python "
-                f"objects, which could run code; save it again with "
-                f"torch.save({{'state_dict': model.state_dict()}}, ...)"
-            ) from error
-    state = (state.get("state_dict", state) or {}) if isinstance(state, Mapping) else {}
-    tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-    if "backbone.conv1.weight" not in tensors:
-        raise ValueError(
-            "the checkpoint has no backbone.conv1.weight; wanted one of SPT-SEG's or ZegCLIP's research code"
-        )
-    return tensors
+        head = f"{kind} checkpoint, {self.model.config.prompt_tokens} prompt tokens, {text} a text encoder"
+        return "\n  ".join([f"{head}; left out, as no forward pass reads them:", *(self.left_out or ["nothing"])])
 
 
 def import_research_checkpoint(
@@ -180,67 +124,55 @@ def import_research(
     source: Mapping[str, Tensor] | str | Path, *, image_size: int | tuple[int, int], heads: int, decoder_heads: int = 8
 ) -> Imported:
     """As `import_research_checkpoint`, with the names of what it left out."""
-    state = read_research_state(source)
+    state = read_weights(source)
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    spectral_decoder = any(".hlfs." in name for name in state)
+    spectral = any(".hlfs." in name for name in state)
+    theirs = {our_name(name, spectral): name for name in state}
+    prompts = [state[name] for name in PROMPTS if name in state]
     try:
         clip = imported_clip(state, size, heads)
-    except KeyError as error:
-        raise ValueError(f"the checkpoint lacks {error}, a parameter of CLIP; is it complete?") from error
-    prompts = state.get("backbone.prompt_embeddings")
-    deep = state.get("backbone.deep_prompt_embeddings")
-    config = ModelConfig(
-        clip=IMPORTED,
-        image_size=size,
-        prompt_tokens=0 if prompts is None else prompts.shape[1],
-        prompt_depth=0 if deep is None else len(deep),
-        spectral_layers=(0, 1) if "backbone.complex_weight" in state else (),
-        decoder="spectral" if spectral_decoder else "cross_attention",
-        decoder_layers=1 + max((int(m[1]) for m in (re.match(LAYER, name) for name in state) if m), default=0),
-        decoder_heads=decoder_heads,
-        loss="spt" if spectral_decoder else "zegclip",
-    )
-    names = {**ENCODER_NAMES, **UPDATE_NAMES, **(SPT_NAMES if spectral_decoder else ZEGCLIP_NAMES)}
-    ours = {our_name(name, names): name for name in state if our_name(name, names)}
-    model = build_model(config, clip)
-    wanted = model.trained_state()
-    new = {name: state[ours[name]] for name in wanted if name in ours}
-    if prompts is not None:
-        new["encoder.prompts"] = prompts if deep is None else torch.cat([prompts, deep])
-    missing = sorted(set(wanted) - set(new))
-    if missing:
-        raise ValueError(f"the checkpoint lacks what {', '.join(missing[:5])} would be read from; is it complete?")
-    misfits = [name for name in wanted if new[name].shape != wanted[name].shape]
-    if misfits:
-        shapes = [f"{name} {tuple(new[name].shape)}, wanted {tuple(wanted[name].shape)}" for name in misfits[:3]]
-        raise ValueError(
-            f"the checkpoint does not fit image_size {size}, heads {heads}, decoder_heads {decoder_heads}: "
-            f"{'; '.join(shapes)}"
+        config = ModelConfig(
+            clip=IMPORTED,
+            image_size=size,
+            prompt_tokens=prompts[0].shape[1] if prompts else 0,
+            prompt_depth=sum(map(len, prompts[1:])),
+            spectral_layers=(0, 1) if "backbone.complex_weight" in state else (),
+            decoder="spectral" if spectral else "cross_attention",
+            decoder_layers=1 + max((int(m[1]) for m in (re.match(LAYER, name) for name in state) if m), default=0),
+            decoder_heads=decoder_heads,
+            loss="spt" if spectral else "zegclip",
         )
-    model.load_state_dict({name: value.float() for name, value in new.items()}, strict=False)
-    read = {ours[name] for name in new if name in ours}
-    left_out = sorted(name for name in state if name not in read and not read_elsewhere(name, clip))
-    return Imported(model.eval(), tuple(left_out))
+        model = build_model(config, clip)
+        own = model.trained_state()
+        read = {name: torch.cat(prompts) if name == "encoder.prompts" else state[theirs[name]] for name in own}
+        model.load_state_dict(read, strict=False)
+    except (LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"the checkpoint is no whole one of SPT-SEG's or ZegCLIP's research code, or does not go with image_size "
+            f"{size}, heads {heads} and decoder_heads {decoder_heads}: {' '.join(str(error).split())}"
+        ) from error
+    known = {*PROMPTS, *(theirs.get(name) for name in own), *(f"backbone.{name}" for name in clip.visual.state_dict())}
+    if clip.tokenizer is not refuse_text:
+        known |= {f"text_encoder.{name}" for name in clip.model.state_dict()}
+    return Imported(model.eval(), tuple(sorted(set(state) - known)))
 
 
-def our_name(name: str, names: Mapping[str, str]) -> str | None:
+def our_name(name: str, spectral: bool) -> str | None:
     """Our name of a research-code parameter, or None."""
-    return next((match.expand(ours) for theirs, ours in names.items() if (match := re.fullmatch(theirs, name))), None)
-
-
-def read_elsewhere(name: str, clip: Clip) -> bool:
-    """Whether a parameter went into the prompts or into CLIP."""
-    if name in ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings"):
-        return True
-    if name.startswith("backbone."):
-        return name.removeprefix("backbone.") in clip.visual.state_dict()
-    return clip.tokenizer is not refuse_text and name.removeprefix("text_encoder.") in clip.model.state_dict()
+    layer = re.match(LAYER, name)
+    inner = name[layer.end() :] if layer else name
+    for theirs, ours in {**NAMES, **(SPT_NAMES if spectral else ZEGCLIP_NAMES)}.items():
+        if inner in (theirs, f"{theirs}.weight", f"{theirs}.bias"):
+            return (f"decoder.layers.{layer[1]}." if layer else "") + ours + inner.removeprefix(theirs)
+    return None
 
 
 def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], heads: int) -> Clip:
     """The frozen CLIP of a research checkpoint, sized by its tensors; with a text tower only if one is there."""
-    visual = {k.removeprefix("backbone."): v.float() for k, v in state.items() if k.startswith("backbone.")}
-    text = {k.removeprefix("text_encoder."): v.float() for k, v in state.items() if k.startswith("text_encoder.")}
+    visual, text = (
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        for part in ("backbone.", "text_encoder.")
+    )
     width, _, *patch = visual["conv1.weight"].shape
     if width % heads:
         raise ValueError(f"heads is {heads}; the encoder's width {width} is no multiple of it")
@@ -249,13 +181,9 @@ def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], head
     if math.prod(grid) != positions:  # learned on another, square grid, as CLIP's own is
         grid = (math.isqrt(positions),) * 2
     if math.prod(grid) != positions:
-        raise ValueError(
-            f"the position embedding has {positions} patches, which fit neither image_size {image_size} "
-            f"nor a square grid"
-        )
-    whole_text = all(name in text for name in TEXT_TOWER)
+        raise ValueError(f"the position embedding has {positions} patches: no square grid, nor image_size {image_size}")
     text_config = NO_TEXT
-    if whole_text:
+    if set(TEXT_TOWER) <= set(text):
         vocabulary, text_width = text["token_embedding.weight"].shape
         text_config = {
             "context_length": len(text["positional_embedding"]),
@@ -264,26 +192,16 @@ def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], head
             "heads": max(1, text_width // 64),  # OpenAI's CLIP models: head width 64
             "layers": count_blocks(text),
         }
-    clip = clip_from_architecture(
-        {
-            "embed_dim": visual["proj"].shape[1],
-            "vision_cfg": {
-                "image_size": [grid[0] * patch[0], grid[1] * patch[1]],
-                "patch_size": patch,
-                "width": width,
-                "layers": count_blocks(visual),
-                "head_width": width // heads,
-            },
-            "text_cfg": text_config,
-        }
-    )
-    tower = clip.visual.state_dict()
-    clip.visual.load_state_dict({name: visual[name] for name in tower})
-    if whole_text:
+    vision_config = {"patch_size": patch, "width": width, "head_width": width // heads, "layers": count_blocks(visual)}
+    vision_config["image_size"] = [grid[0] * patch[0], grid[1] * patch[1]]
+    sizes = {"embed_dim": visual["proj"].shape[1], "vision_cfg": vision_config, "text_cfg": text_config}
+    clip = clip_from_architecture(sizes)
+    clip.visual.load_state_dict({name: visual[name] for name in clip.visual.state_dict()})
+    if clip.tokenizer is not refuse_text:
         own = [name for name in clip.model.state_dict() if not name.startswith("visual.") and name != "logit_scale"]
         clip.model.load_state_dict({name: text[name] for name in own}, strict=False)
     return clip
 
 
 def count_blocks(tower: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[2]) for name in tower if name.startswith("transformer.resblocks."))
+    return len({name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -162,14 +163,15 @@ class Train:
         )  # fmt: skip
         if main:
             print_left_out(result.left_out)
-            where = f" --data {self.data.data} --layout {self.data.layout}" if self.data.data != "scenes" else ""
-            own = f" --clip {self.model.clip} --clip-weights {self.model.clip_weights}" if self.clip_file else ""
-            print(f"the trained model is in {self.output}; score it: sptseg evaluate --model {self.output}{where}{own}")
+            where = ["--data", self.data.data, "--layout", self.data.layout] if self.data.data != "scenes" else []
+            own = ["--clip", self.model.clip, "--clip-weights", str(self.model.clip_weights)] if self.clip_file else []
+            score = shlex.join(["sptseg", "evaluate", "--model", str(self.output), *where, *own])
+            print(f"the trained model is in {self.output}; score it: {score}")
 
     @property
     def clip_file(self) -> bool:
         """Whether CLIP's weights are a file, which the command names, as no path in a checkpoint is opened."""
-        return Path(self.model.clip_weights or "").is_file()
+        return Path(self.model.clip_weights or "").expanduser().is_file()
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,8 @@ def segment_command(
         return
     if out.suffix:
         raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
+            f"{shlex.quote(str(out.with_suffix('')))}"
         )
     table, left_out = io.StringIO(), []
     writer = csv.writer(table)
@@ -348,7 +351,7 @@ def pretrain_command(
     if images is not None:
         config = config.scaled(images)
     pretrain(config, output)
-    print(f"wrote {output}; use it with --clip tiny --clip-weights {output}")
+    print(f"wrote {output}; use it with --clip tiny --clip-weights {shlex.quote(str(output))}")
 
 
 def import_command(

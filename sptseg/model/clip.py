@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sptseg.model.ops import Grid, attend, linear, resize_positions, tokens_to_grid
+from sptseg.model.ops import Grid, attend, join_heads, linear, resize_positions, split_heads, tokens_to_grid
+from sptseg.model.weights import load_weights
 from sptseg.system import write
 
 TINY = "tiny"
 TEMPLATES = ("a photo of a {}",)
+OLD_FINGERPRINT = 16  # digits
 TINY_CONFIG: dict[str, Any] = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": 128, "patch_size": 8, "width": 192, "layers": 4, "head_width": 64},
@@ -83,7 +86,7 @@ class Clip:
 
     @property
     def visual(self) -> VisionTransformer:
-        return cast(VisionTransformer, self.model.visual)  # see check_visual
+        return cast(VisionTransformer, self.model.visual)  # see usable_models
 
     @torch.no_grad()
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
@@ -97,7 +100,8 @@ class Clip:
         blank = [i for i, name in enumerate(names) if not name.strip()]
         if blank:
             raise ValueError(f"the class name at position {blank[0]} is blank; give every class a name")
-        duplicates = sorted({name for name in names if names.count(name) > 1})
+        read = [" ".join(unicodedata.normalize("NFC", name).casefold().split()) for name in names]  # as tokenizers do
+        duplicates = sorted({name for name, same in zip(names, read, strict=True) if read.count(same) > 1})
         if duplicates:
             raise ValueError(f"class names given twice: {', '.join(duplicates)}; name each class once")
         key = (names, templates)
@@ -111,12 +115,24 @@ class Clip:
         return self.cache[key].clone()
 
 
-def fingerprint(clip: Clip) -> str:
-    """A short hash of a CLIP's image tower, by which a checkpoint knows the CLIP that it was trained on."""
-    state, digest = clip.visual.state_dict(), hashlib.sha256()
-    for name in ("conv1.weight", "positional_embedding", "ln_post.weight", "proj"):
-        digest.update(state[name].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def fingerprint(clip: Clip, like: str = "") -> str:
+    """A hash by which a checkpoint knows its CLIP, whatever that is called and wherever its file lies.
+
+    Of the weights of both towers, their heads and activations, and the tiny CLIP's words. `like`: the fingerprint that
+    this one is to be compared with, as earlier versions made shorter ones, of four tensors.
+    """
+    state, digest, earlier = clip.model.state_dict(), hashlib.sha256(), len(like) == OLD_FINGERPRINT
+    tensors = [f"visual.{name}" for name in ("conv1.weight", "positional_embedding", "ln_post.weight", "proj")]
+    if not earlier:
+        tensors = sorted(state)
+        blocks: Any = [*clip.visual.transformer.resblocks, *clip.model.transformer.resblocks]
+        built = [(block.attn.num_heads, *(type(part).__name__ for part in block.mlp)) for block in blocks]
+        words = clip.tokenizer.words if isinstance(clip.tokenizer, WordTokenizer) else ()
+        shapes = [(name, tuple(state[name].shape)) for name in tensors]
+        digest.update(repr((built, words, clip.visual.grid_size, shapes)).encode())
+    for name in tensors:
+        digest.update(state[name].float().cpu().contiguous().numpy())
+    return digest.hexdigest()[: OLD_FINGERPRINT if earlier else 32]
 
 
 def new_tiny_clip(words: Sequence[str]) -> Clip:
@@ -145,13 +161,12 @@ def load_tiny_clip(path: str | Path) -> Clip:
     return Clip(TINY, str(path), clip.model.eval().requires_grad_(False), clip.tokenizer)
 
 
-def check_public(name: str, weights: str | None, source: str | Path) -> None:
+def check_public(name: str, weights: str | None) -> None:
     """Refuses CLIP weights that not everybody can load: files (no path in a checkpoint is opened) and random ones."""
     if weights not in open_clip.list_pretrained_tags_by_model(name) and (name, weights) != (TINY, None):
         raise ValueError(
-            f"{source} names CLIP {name!r} with weights {weights!r}, which is not public, and no path in a checkpoint "
-            f"is opened; load it with a CLIP of yours: load_model(..., clip=load_clip(NAME, FILE)), or --clip NAME "
-            f"--clip-weights FILE"
+            f"its CLIP, {name!r} with weights {weights!r}, is not public, and no path in a checkpoint is opened; give "
+            f"one of yours: load_model(..., clip=load_clip(NAME, FILE)), or --clip NAME --clip-weights FILE"
         )
 
 
@@ -159,34 +174,41 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """A frozen CLIP in evaluation mode.
 
     `name`: "tiny" (embedded; `weights` is None or a file made by `sptseg pretrain`) or an open_clip model name with a
-    standard VisionTransformer. `weights`: an open_clip tag such as "openai", a file, or None for random weights (from
-    torch's global seed).
+    standard VisionTransformer. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as
+    OpenAI's own ViT-B-16.pt, or None for random weights (from torch's global seed).
     """
+    file = None if weights is None else Path(weights).expanduser()
     if name == TINY:
-        return load_tiny_clip(weights or data_file("tiny_clip.safetensors"))
+        return load_tiny_clip(file or data_file("tiny_clip.safetensors"))
     if name not in usable_models():
         usable = ", ".join((TINY, *usable_models()))
         raise ValueError(f"{name!r} is no open_clip model with a standard VisionTransformer; use {usable}")
-    if weights == "openai" and "quickgelu" not in name and f"{name}-quickgelu" in open_clip.list_models():
-        raise ValueError(
-            f"OpenAI's weights were trained with QuickGELU, which {name!r} lacks; use {name + '-quickgelu'!r}"
-        )
-    try:
-        model: Any = open_clip.create_model(name, pretrained=weights, precision="fp32")
-    except Exception as error:  # there is no list of what open_clip may raise at a file
-        if weights is None:
-            raise
-        if Path(weights).is_file():
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+    tag = open_clip.get_pretrained_cfg(name, weights or "")
+    if tag:
+        if tag.get("quick_gelu"):
+            refuse_quick_gelu(name, weights)
+        try:
+            model: Any = open_clip.create_model(name, pretrained=weights, precision="fp32")
+        except Exception as error:  # there is no list of what open_clip and the network may raise
             raise ValueError(
-                f"{weights} holds no weights of {name} ({reason}); wanted a file of such a model"
+                f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads "
+                f"them once where there is a network, or give the path of a file that holds them"
             ) from error
-        raise ValueError(
-            f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads them "
-            f"once where there is a network, or give the path of a file that holds them"
-        ) from error
-    check_visual(name, model.visual)
+    else:
+        if file is not None and not file.is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise ValueError(f"{weights} is no file, and no tag of {name}; open_clip's tags of it: {tags}")
+        model = open_clip.CLIP(**cast("dict[str, Any]", open_clip.get_model_config(name)))
+        if file is not None and load_weights(model, file, name):
+            refuse_quick_gelu(name, weights)
     return Clip(name, weights, model.eval().requires_grad_(False), open_clip.get_tokenizer(name))
+
+
+def refuse_quick_gelu(name: str, weights: str | None) -> None:
+    """Refuses weights that were trained with QuickGELU for a model without: they would fit, and be wrong."""
+    if not cast("dict[str, Any]", open_clip.get_model_config(name)).get("quick_gelu"):
+        other = f"{name}-quickgelu"
+        raise ValueError(f"the weights {weights} were trained with QuickGELU, which {name!r} lacks; use {other!r}")
 
 
 def usable_models() -> list[str]:
@@ -196,7 +218,7 @@ def usable_models() -> list[str]:
 
 def standard_vision_config(config: dict | None) -> bool:
     """Whether an open_clip model configuration builds the VisionTransformer that the prompted encoder drives."""
-    if not config or "multimodal_cfg" in config:
+    if not config or "multimodal_cfg" in config or "custom_text" in config:
         return False
     vision, text = config["vision_cfg"], config["text_cfg"]
     odd = ("timm_model_name", "attentional_pool", "no_ln_pre", "final_ln_after_pool", "block_type", "qk_norm")
@@ -259,19 +281,18 @@ def embeddings(visual: VisionTransformer, tokens: Tensor, grid: Grid) -> tuple[T
 
 def project(block: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A block's queries (B, h, N, d) of tokens x (B, N, D), its keys and values (B, h, N + K, d) of x and a context."""
-    weight, bias, heads = block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.num_heads
-    width, qkv = x.shape[-1], linear(block.ln_1(x), weight, bias)
-    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
+    weight, bias, width = block.attn.in_proj_weight, block.attn.in_proj_bias, x.shape[-1]
+    head_width = width // block.attn.num_heads
+    query, key, value = split_heads(linear(block.ln_1(x), weight, bias), 3, head_width)
     if context is not None:
-        further = linear(block.ln_1(context), weight[width:], bias[width:])
-        further = further.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        further = split_heads(linear(block.ln_1(context), weight[width:], bias[width:]), 2, head_width)
         key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), further, strict=True))
     return query, key, value
 
 
 def attention_output(block: Any, mixed: Tensor) -> Tensor:
     """What the heads mixed of the values (B, h, N, d), through the output projection: (B, N, D), to be added to x."""
-    return block.ls_1(linear(mixed.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias))
+    return block.ls_1(linear(join_heads(mixed), block.attn.out_proj.weight, block.attn.out_proj.bias))
 
 
 def feed_forward(block: Any, x: Tensor) -> Tensor:

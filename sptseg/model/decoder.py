@@ -6,7 +6,6 @@ Symbols: B batch, N = H * W tokens, E embedding width, C classes, h heads of wid
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,8 +18,10 @@ from sptseg.model.ops import (
     attend,
     from_windows,
     grid_to_tokens,
+    join_heads,
     linear,
     pad_to_multiple,
+    split_heads,
     to_windows,
     tokens_to_grid,
 )
@@ -38,17 +39,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:
-    """(..., M, parts * heads * d) -> `parts` tensors (..., heads, M, d)."""
-    x = x.unflatten(-1, (parts, -1, head_width))  # (..., M, parts, heads, d)
-    return tuple(part.transpose(-3, -2) for part in x.unbind(-3))
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """(..., heads, M, d) -> (..., M, heads * d)."""
-    return x.transpose(-3, -2).flatten(-2)
 
 
 def products(queries: Tensor, features: Tensor) -> Tensor:
@@ -304,7 +294,7 @@ class Decoder(nn.Module):
 
     def forward(self, patches: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """Patches (B, E, H, W), image (B, E), text (C, E) -> mask logits of the last layer (B, C, H, W)."""
-        ((_, mask_logits),) = deque(self.states(patches, image, text), maxlen=1)
+        mask_logits = [mask_logits for _, mask_logits in self.states(patches, image, text)][-1]
         if self.log_scale is not None:
             mask_logits = self.log_scale.exp() * (mask_logits * self.unit - self.threshold)
         return tokens_to_grid(mask_logits.transpose(1, 2), (patches.shape[2], patches.shape[3]))

@@ -52,6 +52,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     return torch.stack([linear(weights(linear(q, k)), v) for q, k, v in heads]).view_as(query)
 
 
+def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:
+    """(..., M, parts * heads * d) -> `parts` tensors (..., heads, M, d)."""
+    x = x.unflatten(-1, (parts, -1, head_width))  # (..., M, parts, heads, d)
+    return tuple(part.transpose(-3, -2) for part in x.unbind(-3))
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(..., heads, M, d) -> (..., M, heads * d)."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
 def on_x86(x: Tensor) -> bool:
     return x.device.type == "cpu" and MKL_AND_ONEDNN
 

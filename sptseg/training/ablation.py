@@ -89,6 +89,10 @@ def run(
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         before = {**result["asked"], "model": completed(result["asked"]["model"])}
+        before["model"]["clip_weights"] = config.clip_weights  # wherever the file lies: the fingerprint tells it
+        asked["clip"] = fingerprint(clip, like=before.get("clip", ""))
+        for part in ("data", "validation"):  # what is younger than the file
+            before[part] = {**asked[part], **before.get(part, {"pictures": 0})}
         other = [part for part in asked if before.get(part) != asked[part]]
         if not other:
             return result

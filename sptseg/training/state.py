@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import threading
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 
 from sptseg.checkpoints import completed
 from sptseg.datasets import Sample
-from sptseg.model import SptSeg
+from sptseg.model import SptSeg, fingerprint
 
 if TYPE_CHECKING:  # plots write files too, without PyTorch
     import torch
@@ -89,11 +90,15 @@ def load_state(
         return Progress()
     before = json.loads(state["settings"])
     before["model"] = completed(before["model"])
+    settings = {**settings, "clip": {"fingerprint": fingerprint(model.clip, like=before["clip"]["fingerprint"])}}
     changed = [
         f"{part}.{name}"
         for part, values in json.loads(json.dumps(settings)).items()
         for name, value in values.items()
-        if not (part == "train" and name in FREE) and before[part].get(name) != value
+        if not (part == "train" and name in FREE)
+        and name != "clip_weights"  # wherever the file lies: the fingerprint tells the weights
+        and not (part == "data" and name not in before[part])  # younger than the state
+        and before[part].get(name) != value
     ]
     if changed:
         raise ValueError(
@@ -129,9 +134,16 @@ def last_state(folder: Path, device: torch.device) -> tuple[dict[str, Any] | Non
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:
-    """What tells a data set from others: how many pictures, and a hash of their names; not where they lie."""
-    digest = hashlib.sha256("\n".join(getattr(dataset, "names", ())).encode()).hexdigest()
-    return {"pictures": len(dataset), "names": digest[:16]}  # pyright: ignore[reportArgumentType]
+    """What tells a data set from others: how many pictures, and hashes of their names, in whatever Unicode form these
+    are, and of some pictures' and masks' files; not where they lie."""
+    names = unicodedata.normalize("NFC", "\n".join(getattr(dataset, "names", ())))
+    files, content = getattr(dataset, "_files", ()), hashlib.sha256()
+    for pair in files[:: max(1, len(files) // 16)]:
+        for path in pair:
+            with path.open("rb") as file:
+                content.update(f"{path.stat().st_size}".encode() + file.read(1 << 16))
+    digests = {"names": hashlib.sha256(names.encode()).hexdigest()[:16], "content": content.hexdigest()[:16]}
+    return {"pictures": len(dataset), **digests}  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from conftest import DEVICE, Reference
 from torch.testing import assert_close
 from toys import SPLIT, Toys, toy_config, toy_model
 
-from sptseg.checkpoints.hub import load_model
+from sptseg.checkpoints.checkpoint import load_model
 from sptseg.cli.benchmark import benchmark
 from sptseg.datasets import splits
 from sptseg.datasets.folders import Scenes

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torchvision import tv_tensors
 from toys import toy_model
 
-from sptseg.checkpoints.hub import load_model
+from sptseg.checkpoints import load_model
 from sptseg.datasets.images import as_array
 from sptseg.datasets.splits import scenes as scenes_split
 from sptseg.datasets.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN

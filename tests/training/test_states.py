@@ -17,6 +17,7 @@ import torch
 from toys import SPLIT, Toys, toy_config, toy_model
 
 from sptseg import system as files
+from sptseg.model import fingerprint
 from sptseg.system import write
 from sptseg.training import state as states
 from sptseg.training.loop import fit
@@ -236,6 +237,7 @@ def test_the_scaler_of_half_precision_goes_along(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))  # it begins with the first loss
     settings = {"train": {"precision": "fp16"}, "model": asdict(model.config)}
+    settings["clip"] = {"fingerprint": fingerprint(model.clip)}
     states.save_state(folder, model, optimizer, scaler, states.Progress(3, [{"x": 1}], ["a"]), settings)
     new = torch.amp.GradScaler("cpu", init_scale=2.0)
     progress = states.load_state(folder, toy_model(), optimizer, new, settings)

@@ -1,0 +1,285 @@
+"""Files of CLIP weights in every form that people have, from OpenAI's archives on; nothing in them is run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
+
+from sptseg.model.clip import load_clip
+from sptseg.model.weights import read_weights
+
+TOY: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip models small enough for a file a test."""
+    models = {"toy": TOY, "toy-quickgelu": {**TOY, "quick_gelu": True}, "wide": {**TOY, "embed_dim": 32}}
+    for name, config in models.items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+
+
+@pytest.fixture
+def model() -> open_clip.CLIP:
+    return open_clip.CLIP(**TOY, quick_gelu=True).eval()
+
+
+def openai(model: open_clip.CLIP, path: Path) -> Path:
+    """As OpenAI ships its models: traced, in half precision, with three numbers more."""
+    for name, value in {"input_resolution": 16, "context_length": 8, "vocab_size": 49408}.items():
+        model.__dict__.pop(name, None)
+        model.register_buffer(name, torch.tensor(value))
+    example = {"image": torch.zeros(1, 3, 16, 16), "text": torch.zeros(1, 8, dtype=torch.long)}
+    traced: Any = torch.jit.trace(model, example_kwarg_inputs=example, check_trace=False)
+    traced.half().save(str(path))
+    return path
+
+
+def holds(name: str, path: str | Path, expected: dict[str, Tensor], half: bool = False) -> bool:
+    clip = load_clip(name, str(path))
+    found = clip.model.state_dict()
+    same = all(torch.equal(found[key], value.half().float() if half else value) for key, value in expected.items())
+    return same and found.keys() == expected.keys() and clip.visual.conv1.weight.dtype == torch.float32
+
+
+# Forms
+
+
+@pytest.mark.filterwarnings("ignore")  # its writer is deprecated, its files are not
+def test_openais_archive_is_read_without_its_code(model: open_clip.CLIP, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    path = openai(model, tmp_path / "ViT-toy.pt")
+    assert holds("toy-quickgelu", path, state, half=True)
+    spoilt = tmp_path / "spoilt.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(spoilt, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"raise SystemExit" if "/code/" in name else old.read(name))
+    with pytest.raises(RuntimeError):
+        torch.jit.load(str(spoilt))  # which does look at the code
+    assert holds("toy-quickgelu", spoilt, state, half=True)
+    with pytest.raises(
+        ValueError, match="ViT-toy.pt were trained with QuickGELU, which 'toy' lacks; use 'toy-quickgelu'"
+    ):
+        load_clip("toy", str(path))
+
+
+def wrapped(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}
+
+
+FORMS: dict[str, Callable[[Any, Path], object]] = {
+    "training.pt": lambda state, path: torch.save(wrapped(state), path),
+    "open_clip_pytorch_model.bin": torch.save,
+    "old.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "open_clip_model.safetensors": save_file,
+    "M.SAFETENSORS": save_file,
+    "a ünicode näme.pt": torch.save,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_open_clips_names(
+    name: str, model: open_clip.CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FORMS[name](model.state_dict(), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (tmp_path / name, name, f"~/{name}"):
+        assert holds("toy", path, model.state_dict())
+
+
+def in_transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Written out from the names that its CLIPModel gives its parameters."""
+    vision, text = "vision_model.embeddings.", "text_model.embeddings."
+    theirs = {
+        "logit_scale": state["logit_scale"], f"{vision}position_ids": torch.arange(5)[None],
+        "visual_projection.weight": state["visual.proj"].T, "text_projection.weight": state["text_projection"].T,
+        f"{vision}class_embedding": state["visual.class_embedding"],
+        f"{vision}patch_embedding.weight": state["visual.conv1.weight"],
+        f"{vision}position_embedding.weight": state["visual.positional_embedding"],
+        f"{text}token_embedding.weight": state["token_embedding.weight"],
+        f"{text}position_embedding.weight": state["positional_embedding"],
+    }  # fmt: skip
+    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+    parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    blocks = {"visual.transformer.resblocks.0": "vision_model.encoder.layers.0"}
+    blocks["visual.transformer.resblocks.1"] = "vision_model.encoder.layers.1"
+    blocks["transformer.resblocks.0"] = "text_model.encoder.layers.0"
+    for kind in ("weight", "bias"):
+        theirs[f"vision_model.pre_layrnorm.{kind}"] = state[f"visual.ln_pre.{kind}"]
+        theirs[f"vision_model.post_layernorm.{kind}"] = state[f"visual.ln_post.{kind}"]
+        theirs[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+        for block, layer in blocks.items():
+            three = state[f"{block}.attn.in_proj_{kind}"].chunk(3)
+            theirs |= {f"{layer}.self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", three, strict=True)}
+            theirs |= {f"{layer}.{part}.{kind}": state[f"{block}.{ours}.{kind}"] for ours, part in parts.items()}
+    return {name: value.contiguous() for name, value in theirs.items()}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) -> None:
+    state = in_transformers_names(model.state_dict())
+    (save_file if name.endswith("s") else torch.save)(state, tmp_path / name)
+    assert holds("toy", tmp_path / name, model.state_dict())
+    with pytest.raises(ValueError, match=r"holds no weights of wide: \w+.proj\w* is .*, 16\), wanted .*, 32\)"):
+        load_clip("wide", str(tmp_path / name))
+
+
+OTHER: list[tuple[Callable[[dict], object], str]] = [
+    (lambda state: state.pop("ln_final.bias"), "ln_final.bias is not there"),
+    (lambda state: state.update(head=torch.zeros(2)), "head is nothing that it has"),
+    (
+        lambda state: state.update({"visual.proj": torch.zeros(16, 9)}),
+        r"visual.proj is .*\(16, 9\), wanted \(16, 16",
+    ),
+    (lambda state: state.update({"visual.proj": torch.zeros(16, 16).char()}), r"visual.proj is torch.int8"),
+    (lambda state: state.update({"vision_model.x.q_proj.bias": torch.zeros(1)}), "k_proj.bias' is not there"),
+    (lambda state: state.clear(), "is not there"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER)
+def test_other_weights_are_refused_by_their_first_difference(
+    change: Callable, message: str, model: open_clip.CLIP, tmp_path: Path
+) -> None:
+    state = dict(model.state_dict())
+    change(state)
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"other.pt holds no weights of toy: .*{message}") as refusal:
+        load_clip("toy", str(tmp_path / "other.pt"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    for weights in ("opnai", "nowhere/ViT-B-32.pt", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"{weights} is no file, and no tag of ViT-B-32; .* openai, laion400m_e31"):
+            load_clip("ViT-B-32", weights)
+
+
+# Files that would run code, or are none
+
+
+class Intruder:
+    """What a malicious file would hold: unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {  # the content, and the reason that is given
+    "a pickle": (lambda path: pickle.dumps({"state_dict": Intruder(path)}), "Weights only load failed"),
+    "an old pickle": (lambda path: pickle.dumps(Intruder(path), protocol=0), "Weights only load failed"),
+    "torch.save": (lambda path: saved({"x": torch.zeros(1), "meta": Intruder(path)}), "Weights only load failed"),
+    "an archive": (lambda path: archive({"x": Intruder(path)}), "it names (posix|nt).mkdir"),
+    "an archive of no module": (lambda _: archive([1]), "attributes"),
+    "an archive that is compressed": (lambda _: archive({"x": 1}, zipfile.ZIP_DEFLATED), "data.pkl is compressed"),
+    "one number a trillion times": (lambda _: archive({"x": Stored((10**12,), (0,))}), "larger than its storage"),
+    "beyond the storage": (lambda _: archive({"x": Stored((4,), (2,))}), "requiring a storage size of 14"),
+    "a missing storage": (lambda _: archive({"x": Stored((4,), (1,), "7")}), "no item named 'toy/data/7'"),
+    "modules in modules": (lambda _: archive({"x": reduce(lambda x, _: of(x=x), range(5000), of())}), "recursion"),
+    "an archive cut": (lambda _: archive({"x": Stored((2,), (1,))})[:-200], "."),
+    "a cut pickle": (lambda _: pickle.dumps({"a": list(range(999))})[:500], "."),
+    "a text": (lambda _: b"no checkpoint", "."), "nothing": (lambda _: b"", "."),
+    "zip": (lambda _: b"PK\x03\x04" + bytes(99), "."), "tar": (lambda _: b"a.txt" + bytes(507), "."),
+    "wrong operations": (lambda _: b"\x80\x02" + bytes(range(40, 120)), "."), "a memo": (lambda _: b"h\x09.", "."),
+}  # fmt: skip
+
+
+class Stored:
+    """A tensor of four numbers' storage."""
+
+    def __init__(self, size: tuple, stride: tuple, key: str = "0") -> None:
+        self.arguments = (SimpleNamespace(key=key), 0, size, stride, False, OrderedDict())
+
+    def __reduce__(self) -> tuple:
+        return _rebuild_tensor_v2, self.arguments
+
+
+class Module:
+    """Of an archive's own classes: pickled by name."""
+
+
+Module.__module__, Module.__qualname__ = "__torch__", "Module"
+
+
+def of(**attributes: Any) -> Module:
+    module = Module()
+    module.__dict__.update(attributes)
+    return module
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def archive(attributes: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A TorchScript archive of one module."""
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, value: Any) -> tuple | None:
+            return ("storage", torch.HalfStorage, value.key, "cpu", 4) if isinstance(value, SimpleNamespace) else None
+
+    module: Any = of(**attributes) if isinstance(attributes, dict) else attributes
+    content, tree = io.BytesIO(), io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__torch__", SimpleNamespace(Module=Module))
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(100_000)
+        Writer(tree, protocol=2).dump(module)
+        sys.setrecursionlimit(limit)
+    with zipfile.ZipFile(content, "w", compression) as file:
+        for name, data in {"data.pkl": tree.getvalue(), "data/0": bytes(8), "constants.pkl": b"\x80\x02)."}.items():
+            file.writestr(f"toy/{name}", data)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_hold_no_tensors_are_refused_and_not_run(kind: str, suffix: str, tmp_path: Path) -> None:
+    path, (content, reason) = tmp_path / f"model{suffix}", BROKEN[kind]
+    path.write_bytes(content(tmp_path / "intruded"))
+    reason = reason if suffix == ".pth" else "."
+    with pytest.raises(
+        ValueError, match=rf"model{suffix} cannot be read as a checkpoint of tensors only \(.*{reason}.*\); it is"
+    ) as said:
+        read_weights(path)
+    assert "\n" not in str(said.value) and [file.name for file in tmp_path.iterdir()] == [path.name], "nothing ran"
+
+
+def test_an_archive_that_refers_to_one_module_a_billion_times(tmp_path: Path) -> None:
+    module = reduce(lambda module, _: of(a=module, b=module), range(30), of(weight=Stored((2, 2), (1, 2))))
+    (tmp_path / "model.pt").write_bytes(archive({"x": module}))
+    assert {name: value.shape for name, value in read_weights(tmp_path / "model.pt").items()} == {
+        f"x.{'a.' * 30}weight": (2, 2)
+    }
+
+
+@pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), {"state_dict": None}, {"epoch": 3}, None])
+def test_files_without_named_tensors_have_none(value: object, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "model.pt")
+    assert read_weights(tmp_path / "model.pt") == {}

@@ -26,8 +26,7 @@ from torch.testing import assert_close
 from sptseg import scenes
 from sptseg.checkpoints.checkpoint import load_model, read_header
 from sptseg.cli import commands as cli
-from sptseg.cli.commands import COMMANDS, main
-from sptseg.cli.options import Which
+from sptseg.cli.commands import COMMANDS, Which, main
 from sptseg.datasets import folders as datasets
 from sptseg.datasets.named import Data
 from sptseg.inference.evaluation import evaluate

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from sptseg.checkpoints.checkpoint import config_from_dict, load_model, read_header, save_model
-from sptseg.cli import options
+from sptseg.cli import commands
 from sptseg.cli.commands import main
 from sptseg.datasets import folders as datasets
 from sptseg.datasets import images
@@ -66,7 +66,7 @@ def embedded() -> SptSeg:
 def model(embedded: SptSeg, monkeypatch: pytest.MonkeyPatch) -> SptSeg:
     """The embedded model, loaded once for all commands; data sets of few pictures by default."""
     given = {"embedded": embedded}
-    monkeypatch.setattr(options, "load_model", lambda name, *rest: given.get(name) or load_model(name, *rest))
+    monkeypatch.setattr(commands, "load_model", lambda name, *rest: given.get(name) or load_model(name, *rest))
     return embedded
 
 

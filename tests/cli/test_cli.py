@@ -18,10 +18,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import load_reference
+from conftest import load_reference, refused
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from toys import data_folder, same
 
 from sptseg import scenes
 from sptseg.checkpoints.checkpoint import load_model, read_header
@@ -84,27 +85,9 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
-    """A folder of two scenes with the classes grass and water, one picture portrait."""
-    for part in ("images", "masks"):
-        (tmp_path / "data" / part).mkdir(parents=True)
-    for seed, (name, width) in enumerate((("a", 64), ("b", 40))):
-        image, label = (array[:, :width] for array in scenes.draw(seed, 64))
-        Image.fromarray(image).save(tmp_path / "data" / "images" / f"{name}.png")
-        Image.fromarray(np.uint8(label % 2)).save(tmp_path / "data" / "masks" / f"{name}.png")
-    (tmp_path / "data" / "classes.txt").write_text("grass\nwater\n")
-    (tmp_path / "data" / "unseen.txt").write_text("water\n")
-    return tmp_path / "data"
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The sentence on standard error of a command that exits with code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("sptseg: ")]
-    assert len(lines) == 1 and "Traceback" not in captured.err
-    return lines[0].removeprefix("sptseg: ")
+    """A folder of two pictures with the classes grass and water, one picture portrait."""
+    masks = {name: scenes.draw(seed, 64)[1][:, :width] % 2 for seed, name, width in ((0, "a", 64), (1, "b", 40))}
+    return data_folder(tmp_path / "data", masks, ["grass", "water"], ["water"])
 
 
 # Help
@@ -206,7 +189,7 @@ def test_train_goes_on_and_starts_from_checkpoints(
         assert_close(started.trained_state()[name], value, atol=1e-6, rtol=0)
     capsys.readouterr()
     options = ["--output", trained, "--resume", "--images", "4", *clip, *SMALL, *STEPS, "--train.seed", "1"]
-    message = fails(capsys, "train", *options)
+    message = refused(capsys, "train", *options)
     assert "was trained with other settings of train.seed; resume with the same" in message
 
 
@@ -296,11 +279,11 @@ def test_ablate_knows_its_runs_by_model_data_and_clip(
         (["--data.seed", "1"], "data"), (["--data.images", "5"], "data"), (["--validation.seed", "7"], "validation"),
         (["--validation.unseen", "tree"], "split"), (["--train.learning-rate", "1e-4"], "train"),
     ):  # fmt: skip
-        assert f"holds a run with other {part}; choose another output folder" in fails(capsys, *command, *options)
+        assert f"holds a run with other {part}; choose another output folder" in refused(capsys, *command, *options)
     torch.manual_seed(1)
     save_tiny_clip(new_tiny_clip(scenes.WORDS), tmp_path / "other.safetensors")
     monkeypatch.setattr(ablation, "load_clip", lambda *_: load_clip("tiny", str(tmp_path / "other.safetensors")))
-    assert "holds a run with other clip;" in fails(capsys, *command)
+    assert "holds a run with other clip;" in refused(capsys, *command)
 
 
 def test_bad_input_of_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +292,7 @@ def test_bad_input_of_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--configurations spt@zero-shot", "asks for the setting 'zero-shot'; wanted spt@supervised or"),
         ("--train.setting supervised", "the setting supervised goes behind a configuration's name"),
     ):
-        assert message in fails(capsys, "ablate", "--output", tmp_path, *options.split())
+        assert message in refused(capsys, "ablate", "--output", tmp_path, *options.split())
 
 
 # data
@@ -322,7 +305,7 @@ def test_missing_data_name_the_command_that_makes_them(tmp_path: Path, capsys: p
         "context-cascade": "tools/dataset_converters/pascal_context.py",
         "ade20k": "ADEChallengeData2016.zip",
     }.items():
-        message = fails(capsys, "data", "check", tmp_path, "--layout", layout)
+        message = refused(capsys, "data", "check", tmp_path, "--layout", layout)
         assert made_by in message and str(tmp_path) in message
 
 
@@ -332,7 +315,7 @@ def test_data_check_and_show(labelled: Path, tmp_path: Path, capsys: pytest.Capt
     main(["data", "show", str(labelled), "--out", str(tmp_path / "new" / "sheet.png"), "--count", "2"])
     assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
     (labelled / "masks" / "a.png").write_bytes(b"junk")
-    message = fails(capsys, "data", "check", labelled)
+    message = refused(capsys, "data", "check", labelled)
     assert message.startswith("1 files are faulty") and "a.png" in message
 
 
@@ -368,10 +351,12 @@ def test_segment_a_folder(full_resolution: bool, clip: list[str], photos: Path, 
 def test_segment_never_overwrites_a_picture(clip: list[str], photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (photos / "a.png").read_bytes()
     for pictures, out in (([photos], photos), ([photos / "a.png"], photos / "a.png")):
-        message = fails(capsys, "segment", *pictures, "--classes", "grass,water", "--out", out, *clip)
+        message = refused(capsys, "segment", *pictures, "--classes", "grass,water", "--out", out, *clip)
         assert message == "results would overwrite pictures or each other: give another --out, or rename pictures"
     Image.open(photos / "a.png").save(photos / "a.bmp")
-    assert "each other" in fails(capsys, "segment", photos, "--classes", "grass", "--out", photos.parent / "out", *clip)
+    assert "each other" in refused(
+        capsys, "segment", photos, "--classes", "grass", "--out", photos.parent / "out", *clip
+    )
     assert (photos / "a.png").read_bytes() == before
 
 
@@ -392,8 +377,7 @@ def test_import_writes_a_model_and_names_what_it_left_out(
     assert read_header(tmp_path / "model.safetensors")["about"] == {"imported_from": "research.pth"}
     imported = load_model(tmp_path / "model.safetensors").trained_state()
     expected = reference.imported.model.trained_state()
-    assert imported.keys() == expected.keys()
-    assert all(torch.equal(value, imported[name]) for name, value in expected.items())
+    assert same(imported, expected)
 
 
 def test_pretrain_scales_and_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -425,7 +409,7 @@ def test_bad_input_of_segment(
         "there is no checkpoint": [a, "--classes", "grass", *out, "--model", tmp_path / "gone.safetensors"],
     }
     for message, arguments in cases.items():
-        assert message in fails(capsys, "segment", *arguments)
+        assert message in refused(capsys, "segment", *arguments)
     assert not (tmp_path / "out.png").exists()
 
 
@@ -452,7 +436,7 @@ def test_bad_input_of_evaluate(
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
-    assert message in fails(capsys, "evaluate", *options.split())
+    assert message in refused(capsys, "evaluate", *options.split())
 
 
 def test_bad_input_of_train_and_import(clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -468,7 +452,7 @@ def test_bad_input_of_train_and_import(clip: list[str], tmp_path: Path, capsys: 
         "pictures are too few to pre-train on": ["pretrain", "--output", tmp_path / "x", "--images", "10"],
     }
     for message, arguments in cases.items():
-        assert message in fails(capsys, *arguments)
+        assert message in refused(capsys, *arguments)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -502,7 +486,7 @@ def test_sigterm_to_the_command_saves_and_resume_ends_in_the_same_bits(clip: lis
     assert b"stopped by SIGTERM after iteration " in said and b"the same command and --resume" in said
     main([*train, str(tmp_path / "run"), "--resume"])
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
-    assert all(resumed[name].equal(value) for name, value in whole.items()), said[-200:]
+    assert same(whole, resumed), said[-200:]
 
 
 def test_what_is_no_users_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

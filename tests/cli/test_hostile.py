@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_reference
+from conftest import load_reference, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from toys import data_folder, noise
 
 from sptseg.checkpoints.checkpoint import config_from_dict, load_model, read_header, save_model
 from sptseg.cli import commands
@@ -42,19 +42,6 @@ from sptseg.training.loop import TrainConfig
 from sptseg.training.stream import label_table
 
 Made = Callable[[], bytes]
-PROGRESS = re.compile(r"^(evaluating|training|checking)?(: .*)?$")  # bars
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one sentence on standard error of a command that ends with exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if not PROGRESS.match(line)]
-    assert stopped.value.code == 2, said
-    assert len(lines) == 1 and lines[0].startswith("sptseg: "), said
-    assert 15 < len(lines[0]) < 2500 and "Traceback" not in said
-    return lines[0].removeprefix("sptseg: ")
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +221,6 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def noise(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
-    values = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
-
-
 def bomb(width: int, height: int) -> bytes:
     """A PNG header that promises a huge picture."""
 
@@ -337,12 +319,7 @@ def test_changed_bytes_give_a_picture_or_a_sentence(content: bytes, data: st.Dat
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One picture and its mask, three classes."""
-    for part in ("images", "masks"):
-        (tmp_path / "data" / part).mkdir(parents=True)
-    noise().save(tmp_path / "data" / "images" / "a.png")
-    Image.new("L", (40, 30), 1).save(tmp_path / "data" / "masks" / "a.png")
-    (tmp_path / "data" / "classes.txt").write_text("grass\nwater\ntree\n")
-    return tmp_path / "data"
+    return data_folder(tmp_path / "data", {"a": np.full((30, 40), 1)})
 
 
 MASKS: dict[str, bytes] = {

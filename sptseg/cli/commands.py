@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
-import itertools
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, TextIO
 
 import torch
 import tyro
@@ -148,7 +147,8 @@ def segment_command(
         return
     if out.suffix:
         raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
+            f"{shlex.quote(str(out.with_suffix('')))}"
         )
     table, left_out = io.StringIO(), []
     writer = csv.writer(table)
@@ -226,7 +226,7 @@ def pretrain_command(
     if images is not None:
         config = config.scaled(images)
     pretrain(config, output)
-    print(f"wrote {output}; use it with --clip tiny --clip-weights {output}")
+    print(f"wrote {output}; use it with --clip tiny --clip-weights {shlex.quote(str(output))}")
 
 
 def import_command(
@@ -260,29 +260,28 @@ COMMANDS = {
 }
 
 
-def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """The command with its options, which returns what is then to do: parsing ends before the work begins."""
+class Outlet(io.FileIO):
+    """A standard stream whose failures wait: work goes on when its reader has left (`| head`) or its disk is full."""
 
-    @functools.wraps(command)
-    def later(*arguments: object, **options: object) -> Callable[[], None]:
-        return functools.partial(command, *arguments, **options)
+    failure: ClassVar[OSError | None] = None
 
-    return later
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                Outlet.failure = OSError(f"what was printed is not whole: {error.strerror}")
+            return len(data)
 
-
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Of tyro's boxes about wrong options, one line goes to standard error: what is wrong, without advice and frame."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            yield
-    except SystemExit as stopped:
-        if stopped.code:
-            lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # without the frame's title
-            words = " ".join(itertools.takewhile(lambda line: line[:1] not in ("─", "╰"), lines)).split()
-            print(f"sptseg: {' '.join(words).rstrip('.')}; see --help", file=sys.stderr)
-        raise
+    @classmethod
+    def of(cls, stream: TextIO) -> TextIO:
+        """The stream, through an outlet if it leads to a file; what its encoding lacks is printed as in \\u8349."""
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
+                file = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
+                return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
+        return stream
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -290,20 +289,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["data"], ["notebooks"]):
         given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
-    try:
-        with one_line():
+    Outlet.failure = None
+    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)):
+        try:
             if given[:1] in (["train"], ["ablate"]):
-                run = with_preset(given[0], given[1:]).run
+                with_preset(given[0], given[1:]).run()
             else:
-                commands = {name: deferred(command) for name, command in COMMANDS.items()}
-                commands |= {"train": Train, "ablate": Ablate}
-                run = tyro.extras.subcommand_cli_from_dict(commands, args=given, prog="sptseg", description=__doc__)
-        run()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+                listed = {**COMMANDS, "train": Train, "ablate": Ablate}
+                tyro.extras.subcommand_cli_from_dict(listed, args=given, prog="sptseg", description=__doc__)
+            if Outlet.failure is not None:
+                raise Outlet.failure
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
+            raise SystemExit(2) from error
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -91,9 +92,17 @@ class Train:
         )  # fmt: skip
         if main:
             print_left_out(result.left_out)
-            where = f" --data {self.data.data} --layout {self.data.layout}" if self.data.data != "scenes" else ""
-            own = f" --clip {self.model.clip} --clip-weights {self.model.clip_weights}" if self.clip_file else ""
-            print(f"the trained model is in {self.output}; score it: sptseg evaluate --model {self.output}{where}{own}")
+            print(f"the trained model is in {self.output}; score it: {shlex.join(self.scoring())}")
+
+    def scoring(self) -> Iterator[str]:
+        """The words of the command that scores the trained model on pictures like those of the training."""
+        yield from ("sptseg", "evaluate", "--model", str(self.output))
+        for field in fields(Data):
+            value = getattr(self.data, field.name)
+            if value != field.default and field.name not in ("subset", "images", "seed"):
+                yield from (f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)]))
+        if self.clip_file:
+            yield from ("--clip", self.model.clip, "--clip-weights", str(self.model.clip_weights))
 
     @property
     def clip_file(self) -> bool:

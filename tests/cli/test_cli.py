@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -358,6 +359,71 @@ def test_segment_never_overwrites_a_picture(clip: list[str], photos: Path, capsy
         capsys, "segment", photos, "--classes", "grass", "--out", photos.parent / "out", *clip
     )
     assert (photos / "a.png").read_bytes() == before
+
+
+# What cannot be printed
+
+
+def russian_clip(file: Path) -> list[str]:
+    """Options for a tiny CLIP, with random weights, that knows a Russian word."""
+    save_tiny_clip(new_tiny_clip([*scenes.WORDS, "дом"]), file)
+    return ["--clip", "tiny", "--clip-weights", str(file)]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_an_encoding_lacks_is_printed_as_an_escape_and_written_as_it_is(
+    encoding: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "a.png").rename(photos / "дом.png")
+    (photos / "b.jpg").rename(os.fsdecode(os.fsencode(photos) + b"/b\xff.jpg"))  # a name that is no UTF-8
+    options = ["--classes", "grass,дом", *russian_clip(tmp_path / "clip.safetensors")]
+    with (tmp_path / "said.txt").open("w", encoding=encoding) as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        main(["segment", str(photos), "--out", str(tmp_path / "out"), *options])
+        main(["segment", str(photos / "дом.png"), "--out", str(tmp_path / "a.png"), *options])
+    said = (tmp_path / "said.txt").read_text(encoding=encoding)
+    shown = "дом" if encoding == "utf-8" else "\\u0434\\u043e\\u043c"
+    assert f"%  {shown}\n" in said and f"{shown}.png\n" in said and "b\\udcff.png\n" in said
+    rows = list(csv.reader((tmp_path / "out" / "areas.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row[0] for row in rows] == ["picture", "b\\udcff.jpg", "дом.png"] and rows[0][1:] == ["grass", "дом"]
+
+
+def test_work_outlasts_those_who_read_what_is_printed(
+    clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    report = tmp_path / "scores.json"
+    command = ["evaluate", "--images", "1", "--json", str(report), *clip]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        main(command)
+        sys.stdout.close()
+    assert json.loads(report.read_text())
+    report.unlink()
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert refused(capsys, *command) == "what was printed is not whole: No space left on device"
+    assert json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("name", ["a b", "it's"])
+def test_a_printed_command_can_be_pasted(
+    name: str, clip: list[str], labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the folder, its names and words, and CLIP's file."""
+    data = [
+        "--data",
+        str(labelled.rename(tmp_path / f"data {name}")),
+        "--unseen",
+        "grass",
+        "--prompts",
+        "water=big tree",
+    ]
+    main(["train", "--output", str(tmp_path / name), *data, *clip, *SMALL, *STEPS])
+    program, *words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("score it: ")[2])
+    main(words)
+    assert program == "sptseg" and set(words) >= {*data, str(tmp_path / name), *clip}
 
 
 # import, pretrain

@@ -133,6 +133,8 @@ def segment_command(
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
         skip_unreadable: leave out pictures of a folder that cannot be read, and list them, instead of stopping there.
     """
+    if not pictures:
+        raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
     results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
     taken = [path.resolve() for path in (*files, *results)]

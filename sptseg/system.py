@@ -12,7 +12,7 @@ def write(path: str | os.PathLike[str], content: bytes | str, *, keep: Path | No
     A process killed at any moment leaves the old file or the new one. `keep`: what the old one is renamed to.
     Raises OSError with one sentence, the old file in place and nothing beside it, where the disk is full or refuses.
     """
-    path, data = Path(path), content.encode() if isinstance(content, str) else content
+    path, data = Path(path), content.encode(errors="backslashreplace") if isinstance(content, str) else content
     part: Path | None = None
     try:
         if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe: nothing to replace

@@ -1,12 +1,17 @@
-"""Pictures of noisy colour blocks, and a model small enough to train on them in a second."""
+"""Pictures of noisy colour blocks, folders of pictures, and a model small enough to train on them in a second."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conftest import small_clip
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -55,3 +60,32 @@ def toy_config(**changes: Any) -> TrainConfig:
     """A few steps in float32 in this process, without progress bars."""
     few = {"iterations": 5, "batch_size": 4, "warmup": 0, "learning_rate": 1e-3, "save_every": 0, "workers": 0}
     return TrainConfig(**{**asdict(TrainConfig()), **few, "precision": "no", "progress": False, **changes})
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    values = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def data_folder(
+    root: Path,
+    masks: Mapping[str, Any],
+    classes: Sequence[str] = ("grass", "water", "tree"),
+    unseen: Sequence[str] = (),
+) -> Path:
+    """A data set of noisy pictures: for every name a mask, values (H,W), as PNG files; classes.txt and unseen.txt."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for name, values in masks.items():
+        mask = Image.fromarray(np.asarray(values, np.uint8))
+        mask.save(root / "masks" / f"{name}.png")
+        noise(size=mask.size).save(root / "images" / f"{name}.png")
+    for file, names in {"classes.txt": classes, "unseen.txt": unseen}.items():
+        if names:
+            (root / file).write_text("\n".join(names), encoding="utf-8")
+    return root
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states have the same names and bits."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

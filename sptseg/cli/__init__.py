@@ -1,5 +1,4 @@
 """One function per command."""
 
 # fmt: off
-from sptseg.cli.commands import main
-from sptseg.cli.options import Which
+from sptseg.cli.commands import Which, main

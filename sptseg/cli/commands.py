@@ -8,49 +8,74 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, TextIO
 
 import torch
 import tyro
-from accelerate import PartialState
 
-from sptseg.checkpoints import import_research, load_model, save_model
+from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
 from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
-from sptseg.cli.options import Which, clip_weights, deferred, one_line
-from sptseg.datasets import (
-    SCENES_TO_SCORE,
-    SCENES_TO_TRAIN,
-    Data,
-    Unreadable,
-    check_dataset,
-    contact_sheet,
-    names,
-    plots,
-    sorted_images,
-    where,
-)
-from sptseg.inference import by_training, evaluate, read_ahead, segment
+from sptseg.cli.train import Ablate, Train, clip_weights, print_left_out, with_preset
+from sptseg.datasets import Data, Unreadable, check_dataset, contact_sheet, names, plots, sorted_images, where
+from sptseg.inference import Precision, at_precision, by_training, evaluate, read_ahead, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import EMBEDDED_CONFIG, TINY, ModelConfig, build_model, load_clip
+from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
 from sptseg.system import write
-from sptseg.training import (
-    CONFIGURATIONS,
-    EMBEDDED_TRAINING,
-    LADDER,
-    PRESETS,
-    PresetName,
-    PretrainConfig,
-    Setting,
-    TrainConfig,
-    ablate,
-    fit,
-    in_setting,
-    preflight,
-    pretrain,
-)
+from sptseg.training import PretrainConfig, pretrain
+
+UNTRAINED = {"dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which model.
+
+    Attributes:
+        model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "untrained"
+            (SPT-SEG with random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or
+            "dense-clip" if `clip` is given.
+        clip: for "dense-clip" and "untrained": "tiny" or an open_clip model, such as ViT-B-16-quickgelu; for a
+            checkpoint only if its CLIP's weights are a file.
+        clip_weights: its weights: an open_clip tag such as openai (downloaded once), a file, or "none" for random ones.
+        readout: for "dense-clip" and "untrained", how CLIP's last block is read: plain, maskclip, sclip, clearclip,
+            naclip or gem (sptseg.read_out says what they are). Default: for "dense-clip" naclip, which has the highest
+            mean over seven data sets in the papers' own tables; plain for the tiny CLIP, whose patches were trained.
+        precision: the type of its weights: "bf16" and "fp16" are faster where the hardware has them, "no" is float32.
+    """
+
+    model: str = ""
+    clip: str = ""
+    clip_weights: str = ""
+    readout: str = ""
+    precision: Precision = "no"
+
+    def load(self) -> SptSeg:
+        return at_precision(self.in_float32(), self.precision)
+
+    def in_float32(self) -> SptSeg:
+        name = self.model or ("dense-clip" if self.clip else "embedded")
+        if self.clip_weights and not self.clip:
+            raise ValueError(f"--clip-weights {self.clip_weights} needs --clip, such as ViT-B-16-quickgelu")
+        if name in UNTRAINED:
+            clip, weights = self.clip or TINY, clip_weights(self.clip or TINY, self.clip_weights)
+            readout: Any = self.readout or (default_readout(clip) if name == "dense-clip" else "plain")
+            size = (128, 128) if clip == TINY else (512, 512)
+            chosen = {"clip": clip, "clip_weights": weights, "readout": readout, "image_size": size}
+            return build_model(replace(UNTRAINED[name], **chosen)).eval()
+        if self.readout:
+            raise ValueError(
+                f"--readout {self.readout} goes with --model dense-clip or untrained; {name} has the one that it was "
+                f"trained with"
+            )
+        if not self.clip:
+            return load_model(name)
+        if name in EMBEDDED:
+            raise ValueError(f"model {name} has its own CLIP: leave out --clip, or take dense-clip or untrained")
+        return load_model(name, load_clip(self.clip, clip_weights(self.clip, self.clip_weights)))
 
 
 def evaluate_command(
@@ -101,140 +126,6 @@ def evaluate_command(
         write(json_file, json.dumps(report, indent=1) + "\n")
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train on a data set; writes the trained parts, the history and the settings to a folder.
-
-    SIGTERM or Ctrl-C lets the iteration end and saves; the same command with --resume goes on.
-
-    Attributes:
-        output: the folder.
-        preset: what all other options start from. On scenes: "embedded" (SPT-SEG as it transfers best to the tiny
-            CLIP), "spt" (as released) or "zegclip". The literature's protocol on real data: "voc", "coco-stuff" and
-            "context", and the same with ZegCLIP's decoder and loss.
-        start_from: a checkpoint to continue from; its configuration counts. Transductive training needs one, such as
-            the half-way checkpoint that inductive training leaves: runs/voc/halfway.safetensors.
-        resume: go on from the state in `output`.
-        preflight_only: check data, classes, targets and one step, write the first batch as a picture, and stop.
-        data: the pictures; validation looks at the layout's validation subset, or in a plain folder at the same ones.
-        model: the model's options.
-        train: the training's options. The setting decides defaults too: transductive training has half the
-            iterations, and other settings than the inductive one do not lower the scores of seen classes.
-    """
-
-    output: Path
-    preset: PresetName = "embedded"
-    start_from: str = ""
-    resume: bool = False
-    preflight_only: bool = False
-    data: Annotated[Data, tyro.conf.arg(name="")] = SCENES_TO_TRAIN
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = EMBEDDED_CONFIG
-    train: TrainConfig = EMBEDDED_TRAINING
-
-    def run(self) -> None:
-        dataset, split = self.data.load("training")
-        validation = replace(self.data, subset="").load("evaluation")[0] if self.train.validate_every else None
-        torch.manual_seed(self.train.seed)
-        if self.start_from:
-            own = load_clip(self.model.clip, self.model.clip_weights) if self.clip_file else None
-            model = load_model(self.start_from, own)
-            if self.train.setting != "inductive":
-                model.config = replace(model.config, seen_offset=self.model.seen_offset)
-        elif self.train.setting == "transductive" and self.model.start == "random":
-            raise ValueError(
-                "transductive training learns from the model's own labels: give --start-from an inductive checkpoint, "
-                "such as runs/voc/halfway.safetensors"
-            )
-        else:
-            weights = clip_weights(self.model.clip, self.model.clip_weights or "")
-            model = build_model(replace(self.model, clip_weights=weights))
-        report = preflight(model, dataset, split, self.train, folder=self.output)
-        main = PartialState().is_main_process
-        if main:
-            print(report.text())
-        report.raise_on_fault()
-        if self.preflight_only:
-            return
-        data = asdict(self.data.resolved("training"))
-        about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
-        result = fit(
-            model, dataset, split, self.train,
-            output=self.output, validation=validation, resume=self.resume, about=about,
-        )  # fmt: skip
-        if main:
-            print_left_out(result.left_out)
-            where = ["--data", self.data.data, "--layout", self.data.layout] if self.data.data != "scenes" else []
-            own = ["--clip", self.model.clip, "--clip-weights", str(self.model.clip_weights)] if self.clip_file else []
-            score = shlex.join(["sptseg", "evaluate", "--model", str(self.output), *where, *own])
-            print(f"the trained model is in {self.output}; score it: {score}")
-
-    @property
-    def clip_file(self) -> bool:
-        """Whether CLIP's weights are a file, which the command names, as no path in a checkpoint is opened."""
-        return Path(self.model.clip_weights or "").expanduser().is_file()
-
-
-@dataclass(frozen=True)
-class Ablate:
-    """Trains several configurations with several seeds for equal steps, and prints a table: mean ± sd.
-
-    Attributes:
-        output: the folder; finished runs found there are not run again, stopped ones go on.
-        preset: what all other options start from, and the configurations' CLIP; as for `sptseg train`.
-        configurations: names, comma-separated; default: all on scenes, on real data the paper's ladder of parts. With
-            @supervised or @transductive behind it, a configuration is trained in that setting, transductively from the
-            half-way checkpoint of its inductive run.
-        seeds: training seeds.
-        data: what to train on.
-        validation: what to score on; its classes and unseen classes count.
-        train: the training's options; its seed is replaced.
-    """
-
-    output: Path = Path("runs/ablation")
-    preset: PresetName = "embedded"
-    configurations: str = ""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    data: Data = SCENES_TO_TRAIN
-    validation: Data = SCENES_TO_SCORE
-    train: TrainConfig = EMBEDDED_TRAINING
-
-    def run(self) -> None:
-        preset = PRESETS[self.preset]
-        default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else LADDER
-        chosen = names(self.configurations) or list(default)
-        unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
-        if unknown:
-            raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
-        configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
-        dataset, _ = self.data.load("training")
-        scored, split = self.validation.load("evaluation")
-        table = ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output)
-        if PartialState().is_main_process:
-            print(table)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Only the options that decide the defaults of the others."""
-
-    preset: PresetName = "embedded"
-    setting: Annotated[Setting, tyro.conf.arg(name="train.setting")] = "inductive"
-
-
-def with_preset(command: str, arguments: Sequence[str]) -> Train | Ablate:
-    """`train` or `ablate` as asked for, with the preset's values as defaults."""
-    chosen = tyro.cli(Chosen, args=list(arguments), return_unknown_args=True, add_help=False)[0]
-    preset = PRESETS[chosen.preset]
-    prog = f"sptseg {command}"
-    if command == "ablate":
-        scored = SCENES_TO_SCORE if preset.data == SCENES_TO_TRAIN else preset.data
-        ablation = Ablate(preset=chosen.preset, data=preset.data, validation=scored, train=preset.train)
-        return tyro.cli(Ablate, args=list(arguments), default=ablation, prog=prog)
-    model, train = in_setting(preset.model, preset.train, chosen.setting)
-    default = Train(output=tyro.MISSING, preset=chosen.preset, data=preset.data, model=model, train=train)
-    return tyro.cli(Train, args=list(arguments), default=default, prog=prog)
-
-
 def segment_command(
     pictures: tyro.conf.Positional[tuple[Path, ...]],
     classes: str,
@@ -253,6 +144,8 @@ def segment_command(
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
         skip_unreadable: leave out pictures of a folder that cannot be read, and list them, instead of stopping there.
     """
+    if not pictures:
+        raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
     results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
     taken = [path.resolve() for path in (*files, *results)]
@@ -287,12 +180,6 @@ def segment_command(
         print(f"wrote {out / file.stem}.png")
     write(out / "areas.csv", table.getvalue())
     print_left_out(left_out)
-
-
-def print_left_out(sentences: Sequence[str]) -> None:
-    """Lists what was said of pictures that could not be read."""
-    if sentences:
-        print(f"left out {len(sentences)} pictures that cannot be read:", *sentences, sep="\n- ")
 
 
 def check_command(
@@ -386,25 +273,50 @@ COMMANDS = {
 }
 
 
+class Outlet(io.FileIO):
+    """A standard stream whose failures wait: work goes on when its reader has left (`| head`) or its disk is full."""
+
+    failure: ClassVar[OSError | None] = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                Outlet.failure = OSError(f"what was printed is not whole: {error.strerror}")
+            return len(data)
+
+    @classmethod
+    def of(cls, stream: TextIO) -> TextIO:
+        """The stream, through an outlet if it leads to a file; what its encoding lacks is printed as in \\u8349."""
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
+                file = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
+                return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
+        return stream
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["data"], ["notebooks"]):
         given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
-    try:
-        with one_line():
+    Outlet.failure = None
+    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)):
+        try:
             if given[:1] in (["train"], ["ablate"]):
-                run = with_preset(given[0], given[1:]).run
+                with_preset(given[0], given[1:]).run()
             else:
-                commands = {name: deferred(command) for name, command in COMMANDS.items()}
-                commands |= {"train": Train, "ablate": Ablate}
-                run = tyro.extras.subcommand_cli_from_dict(commands, args=given, prog="sptseg", description=__doc__)
-        run()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+                listed = {**COMMANDS, "train": Train, "ablate": Ablate}
+                tyro.extras.subcommand_cli_from_dict(listed, args=given, prog="sptseg", description=__doc__)
+            if Outlet.failure is not None:
+                raise Outlet.failure
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
+            raise SystemExit(2) from error
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

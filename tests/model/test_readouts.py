@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import sptseg
-from sptseg.cli.options import Which
+from sptseg.cli.commands import Which
 from sptseg.inference import at_precision, segment
 from sptseg.model import DENSE_CLIP, ModelConfig, build_model, readouts
 from sptseg.model.clip import Clip, embed, load_clip

@@ -1,0 +1,186 @@
+"""Training on the command line, one model or many: options that start from a preset."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from accelerate import PartialState
+
+from sptseg.checkpoints import load_model
+from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
+from sptseg.model import EMBEDDED_CONFIG, ModelConfig, build_model, load_clip
+from sptseg.training import (
+    CONFIGURATIONS,
+    EMBEDDED_TRAINING,
+    LADDER,
+    PRESETS,
+    PresetName,
+    Setting,
+    TrainConfig,
+    ablate,
+    fit,
+    in_setting,
+    preflight,
+)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on a data set; writes the trained parts, the history and the settings to a folder.
+
+    SIGTERM or Ctrl-C lets the iteration end and saves; the same command with --resume goes on.
+
+    Attributes:
+        output: the folder.
+        preset: what all other options start from. On scenes: "embedded" (SPT-SEG as it transfers best to the tiny
+            CLIP), "spt" (as released) or "zegclip". The literature's protocol on real data: "voc", "coco-stuff" and
+            "context", and the same with ZegCLIP's decoder and loss.
+        start_from: a checkpoint to continue from; its configuration counts. Transductive training needs one, such as
+            the half-way checkpoint that inductive training leaves: runs/voc/halfway.safetensors.
+        resume: go on from the state in `output`.
+        preflight_only: check data, classes, targets and one step, write the first batch as a picture, and stop.
+        data: the pictures; validation looks at the layout's validation subset, or in a plain folder at the same ones.
+        model: the model's options.
+        train: the training's options. The setting decides defaults too: transductive training has half the
+            iterations, and other settings than the inductive one do not lower the scores of seen classes.
+    """
+
+    output: Path
+    preset: PresetName = "embedded"
+    start_from: str = ""
+    resume: bool = False
+    preflight_only: bool = False
+    data: Annotated[Data, tyro.conf.arg(name="")] = SCENES_TO_TRAIN
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = EMBEDDED_CONFIG
+    train: TrainConfig = EMBEDDED_TRAINING
+
+    def run(self) -> None:
+        dataset, split = self.data.load("training")
+        validation = replace(self.data, subset="").load("evaluation")[0] if self.train.validate_every else None
+        torch.manual_seed(self.train.seed)
+        if self.start_from:
+            own = load_clip(self.model.clip, self.model.clip_weights) if self.clip_file else None
+            model = load_model(self.start_from, own)
+            if self.train.setting != "inductive":
+                model.config = replace(model.config, seen_offset=self.model.seen_offset)
+        elif self.train.setting == "transductive" and self.model.start == "random":
+            raise ValueError(
+                "transductive training learns from the model's own labels: give --start-from an inductive checkpoint, "
+                "such as runs/voc/halfway.safetensors"
+            )
+        else:
+            weights = clip_weights(self.model.clip, self.model.clip_weights or "")
+            model = build_model(replace(self.model, clip_weights=weights))
+        report = preflight(model, dataset, split, self.train, folder=self.output)
+        main = PartialState().is_main_process
+        if main:
+            print(report.text())
+        report.raise_on_fault()
+        if self.preflight_only:
+            return
+        data = asdict(self.data.resolved("training"))
+        about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
+        result = fit(
+            model, dataset, split, self.train,
+            output=self.output, validation=validation, resume=self.resume, about=about,
+        )  # fmt: skip
+        if main:
+            print_left_out(result.left_out)
+            print(f"the trained model is in {self.output}; score it: {shlex.join(self.scoring())}")
+
+    def scoring(self) -> Iterator[str]:
+        """The words of the command that scores the trained model on pictures like those of the training."""
+        yield from ("sptseg", "evaluate", "--model", str(self.output))
+        for field in fields(Data):
+            value = getattr(self.data, field.name)
+            if value != field.default and field.name not in ("subset", "images", "seed"):
+                yield from (f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)]))
+        if self.clip_file:
+            yield from ("--clip", self.model.clip, "--clip-weights", str(self.model.clip_weights))
+
+    @property
+    def clip_file(self) -> bool:
+        """Whether CLIP's weights are a file, which the command names, as no path in a checkpoint is opened."""
+        return Path(self.model.clip_weights or "").expanduser().is_file()
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Trains several configurations with several seeds for equal steps, and prints a table: mean ± sd.
+
+    Attributes:
+        output: the folder; finished runs found there are not run again, stopped ones go on.
+        preset: what all other options start from, and the configurations' CLIP; as for `sptseg train`.
+        configurations: names, comma-separated; default: all on scenes, on real data the paper's ladder of parts. With
+            @supervised or @transductive behind it, a configuration is trained in that setting, transductively from the
+            half-way checkpoint of its inductive run.
+        seeds: training seeds.
+        data: what to train on.
+        validation: what to score on; its classes and unseen classes count.
+        train: the training's options; its seed is replaced.
+    """
+
+    output: Path = Path("runs/ablation")
+    preset: PresetName = "embedded"
+    configurations: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    data: Data = SCENES_TO_TRAIN
+    validation: Data = SCENES_TO_SCORE
+    train: TrainConfig = EMBEDDED_TRAINING
+
+    def run(self) -> None:
+        preset = PRESETS[self.preset]
+        default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else LADDER
+        chosen = names(self.configurations) or list(default)
+        unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
+        if unknown:
+            raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+        configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
+        dataset, _ = self.data.load("training")
+        scored, split = self.validation.load("evaluation")
+        table = ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output)
+        if PartialState().is_main_process:
+            print(table)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Only the options that decide the defaults of the others."""
+
+    preset: PresetName = "embedded"
+    setting: Annotated[Setting, tyro.conf.arg(name="train.setting")] = "inductive"
+
+
+def with_preset(command: str, arguments: Sequence[str]) -> Train | Ablate:
+    """`train` or `ablate` as asked for, with the preset's values as defaults."""
+    chosen = tyro.cli(Chosen, args=list(arguments), return_unknown_args=True, add_help=False)[0]
+    preset = PRESETS[chosen.preset]
+    prog = f"sptseg {command}"
+    if command == "ablate":
+        scored = SCENES_TO_SCORE if preset.data == SCENES_TO_TRAIN else preset.data
+        ablation = Ablate(preset=chosen.preset, data=preset.data, validation=scored, train=preset.train)
+        return tyro.cli(Ablate, args=list(arguments), default=ablation, prog=prog)
+    model, train = in_setting(preset.model, preset.train, chosen.setting)
+    default = Train(output=tyro.MISSING, preset=chosen.preset, data=preset.data, model=model, train=train)
+    return tyro.cli(Train, args=list(arguments), default=default, prog=prog)
+
+
+def clip_weights(clip: str, weights: str) -> str | None:
+    """The weights asked for; a real CLIP must name them, so that nobody trains on random ones unawares."""
+    if clip != "tiny" and not weights:
+        raise ValueError(
+            f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights"
+        )
+    return None if weights in ("", "none") else weights
+
+
+def print_left_out(sentences: Sequence[str]) -> None:
+    """Lists what was said of pictures that could not be read."""
+    if sentences:
+        print(f"left out {len(sentences)} pictures that cannot be read:", *sentences, sep="\n- ")

@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -23,14 +25,15 @@ from sptseg.datasets import (
     SCENES_TO_SCORE,
     SCENES_TO_TRAIN,
     Data,
-    Unreadable,
+    Note,
+    as_array,
     check_dataset,
-    contact_sheet,
     names,
     plots,
+    show_samples,
     sorted_images,
 )
-from sptseg.inference import by_training, evaluate, read_ahead, segment
+from sptseg.inference import by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import EMBEDDED_CONFIG, TINY, ModelConfig, build_model, load_clip
 from sptseg.system import write
@@ -238,9 +241,11 @@ def segment_command(
     which: Annotated[Which, tyro.conf.arg(name="")],
     out: Path = Path("segmentation.png"),
     full_resolution: bool = False,
-    skip_unreadable: bool = False,
+    max_pixels: int | None = None,
 ) -> None:
     """Segments photographs into classes given by name.
+
+    Pictures that cannot be read are left out and named; the exit code is 2 then.
 
     Args:
         pictures: image files, or folders of them.
@@ -248,41 +253,43 @@ def segment_command(
         which: the model.
         out: the picture to write; for several pictures a folder, which gets overlays, label PNGs and areas.csv.
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
-        skip_unreadable: leave out pictures of a folder that cannot be read, and list them, instead of stopping there.
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
     """
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
     results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
     taken = [path.resolve() for path in (*files, *results)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
+    if out.suffix and len(files) != 1:
+        raise ValueError(
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
+        )
     model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    if len(files) == 1 and out.suffix:
-        result = segment(model, files[0], names(classes), full_resolution=full_resolution)
+    if out.suffix:
+        pixels = as_array(files[0], max_pixels)
+        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
         result.save(out)
         print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
         print(f"wrote {out}")
         return
-    if out.suffix:
-        raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
-        )
-    table, left_out = io.StringIO(), []
+    table, unread = io.StringIO(), []
     writer = csv.writer(table)
     writer.writerow(["picture", *names(classes)])
-    for file, picture in zip(files, read_ahead(files), strict=True):
+    for file in files:
         try:
-            result = segment(model, picture.result(), names(classes), full_resolution=full_resolution)
-        except Unreadable as error:
-            if not skip_unreadable:
-                raise
-            left_out.append(str(error))
+            pixels = as_array(file, max_pixels)
+        except OSError as error:
+            unread.append(str(error))
+            print(f"left out: {error}")
             continue
+        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
         result.save(out / f"{file.stem}.png")
         result.save_labels(out / f"{file.stem}-labels.png")
         writer.writerow([file.name, *(f"{share:.4f}" for share in result.areas().values())])
         print(f"wrote {out / file.stem}.png")
     write(out / "areas.csv", table.getvalue())
-    print_left_out(left_out)
+    if unread:
+        raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 
 
 def print_left_out(sentences: Sequence[str]) -> None:
@@ -302,7 +309,7 @@ def check_command(
     Args:
         root: the folder.
         data: how to read it.
-        limit: look at the first pictures only.
+        limit: look at that many pictures only, spread evenly.
         json_file: write the report there.
     """
     dataset, _ = replace(data, data=root).load("evaluation")
@@ -329,7 +336,7 @@ def show_command(
         count: how many pictures.
     """
     dataset, _ = replace(data, data=root).load("evaluation")
-    plots.save_figure(contact_sheet(dataset, count, data.seed), out)
+    plots.save_figure(show_samples(dataset, count, data.seed), out)
     print(f"wrote {out}")
 
 
@@ -382,6 +389,24 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def notes_told_once() -> Iterator[None]:
+    """What is noted of pictures goes to standard error, a line each, with the first picture it is said of."""
+    told, otherwise = set(), warnings.showwarning
+
+    def tell(message: Warning | str, *where: Any, **more: Any) -> None:
+        if not isinstance(message, Note):
+            otherwise(message, *where, **more)
+        elif message.args[1] not in told:
+            told.add(message.args[1])
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        warnings.showwarning = tell
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -395,7 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 commands = {name: deferred(command) for name, command in COMMANDS.items()}
                 commands |= {"train": Train, "ablate": Ablate}
                 run = tyro.extras.subcommand_cli_from_dict(commands, args=given, prog="sptseg", description=__doc__)
-        run()
+        with notes_told_once():
+            run()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -6,6 +6,8 @@ An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from torchvision import tv_tensors
 
 from sptseg import scenes
 from sptseg.datasets import splits
-from sptseg.datasets.images import IMAGE_SUFFIXES, StrPath, _load, open_image
+from sptseg.datasets.images import StrPath, images_by_name, listed, open_image, open_mask
 from sptseg.datasets.splits import IGNORE, Split
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[torch.Tensor, torch.Tensor]]
@@ -85,7 +87,11 @@ class ImageMaskFolder(Dataset[Sample]):
     mask_suffix: what follows the image's name in the mask's file name, letter case ignored.
     value_map: label of a mask value; values not named stay as they are.
     Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read.
+    `max_pixels` is the limit of `open_image`, `mapped` what `map_values` was given.
     """
+
+    max_pixels: int | None = None
+    mapped: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -104,16 +110,18 @@ class ImageMaskFolder(Dataset[Sample]):
         _require(root, {f"{images}/": "the images"} | {f"{folder}/": "the masks" for folder in mask_folders})
         self.split = folder_split(root) if split is None else split
         self.transform = transform
-        self._labels = _label_table(value_map or {}, self.split.ignore)
+        self._labels = np.arange(self.split.ignore + 1)
+        self.map_values(value_map or {})
 
-        image_paths = _by_stem(root / images)
+        image_paths = images_by_name(root / images)
         mask_paths: dict[str, Path] = {}
         for folder in reversed(mask_folders):
             mask_paths |= _by_suffix(root / folder, mask_suffix)
-        self.names = tuple(sorted(image_paths) if names is None else names)
+        self.names = tuple(
+            sorted(image_paths) if names is None else (unicodedata.normalize("NFC", name) for name in names)
+        )
         if not self.names:
-            wanted = f"files ending in {', '.join(IMAGE_SUFFIXES)}" if names is None else "at least one name listed"
-            raise FileNotFoundError(f"no images from {root / images}; wanted {wanted}")
+            raise FileNotFoundError(f"no images from {root / images}; wanted at least one name listed")
         _refuse_missing(f"images in {root / images}", [name for name in self.names if name not in image_paths])
         _refuse_missing(
             f"masks NAME{mask_suffix} in {' or '.join(str(root / folder) for folder in mask_folders)} for images",
@@ -121,12 +129,26 @@ class ImageMaskFolder(Dataset[Sample]):
         )
         self._files = [(image_paths[name], mask_paths[name]) for name in self.names]
 
+    def map_values(self, value_map: Mapping[int, int]) -> None:
+        """Gives values in the masks' files other labels, such as {255: 1}; values not named keep theirs."""
+        count, ignore = len(self.split.classes), self.split.ignore
+        for value, label in value_map.items():
+            if not 0 <= value <= 65535 or not (0 <= label < count or label == ignore):
+                raise ValueError(
+                    f"mask value {value} cannot mean {label}; wanted values from 0 to 65535, and labels from 0 to "
+                    f"{count - 1}, or {ignore} (ignored)"
+                )
+        longer = np.arange(len(self._labels), max(value_map, default=0) + 1)
+        self._labels = np.concatenate([self._labels, longer])
+        self._labels[list(value_map)] = list(value_map.values())
+        self.mapped += tuple(f"{value}={label}" for value, label in value_map.items())
+
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
         image_path, mask_path = self._files[index]
-        image = open_image(image_path)
+        image = open_image(image_path, self.max_pixels)
         label = self._open_label(mask_path)
         height, width = label.shape
         if (width, height) != image.size:
@@ -138,28 +160,26 @@ class ImageMaskFolder(Dataset[Sample]):
 
     def _open_label(self, path: Path) -> np.ndarray:
         """Label values (H,W) of a mask file."""
-        mask = _load(path)
-        if mask.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(
-                f"{path} is a mask of mode {mask.mode}; wanted one class index per pixel (8-bit grey or palette PNG): "
-                "save the indices instead of the colours"
+        values, count, ignore = open_mask(path, self.max_pixels), len(self.split.classes), self.split.ignore
+        known = (self._labels < count) | (self._labels == ignore)
+        if values.min() < 0 or values.max() >= len(known) or not known[values].all():
+            found = np.unique(values).tolist()
+            wrong = [value for value in found if not (0 <= value < len(known) and known[value])]
+            raise UnknownValues(
+                f"{path} has mask values {listed([*map(str, wrong)], 5)}, no classes of split {self.split.name!r} "
+                f"(0 to {count - 1}; {ignore} is ignored); say what they mean, as in --values {wrong[0]}=ignore, in "
+                f"Python value_map={{{wrong[0]}: {ignore}}}, or name their classes in the split",
+                found,
             )
-        values = np.asarray(mask).astype(np.int64)  # (H,W)
-        ignore = self.split.ignore
-        if values.min() < 0 or values.max() > ignore:
-            raise self._out_of_range(path, int(values.min() if values.min() < 0 else values.max()))
-        counts = np.bincount(values.ravel(), minlength=ignore + 1)
-        wrong = np.flatnonzero((counts > 0) & (self._labels >= len(self.split.classes)) & (self._labels != ignore))
-        if wrong.size:
-            raise self._out_of_range(path, int(wrong[0]))
         return self._labels[values]
 
-    def _out_of_range(self, path: Path, value: int) -> ValueError:
-        last, ignore = len(self.split.classes) - 1, self.split.ignore
-        return ValueError(
-            f"{path} has mask value {value}, which is no class of split {self.split.name!r} (0 to {last}, {ignore} is "
-            f"ignored); give value_map={{{value}: {ignore}}} to ignore it, or name its class in the split"
-        )
+
+class UnknownValues(ValueError):
+    """A mask with values that are no labels; `values` are all that it has."""
+
+    def __init__(self, message: str, values: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.values = values
 
 
 def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
@@ -169,10 +189,27 @@ def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
     """
     root = Path(root)
     _require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
-    classes = _lines(root / "classes.txt")
+    classes = _class_names(root / "classes.txt")
     if unseen is None:
         unseen = _lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
     return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
+
+
+def _class_names(path: Path) -> list[str]:
+    """One a line, "0: sky" too if all lines are numbered from 0; refuses lines that would shift those after them."""
+    lines = [line.strip() for line in _text(path).rstrip().split("\n")]
+    numbers = [re.fullmatch(r"(\d+)(?:\s*[:=,;)]|\.?\s)\s*(.*)", line) for line in lines]
+    if [each and int(each[1]) for each in numbers] == [*range(len(lines))]:
+        lines, numbers = [each[2] for each in numbers if each], []
+    often = len(lines) < 2 * sum(map(bool, numbers))  # else "4 wheeler" is a name
+    odd = r".*[:=,;]\s*\d+|#.*|\d+(\s*[:=,;)]|\.\s).*" + (r"|\d+\s.*" if often else "")
+    for number, line in enumerate(lines, start=1):
+        if not line or re.fullmatch(odd, line):
+            raise ValueError(
+                f"{path}, line {number} is {line!r}; wanted the name of the class with mask value {number - 1}: line n "
+                "names value n - 1, so no blank lines, no remarks, and no numbers, unless all lines count from 0"
+            )
+    return lines
 
 
 _CONVERTER = "are made by mmsegmentation's python tools/dataset_converters/"
@@ -279,25 +316,30 @@ def _refuse_missing(what: str, names: Sequence[str]) -> None:
         )
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """The folder's images by name without suffix."""
+def _by_suffix(folder: Path, suffix: str) -> dict[str, Path]:
+    """The folder's files ending in `suffix`, by what comes before it (NFC); refuses two of one name."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            if path.stem in found:
-                raise ValueError(f"{found[path.stem]} and {path} have the same name but for the suffix; rename one")
-            found[path.stem] = path
+    for path in sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffix.lower())):
+        name = unicodedata.normalize("NFC", path.name[: -len(suffix)])
+        if found.setdefault(name, path) != path:
+            raise ValueError(f"{found[name]} and {path} are masks of the same image; take one of them away")
     return found
 
 
-def _by_suffix(folder: Path, suffix: str) -> dict[str, Path]:
-    """The folder's files ending in `suffix`, by what comes before it."""
-    suffix = suffix.lower()
-    return {p.name[: -len(suffix)]: p for p in sorted(folder.iterdir()) if p.name.lower().endswith(suffix)}
+def _text(path: Path) -> str:
+    """A text file in UTF-8 or, as its first bytes say, UTF-16; lines end in \\n."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    except UnicodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8 or UTF-16: save it as UTF-8")
+    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in _text(path).split("\n") if line.strip()]
 
 
 def _listed(root: Path, folders: Mapping[str, str], lists: Sequence[str]) -> list[str]:
@@ -310,16 +352,6 @@ def _listed(root: Path, folders: Mapping[str, str], lists: Sequence[str]) -> lis
 def _without_background(classes: int) -> dict[int, int]:
     """Mask values 1..classes become labels 0..classes-1, 0 is ignored."""
     return {0: IGNORE, **{value: value - 1 for value in range(1, classes + 1)}}
-
-
-def _label_table(value_map: Mapping[int, int], ignore: int = IGNORE) -> np.ndarray:
-    """uint8 (256,), or uint16 (65536,): the label of every mask value."""
-    for value, label in value_map.items():
-        if not (0 <= value <= ignore and 0 <= label <= ignore):
-            raise ValueError(f"value_map has {value}: {label}; wanted mask values and labels from 0 to {ignore}")
-    table = np.arange(ignore + 1, dtype=np.uint8 if ignore == IGNORE else np.uint16)
-    table[list(value_map)] = list(value_map.values())
-    return table
 
 
 def _one_of(dataset: str, subset: str, subsets: Sequence[str]) -> None:

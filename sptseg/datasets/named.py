@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,9 @@ class Data:
         seed: of the scenes.
         unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
         prompts: other words for CLIP, comma-separated, such as "tv monitor=television".
+        values: labels that values in the masks' files stand for, comma-separated, such as "255=1,3=ignore".
+        reduce_zero_label: the masks count classes from 1: 0 is ignored, 1 stands for label 0, and so on.
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
     """
 
     data: str = "scenes"
@@ -52,6 +56,9 @@ class Data:
     seed: int = 0
     unseen: str = ""
     prompts: str = ""
+    values: str = ""
+    reduce_zero_label: bool = False
+    max_pixels: int | None = None
 
     def resolved(self, stream: Stream) -> Data:
         """The same with the subset named."""
@@ -66,12 +73,29 @@ class Data:
         else:
             dataset = NamedLayouts[self.layout](Path(self.data), self.resolved(stream).subset)
         split: Split = dataset.split  # type: ignore[attr-defined]
+        if isinstance(dataset, datasets.ImageMaskFolder):
+            dataset.max_pixels = self.max_pixels
+            dataset.map_values(self.value_map(split))
+        elif self.values or self.reduce_zero_label:
+            raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
         if self.unseen:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
             split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
         return dataset, split
+
+    def value_map(self, split: Split) -> dict[int, int]:
+        """Labels by mask value, as `values` and `reduce_zero_label` say."""
+        found = {0: split.ignore, **{i + 1: i for i in range(len(split.classes))}} if self.reduce_zero_label else {}
+        given = [re.fullmatch(r"(\d+) ?= ?(\d+|ignore)", pair) for pair in names(self.values)]
+        values = [int(pair[1]) for pair in given if pair]
+        if len({*values}) < len(given):
+            raise ValueError(
+                f"--values is {self.values!r}; wanted VALUE=LABEL or VALUE=ignore, each value once: 255=1,3=ignore"
+            )
+        labels = [split.ignore if pair[2] == "ignore" else int(pair[2]) for pair in given if pair]
+        return found | dict(zip(values, labels, strict=True))
 
 
 SCENES_TO_TRAIN = Data(images=5000)

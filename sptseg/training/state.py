@@ -127,8 +127,9 @@ def last_state(folder: Path, device: torch.device) -> tuple[dict[str, Any] | Non
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:
-    """What tells a data set from others: how many pictures, and a hash of their names; not where they lie."""
-    digest = hashlib.sha256("\n".join(getattr(dataset, "names", ())).encode()).hexdigest()
+    """What tells a data set from others: how many pictures, a hash of names and mapped values; not where they lie."""
+    told = [*getattr(dataset, "names", ()), *getattr(dataset, "mapped", ())]
+    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
     return {"pictures": len(dataset), "names": digest[:16]}  # pyright: ignore[reportArgumentType]
 
 

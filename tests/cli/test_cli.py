@@ -372,7 +372,8 @@ def test_segment_never_overwrites_a_picture(clip: list[str], photos: Path, capsy
         message = fails(capsys, "segment", *pictures, "--classes", "grass,water", "--out", out, *clip)
         assert message == "results would overwrite pictures or each other: give another --out, or rename pictures"
     Image.open(photos / "a.png").save(photos / "a.bmp")
-    assert "each other" in fails(capsys, "segment", photos, "--classes", "grass", "--out", photos.parent / "out", *clip)
+    twice = [photos / "a.png", photos / "a.bmp", "--classes", "grass", "--out", photos.parent / "out", *clip]
+    assert "each other" in fails(capsys, "segment", *twice)
     assert (photos / "a.png").read_bytes() == before
 
 

@@ -92,8 +92,8 @@ class DataReport:
 
 def check_dataset(dataset: Dataset[Sample], *, limit: int | None = None, progress: bool = True) -> DataReport:
     """Reads a data set, or `limit` of its images spread evenly, and counts; faulty files are collected, not raised."""
-    split = split_of(dataset)
-    report = survey(dataset, split, evenly(len(dataset), limit), progress)  # pyright: ignore[reportArgumentType]
+    split, length = dataset.split, len(dataset)  # pyright: ignore
+    report = survey(dataset, split, evenly(length, limit), progress)
     if report.never_seen:
         report.warnings.append(f"classes without a pixel in the images read: {listed(report.never_seen)}")
     if report.never_seen == split.classes[:1] and any(report.images):
@@ -102,13 +102,6 @@ def check_dataset(dataset: Dataset[Sample], *, limit: int | None = None, progres
             f"neighbour's name; then {REDUCE}"
         )
     return report
-
-
-def split_of(dataset: Dataset[Sample]) -> Split:
-    split = getattr(dataset, "split", None)
-    if not isinstance(split, Split):
-        raise ValueError(f"{type(dataset).__name__} has no split; wanted a data set of sptseg.datasets")
-    return split
 
 
 def evenly(length: int, limit: int | None) -> list[int]:
@@ -154,33 +147,33 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
         split, length, len(indices), pixels, images.tolist(), ignored, sizes, all_ignored, faults, texts
     )
     if isinstance(dataset, ImageMaskFolder) and not dataset.mapped:
-        report.warnings += meanings(values.union(np.flatnonzero(counts).tolist()), report)
+        meaning = what_values_mean(values.union(np.flatnonzero(counts).tolist()), report)
+        report.warnings += [meaning] if meaning else []
     return report
 
 
-def meanings(values: Collection[int], report: DataReport) -> list[str]:
-    """What values in masks may mean that are not the labels of the classes."""
+def what_values_mean(values: Collection[int], report: DataReport) -> str | None:
+    """How to map the values in masks if they seem to mean other classes than their labels."""
     split, missing = report.split, report.never_seen
     count, ignore = len(split.classes), split.ignore
     if count in values and {*values} <= {*range(count + 1), ignore}:
-        return [
+        return (
             f"the only mask value out of range is {count}, one above the last class: if the masks count from 1, and 0 "
             f"is no class, ignoring it would leave every name shifted by one; then {REDUCE}"
-        ]
+        )
     strange = [(value, label) for label, value in enumerate(sorted(values)) if value != label]
     if len(values) == count and strange:
         pairs = ",".join(f"{value}={label}" for value, label in strange)
-        return [
-            f"the masks hold {count} values, {listed([*map(str, sorted(values))])}: if these are the {count} classes, "
-            f"say so with --values {pairs}"
-        ]
+        told = f"the masks hold {count} values, {listed([*map(str, sorted(values))])}"
+        return f"{told}: if these are the {count} classes, say so with --values {pairs}"
     some = len(missing) == 1 or report.ignored > 0.25 or report.looked_at == report.total
-    if ignore in values and missing and some:
-        return [
-            f"{ignore} is ignored and has {report.ignored:.1%} of the pixels, while {listed(missing)} never occur: if "
-            f"{ignore} means a class, say which with --values {ignore}=LABEL"
-        ]
-    return []
+    if ignore in values and (missing and some or count == 1):
+        what = f"{listed(missing)} never occur" if missing else f"all others are {split.classes[0]}"
+        return (
+            f"{ignore} is ignored and has {report.ignored:.1%} of the pixels, while {what}: if {ignore} means a class, "
+            f"say which with --values {ignore}=LABEL"
+        )
+    return None
 
 
 def sound(sample: Sample, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -188,20 +181,15 @@ def sound(sample: Sample, split: Split) -> tuple[np.ndarray, np.ndarray]:
     image, label = np.asarray(sample["image"]), np.asarray(sample["label"])
     name, last = sample["name"], len(split.classes) - 1
     if image.dtype != np.uint8 or image.ndim != 3 or len(image) != 3:
-        raise ValueError(
-            f"{name}: the image is {image.dtype} {image.shape}; wanted uint8 (3, height, width): give the data set no "
-            "transform"
-        )
+        wanted = "uint8 (3, height, width): give the data set no transform"
+        raise ValueError(f"{name}: the image is {image.dtype} {image.shape}; wanted {wanted}")
     if label.shape != image.shape[1:] or label.dtype.kind not in "iu" or not label.size:
-        raise ValueError(
-            f"{name}: labels are {label.dtype} {label.shape}, the image {image.shape[1:]}; wanted integers, equal sizes"
-        )
+        got = f"labels are {label.dtype} {label.shape}, the image {image.shape[1:]}"
+        raise ValueError(f"{name}: {got}; wanted integers, equal sizes")
     wrong = label[(label < 0) | ((label > last) & (label != split.ignore))]
     if wrong.size:
-        raise ValueError(
-            f"{name}: label value {wrong[0]} is no class of split {split.name!r} (0 to {last}, {split.ignore} is "
-            "ignored); map it in the data set, or name its class in the split"
-        )
+        known = f"of split {split.name!r} (0 to {last}, {split.ignore} is ignored)"
+        raise ValueError(f"{name}: label value {wrong[0]} is no class {known}; map it, or name its class")
     return image.transpose(1, 2, 0), label
 
 
@@ -209,13 +197,12 @@ def show_samples(dataset: Dataset[Sample], count: int = 12, seed: int = 0) -> Fi
     """Some images, drawn by seed, beside their masks with class names; a file that cannot be read says why."""
     if count < 1:
         raise ValueError(f"count is {count}; wanted at least 1 picture")
-    split = split_of(dataset)
-    length: int = len(dataset)  # pyright: ignore[reportArgumentType]
+    split, length = dataset.split, len(dataset)  # pyright: ignore
     cells: list[tuple[str, np.ndarray | str, np.ndarray | None]] = []
     for index in sorted(np.random.default_rng(seed).choice(length, min(count, length), replace=False).tolist()):
         try:
             sample = dataset[index]
-            image, labels = (reduce(array, plots.LONGEST) for array in sound(sample, split))
+            image, labels = (reduce(array, plots.PICTURE_SIDE) for array in sound(sample, split))
             name = sample["name"]
             cells += [(name if len(name) <= 40 else f"…{name[-39:]}", image, None), ("", image, labels)]
         except (ValueError, OSError) as error:

@@ -7,7 +7,6 @@ An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from torchvision import tv_tensors
 
 from sptseg import scenes
 from sptseg.datasets import splits
-from sptseg.datasets.images import StrPath, images_by_name, listed, open_image, open_mask
+from sptseg.datasets.images import StrPath, by_name, composed, images_by_name, listed, open_image, open_mask
 from sptseg.datasets.splits import IGNORE, Split
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[torch.Tensor, torch.Tensor]]
@@ -36,10 +35,8 @@ class Sample(TypedDict):
 
 
 def _sample(image: tv_tensors.Image, label: np.ndarray, name: str, transform: Transform | None) -> Sample:
-    mask = tv_tensors.Mask(torch.from_numpy(label.astype(np.int64)))
-    if transform is None:
-        return {"image": image, "label": mask, "name": name}
-    new_image, new_label = transform(image, mask)
+    pair = image, tv_tensors.Mask(torch.from_numpy(label.astype(np.int64)))
+    new_image, new_label = pair if transform is None else transform(*pair)
     return {"image": new_image, "label": new_label, "name": name}
 
 
@@ -58,12 +55,8 @@ class Scenes(Dataset[Sample]):
             raise ValueError(f"Scenes: length is {length}; wanted at least 1")
         if stream not in _STREAMS:
             raise ValueError(f"Scenes: stream is {stream!r}; wanted one of {', '.join(map(repr, _STREAMS))}")
-        self.split = splits.scenes()
-        self.length = length
-        self.seed = seed
-        self.stream = stream
-        self.size = size
-        self.transform = transform
+        self.split, self.transform = splits.scenes(), transform
+        self.length, self.seed, self.stream, self.size = length, seed, stream, size
         self.names = tuple(f"{stream}-{seed}-{index}" for index in range(length))
 
     def __len__(self) -> int:
@@ -108,8 +101,7 @@ class ImageMaskFolder(Dataset[Sample]):
         root = Path(root)
         mask_folders = [masks] if isinstance(masks, str) else list(masks)
         _require(root, {f"{images}/": "the images"} | {f"{folder}/": "the masks" for folder in mask_folders})
-        self.split = folder_split(root) if split is None else split
-        self.transform = transform
+        self.split, self.transform = folder_split(root) if split is None else split, transform
         self._labels = np.arange(self.split.ignore + 1)
         self.map_values(value_map or {})
 
@@ -117,9 +109,7 @@ class ImageMaskFolder(Dataset[Sample]):
         mask_paths: dict[str, Path] = {}
         for folder in reversed(mask_folders):
             mask_paths |= _by_suffix(root / folder, mask_suffix)
-        self.names = tuple(
-            sorted(image_paths) if names is None else (unicodedata.normalize("NFC", name) for name in names)
-        )
+        self.names = tuple(sorted(image_paths) if names is None else map(composed, names))
         if not self.names:
             raise FileNotFoundError(f"no images from {root / images}; wanted at least one name listed")
         _refuse_missing(f"images in {root / images}", [name for name in self.names if name not in image_paths])
@@ -134,12 +124,9 @@ class ImageMaskFolder(Dataset[Sample]):
         count, ignore = len(self.split.classes), self.split.ignore
         for value, label in value_map.items():
             if not 0 <= value <= 65535 or not (0 <= label < count or label == ignore):
-                raise ValueError(
-                    f"mask value {value} cannot mean {label}; wanted values from 0 to 65535, and labels from 0 to "
-                    f"{count - 1}, or {ignore} (ignored)"
-                )
-        longer = np.arange(len(self._labels), max(value_map, default=0) + 1)
-        self._labels = np.concatenate([self._labels, longer])
+                wanted = f"values from 0 to 65535, and labels from 0 to {count - 1}, or {ignore} (ignored)"
+                raise ValueError(f"mask value {value} cannot mean {label}; wanted {wanted}")
+        self._labels = np.append(self._labels, np.arange(len(self._labels), max(value_map, default=0) + 1))
         self._labels[list(value_map)] = list(value_map.values())
         self.mapped += tuple(f"{value}={label}" for value, label in value_map.items())
 
@@ -165,21 +152,20 @@ class ImageMaskFolder(Dataset[Sample]):
         if values.min() < 0 or values.max() >= len(known) or not known[values].all():
             found = np.unique(values).tolist()
             wrong = [value for value in found if not (0 <= value < len(known) and known[value])]
-            raise UnknownValues(
+            error = UnknownValues(
                 f"{path} has mask values {listed([*map(str, wrong)], 5)}, no classes of split {self.split.name!r} "
                 f"(0 to {count - 1}; {ignore} is ignored); say what they mean, as in --values {wrong[0]}=ignore, in "
-                f"Python value_map={{{wrong[0]}: {ignore}}}, or name their classes in the split",
-                found,
+                f"Python value_map={{{wrong[0]}: {ignore}}}, or name their classes in the split"
             )
+            error.values = found
+            raise error
         return self._labels[values]
 
 
 class UnknownValues(ValueError):
-    """A mask with values that are no labels; `values` are all that it has."""
+    """A mask with values that are no labels."""
 
-    def __init__(self, message: str, values: Sequence[int] = ()) -> None:
-        super().__init__(message)
-        self.values = values
+    values: Sequence[int] = ()  # all that it has
 
 
 def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
@@ -197,7 +183,7 @@ def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
 
 def _class_names(path: Path) -> list[str]:
     """One a line, "0: sky" too if all lines are numbered from 0; refuses lines that would shift those after them."""
-    lines = [line.strip() for line in _text(path).rstrip().split("\n")]
+    lines = _all_lines(path)
     numbers = [re.fullmatch(r"(\d+)(?:\s*[:=,;)]|\.?\s)\s*(.*)", line) for line in lines]
     if [each and int(each[1]) for each in numbers] == [*range(len(lines))]:
         lines, numbers = [each[2] for each in numbers if each], []
@@ -317,17 +303,13 @@ def _refuse_missing(what: str, names: Sequence[str]) -> None:
 
 
 def _by_suffix(folder: Path, suffix: str) -> dict[str, Path]:
-    """The folder's files ending in `suffix`, by what comes before it (NFC); refuses two of one name."""
-    found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffix.lower())):
-        name = unicodedata.normalize("NFC", path.name[: -len(suffix)])
-        if found.setdefault(name, path) != path:
-            raise ValueError(f"{found[name]} and {path} are masks of the same image; take one of them away")
-    return found
+    """The folder's files ending in `suffix`, by what comes before it; refuses two of one name."""
+    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffix.lower()))
+    return by_name((path.name[: -len(suffix)], path) for path in files)
 
 
-def _text(path: Path) -> str:
-    """A text file in UTF-8 or, as its first bytes say, UTF-16; lines end in \\n."""
+def _all_lines(path: Path) -> list[str]:
+    """Lines without blanks around them, of a text in UTF-8 or, as its first bytes say, UTF-16."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
@@ -335,11 +317,11 @@ def _text(path: Path) -> str:
         text = "\0"
     if "\0" in text:
         raise ValueError(f"{path} is no text in UTF-8 or UTF-16: save it as UTF-8")
-    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text.lstrip("\ufeff").rstrip())]
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _text(path).split("\n") if line.strip()]
+    return [line for line in _all_lines(path) if line]
 
 
 def _listed(root: Path, folders: Mapping[str, str], lists: Sequence[str]) -> list[str]:

@@ -6,9 +6,8 @@ import contextlib
 import io
 import re
 import struct
-import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
+
+from sptseg.datasets.splits import composed
 
 Array = np.ndarray
 StrPath = str | PathLike[str]
@@ -34,25 +35,30 @@ class Note(UserWarning):
 
 
 def images_by_name(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder, sorted, by name without suffix (NFC): all that Pillow reads, but no hidden files.
+    """The pictures in a folder, sorted, by name without suffix: all that Pillow reads, but no hidden files.
 
     What is left out is said (`Note`). Raises ValueError for two of one name, FileNotFoundError if there is none.
     """
     Image.init()
-    formats = Image.registered_extensions()
-    found: dict[str, Path] = {}
-    left_out = []
-    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        kind, name = formats.get(path.suffix.lower()), unicodedata.normalize("NFC", path.stem)
-        if kind not in Image.OPEN or kind in NOT_READ or not path.is_file():
-            left_out.append(path.name)
-        elif found.setdefault(name, path) != path:
-            raise ValueError(f"{found[name]} and {path} have the same name but for the suffix; rename one")
+    read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN} - NOT_READ}
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in paths if path.suffix.lower() in read and path.is_file()]
+    left_out = [path.name for path in sorted({*paths} - {*pictures})]
     left = f"{len(left_out)} entries that are no pictures Pillow reads: {listed(left_out)}" if left_out else ""
-    if not found:
+    if not pictures:
         raise FileNotFoundError(f"{folder} holds no pictures{left and ', but '}{left}; wanted .jpg, .png or the like")
+    found = by_name((path.stem, path) for path in pictures)
     if left:
         warnings.warn(Note(folder, f"left out {left}"), stacklevel=2)
+    return found
+
+
+def by_name(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by name, whatever its Unicode form; two of one name are refused."""
+    found: dict[str, Path] = {}
+    for name, path in named:
+        if found.setdefault(composed(name), path) != path:
+            raise ValueError(f"{found[composed(name)]} and {path} are of one name; rename one, or take it away")
     return found
 
 
@@ -87,10 +93,8 @@ def open_mask(path: StrPath, max_pixels: int | None = None) -> Array:
     """The values (H,W) of a mask's file, int64, upright; of a palette the positions. Raises as `open_image`."""
     mask = _load(path, max_pixels)
     if mask.mode not in ("1", "L", "P", "I", "I;16"):
-        raise Unreadable(
-            f"{path} is a mask of mode {mask.mode}; wanted one class index per pixel (8-bit grey or palette PNG): "
-            "save the indices instead of the colours"
-        )
+        wanted = "one class index per pixel (8-bit grey or palette PNG): save the indices instead of the colours"
+        raise Unreadable(f"{path} is a mask of mode {mask.mode}; wanted {wanted}")
     return np.asarray(mask).astype(np.int64)
 
 
@@ -99,9 +103,7 @@ def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Im
     path, limit = Path(path), Image.MAX_IMAGE_PIXELS
     if not path.is_file():
         if re.match(r"\w{2,}:/", str(path)):
-            raise FileNotFoundError(
-                f"{path} is a web address; sptseg reads files only: download it, give the file's path"
-            )
+            raise FileNotFoundError(f"{path} is a web address; sptseg reads files only: download it")
         got = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {got}; wanted an image file: check the path")
     notes: list[str] = []
@@ -160,10 +162,7 @@ def _scaled(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     colours = values[..., :3] if values.ndim == 3 else values
     lowest, highest = int(colours.min()), int(colours.max())
     if lowest < 0 or highest > 65535:
-        raise Unreadable(
-            f"{path} has grey values from {lowest} to {highest}; wanted 8 or 16 bits: "
-            "rescale it and save it as an 8-bit image"
-        )
+        raise Unreadable(f"{path} has grey values from {lowest} to {highest}; wanted 8 or 16 bits: save it with 8")
     bits = _bits_named(image, path, colours)
     if bits is None:
         bits = next(n for n in (8, 10, 12, 14, 16) if highest < 2**n)

@@ -88,14 +88,13 @@ class Data:
     def value_map(self, split: Split) -> dict[int, int]:
         """Labels by mask value, as `values` and `reduce_zero_label` say."""
         found = {0: split.ignore, **{i + 1: i for i in range(len(split.classes))}} if self.reduce_zero_label else {}
-        given = [re.fullmatch(r"(\d+) ?= ?(\d+|ignore)", pair) for pair in names(self.values)]
-        values = [int(pair[1]) for pair in given if pair]
-        if len({*values}) < len(given):
-            raise ValueError(
-                f"--values is {self.values!r}; wanted VALUE=LABEL or VALUE=ignore, each value once: 255=1,3=ignore"
-            )
-        labels = [split.ignore if pair[2] == "ignore" else int(pair[2]) for pair in given if pair]
-        return found | dict(zip(values, labels, strict=True))
+        pairs = names(self.values.replace("ignore", str(split.ignore)))
+        sound = [pair.split("=") for pair in pairs if re.fullmatch(r"\d+ ?= ?\d+", pair)]
+        given = {int(value): int(label) for value, label in sound}
+        if len(given) < len(pairs):
+            wanted = "VALUE=LABEL or VALUE=ignore, each value once, such as 255=1,3=ignore"
+            raise ValueError(f"--values is {self.values!r}; wanted {wanted}")
+        return found | given
 
 
 SCENES_TO_TRAIN = Data(images=5000)

@@ -29,8 +29,8 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # O
 INK, FAINT = "#22252a", "#d9d9d9"
 MARK = "*"
 UNSEEN_NOTE = f"{MARK} unseen in training"
-LONGEST = 1024  # pixels of a side of a picture in a figure
-BAND = 256  # rows that are worked on at a time
+PICTURE_SIDE = 1024  # pixels of a picture in a figure
+ROWS_AT_ONCE = 256  # as floats of a large picture take gigabytes
 MARKERS = ("D", "o", "s", "^", "v")
 STROKE = [withStroke(linewidth=2.4, foreground="black")]
 OUTLINED: dict[str, Any] = {"color": "white", "size": 8.5, "weight": "bold", "path_effects": STROKE}
@@ -91,14 +91,14 @@ def overlay(image: Array, labels: Array, palette: Sequence[Colour], alpha: float
     if image.shape[:2] != labels.shape:
         raise ValueError(f"overlay: the image is {image.shape[:2]} and the labels {labels.shape}; wanted equal sizes")
     result, width = image.copy(), max(1, round(min(labels.shape) / 250))
-    for top in range(0, len(labels), BAND):  # in bands, as floats of a large picture take gigabytes
-        band, below = labels[top : top + BAND], labels[top : top + BAND + width]
-        grey = image[top : top + BAND] @ np.array([0.299, 0.587, 0.114])  # so that the tints are the legend's
-        mixed = alpha * colourise(band, palette) + (1 - alpha) * grey[..., None]
-        ignored = band == ignored_label(len(palette))
-        mixed[ignored] = image[top : top + BAND][ignored]
-        mixed[borders(below, width)[: len(band)]] *= 0.25
-        result[top : top + BAND] = np.rint(mixed)
+    for top in range(0, len(labels), ROWS_AT_ONCE):
+        here = slice(top, top + ROWS_AT_ONCE)
+        grey = image[here] @ np.array([0.299, 0.587, 0.114])  # so that the tints are the legend's
+        mixed = alpha * colourise(labels[here], palette) + (1 - alpha) * grey[..., None]
+        ignored = labels[here] == ignored_label(len(palette))
+        mixed[ignored] = image[here][ignored]
+        mixed[borders(labels[top : top + ROWS_AT_ONCE + width], width)[: len(mixed)]] *= 0.25
+        result[here] = np.rint(mixed)
     return result
 
 
@@ -175,7 +175,7 @@ def gallery(
     """Pictures in rows of at most `across`, and a legend of the classes in them.
 
     A cell is a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None.
-    Pictures are reduced to LONGEST pixels a side before anything is computed of them.
+    Pictures are reduced to PICTURE_SIDE pixels before anything is computed of them.
     """
     across = min(across, len(cells))
     rows = math.ceil(len(cells) / across)
@@ -193,10 +193,12 @@ def gallery(
             show_image(ax, np.full((3, 4, 3), 238, np.uint8), name)
             ax.text(1.5, 1, fill(picture, 40), ha="center", va="center", fontsize=6.5)
             continue
-        picture, labels = reduce(picture, LONGEST), None if labels is None else reduce(labels, LONGEST)
-        show_image(ax, picture if labels is None else overlay(picture, labels, palette), name)
+        picture = reduce(picture, PICTURE_SIDE)
         if labels is not None:
+            labels = reduce(labels, PICTURE_SIDE)
+            picture = overlay(picture, labels, palette)
             write_names(ax, labels, names, unseen)
+        show_image(ax, picture, name)
     legend(figure.add_subplot(grid[:, -1]), [names[i] for i in found], [palette[i] for i in found], unseen)
     return figure
 

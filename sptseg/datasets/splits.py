@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from sptseg.scenes import CLASSES
@@ -23,9 +24,12 @@ def ignored_label(classes: int) -> int:
     return IGNORE if classes <= IGNORE else WIDE_IGNORE
 
 
+composed = partial(unicodedata.normalize, "NFC")  # one form of accented characters, which file systems keep in two
+
+
 def plain(name: str) -> str:
-    """A name in the one form in which names are compared: characters composed (NFC), single blanks, none around it."""
-    return " ".join(unicodedata.normalize("NFC", name).split())
+    """A class name in the form in which names are compared: `composed`, single blanks, none around it."""
+    return " ".join(composed(name).split())
 
 
 def names(text: str) -> list[str]:

@@ -51,24 +51,19 @@ class Augmentation:
     std: Statistics = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        def refuse(field: str, wanted: str) -> None:
-            raise ValueError(f"Augmentation: {field} is {getattr(self, field)}; wanted {wanted}")
-
-        if self.crop < 1:
-            refuse("crop", "at least 1 pixel")
-        if self.resize_base is not None and not self.resize_base[0] >= self.resize_base[1] >= 1:
-            refuse("resize_base", "(long side, short side) with long >= short >= 1, or None")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            refuse("scale", "(smallest, largest) factor with 0 < smallest <= largest")
-        if not 0 < self.largest_share <= 1:
-            refuse("largest_share", "more than 0 and at most 1 (1: any crop)")
-        for field in ("flip", "distortion"):
-            if not 0 <= getattr(self, field) <= 1:
-                refuse(field, "a probability, 0 to 1")
-        if len(self.mean) != 3:
-            refuse("mean", "three numbers: red, green, blue")
-        if len(self.std) != 3 or min(self.std) <= 0:
-            refuse("std", "three positive numbers: red, green, blue")
+        long, short = self.resize_base or (1, 1)
+        for field, right, wanted in (
+            ("crop", self.crop >= 1, "at least 1 pixel"),
+            ("resize_base", long >= short >= 1, "(long side, short side) with long >= short >= 1, or None"),
+            ("scale", 0 < self.scale[0] <= self.scale[1], "(smallest, largest) factor with 0 < smallest <= largest"),
+            ("largest_share", 0 < self.largest_share <= 1, "more than 0 and at most 1 (1: any crop)"),
+            ("flip", 0 <= self.flip <= 1, "a probability, 0 to 1"),
+            ("distortion", 0 <= self.distortion <= 1, "a probability, 0 to 1"),
+            ("mean", len(self.mean) == 3, "three numbers: red, green, blue"),
+            ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers: red, green, blue"),
+        ):
+            if not right:
+                raise ValueError(f"Augmentation: {field} is {getattr(self, field)}; wanted {wanted}")
 
 
 def fitted_size(

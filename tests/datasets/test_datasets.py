@@ -94,20 +94,12 @@ def test_pairs_are_found_whatever_suffix_and_unicode_form(tmp_path: Path) -> Non
         assert ImageMaskFolder(tmp_path, ABC).names == dataset.names
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("images/one.JPG", "one.JPG and .*one.png have the same name but for the suffix"),
-        ("images/cafe\u0301.png", "have the same name but for the suffix"),
-        ("masks/one.PNG", "one.PNG and .*one.png are masks of the same image"),
-        ("masks/cafe\u0301.png", "are masks of the same image"),
-    ],
-)
-def test_two_files_never_pass_for_one_another(folder: Path, name: str, message: str) -> None:
+@pytest.mark.parametrize("name", ["images/one.JPG", "images/cafe\u0301.png", "masks/one.PNG", "masks/cafe\u0301.png"])
+def test_two_files_never_pass_for_one_another(folder: Path, name: str) -> None:
     for part in ("images", "masks"):
         save_image(folder / part / "caf\u00e9.png")
     save_image(folder / name)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{Path(name).name}.* are of one name; rename one, or take it away"):
         ImageMaskFolder(folder, ABC)
 
 

@@ -42,7 +42,7 @@ def test_what_is_left_out_of_a_folder_is_listed(tmp_path: Path) -> None:
     with pytest.warns(Note, match=f"{tmp_path}: left out {left}"):
         assert list(images_by_name(tmp_path)) == ["z"]
     Image.new("L", (2, 2)).save(tmp_path / "z.GIF")
-    with pytest.raises(ValueError, match=r"z.GIF and .*z.png have the same name but for the suffix; rename one"):
+    with pytest.raises(ValueError, match=r"z.GIF and .*z.png are of one name; rename one"):
         images_by_name(tmp_path)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
 from sptseg.datasets import images, plots
@@ -24,16 +23,6 @@ def halves(size: int = 40) -> np.ndarray:
     labels = np.zeros((size, size), np.int64)
     labels[size // 2 :] = 1
     return labels
-
-
-def words(figure: Figure) -> list[str]:
-    """All text in a figure's axes: titles, notes in the picture, legend entries."""
-    found = []
-    for ax in figure.axes:
-        legend = ax.get_legend()
-        found += [ax.get_title(), ax.get_title(loc="left"), *(text.get_text() for text in ax.texts)]
-        found += [text.get_text() for text in legend.get_texts()] if legend else []
-    return [word for word in found if word]
 
 
 def test_plots_work_without_pyplot_and_torch() -> None:
@@ -50,15 +39,12 @@ print({{"torch", "matplotlib.pyplot"}} & set(sys.modules))"""
     assert done.stdout.strip() == "set()"
 
 
-def test_colourise_looks_up_each_label() -> None:
+def test_colourise_looks_up_each_label_or_refuses_it() -> None:
     colours = plots.colourise(np.array([[0, 1], [2, 255]]), PALETTE, ignore=(9, 8, 7))
     assert colours.dtype == np.uint8 and colours.tolist() == [[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [9, 8, 7]]]
-
-
-@pytest.mark.parametrize("label", [3, -1, 254, 256])
-def test_colourise_refuses_labels_without_a_colour(label: int) -> None:
-    with pytest.raises(ValueError, match=f"label {label} has no colour; wanted 0 to 2, or 255"):
-        plots.colourise(np.array([[0, label]]), PALETTE)
+    for label in (3, -1, 254, 256):
+        with pytest.raises(ValueError, match=f"label {label} has no colour; wanted 0 to 2, or 255"):
+            plots.colourise(np.array([[0, label]]), PALETTE)
 
 
 def test_borders_stand_where_the_class_changes() -> None:
@@ -92,9 +78,9 @@ def test_an_overlay_of_many_bands_is_that_of_the_whole(monkeypatch: pytest.Monke
     rng = np.random.default_rng(0)
     image, labels = rng.integers(0, 256, (300, 260, 3), np.uint8), images.enlarge(rng.integers(0, 3, (30, 26)), 10)
     labels[100:120, :9] = 255
-    monkeypatch.setattr(plots, "BAND", 1000)
+    monkeypatch.setattr(plots, "ROWS_AT_ONCE", 1000)
     whole = plots.overlay(image, labels, PALETTE)
-    monkeypatch.setattr(plots, "BAND", 7)
+    monkeypatch.setattr(plots, "ROWS_AT_ONCE", 7)
     assert (plots.overlay(image, labels, PALETTE) == whole).all()
 
 
@@ -126,20 +112,15 @@ def test_present_sorts_by_area_and_adds_what_only_others_have() -> None:
 def test_names_stand_inside_their_regions() -> None:
     labels = halves(100)
     labels[70:95, 10:60] = 2
-    spots = {name: (x, y) for name, x, y in plots.label_spots(labels, NAMES)}
-    assert set(spots) == set(NAMES)
-    for name, (x, y) in spots.items():
-        assert labels[int(100 * y), int(100 * x)] == NAMES.index(name)
-    assert spots["sky"] == pytest.approx((0.5, 0.25), abs=0.02), "the middle, where it is free"
-
-
-def test_a_ring_gets_its_name_on_the_ring() -> None:
-    y, x = np.mgrid[:200, :200] - 99.5
-    radius = np.hypot(x, y)
-    labels = np.where((radius > 50) & (radius < 95), 1, 0)
-    spots = {name: (x, y) for name, x, y in plots.label_spots(labels, NAMES)}
-    x, y = spots["water"]
-    assert labels[int(200 * y), int(200 * x)] == 1, "the mean of its pixels would lie in the hole"
+    radius = np.hypot(*(np.mgrid[:100, :100] - 49.5))
+    ring = np.where((radius > 25) & (radius < 48), 1, 0)  # the mean of its pixels lies in the hole
+    for where, wanted in ((labels, NAMES), (ring, ("sky", "water"))):
+        spots = {name: (x, y) for name, x, y in plots.label_spots(where, NAMES, letter=0.018)}
+        assert set(spots) == set(wanted)
+        for name, (x, y) in spots.items():
+            assert where[int(100 * y), int(100 * x)] == NAMES.index(name)
+    (sky,) = ((x, y) for name, x, y in plots.label_spots(labels, NAMES) if name == "sky")
+    assert sky == pytest.approx((0.5, 0.25), abs=0.02), "the middle, where it is free"
 
 
 def test_names_that_do_not_fit_are_left_out() -> None:
@@ -149,22 +130,13 @@ def test_names_that_do_not_fit_are_left_out() -> None:
     assert not list(plots.label_spots(halves(100), ["a very long name that no picture has any room for"] * 2))
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
-def test_png_keeps_every_pixel(shape: tuple[int, ...]) -> None:
-    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    assert (np.asarray(Image.open(io.BytesIO(images.png(array)))) == array).all()
-
-
-@pytest.mark.parametrize("array", [np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros(4, np.uint8)])
-def test_png_refuses_what_is_no_picture(array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"wanted uint8 \(H,W\) or \(H,W,3\)"):
-        images.png(array)
-
-
-def test_png_bytes_have_the_figures_size_and_are_the_same_again() -> None:
-    figure = plots.show_segmentation(np.zeros((30, 90, 3), np.uint8), np.zeros((30, 90), int), NAMES, PALETTE)
-    large, small = (Image.open(io.BytesIO(plots.png_bytes(figure, dpi))) for dpi in (None, 50))
-    assert large.size == (800, 154) and small.size == (400, 77) and figure._repr_png_() == plots.png_bytes(figure)
+def test_pngs_keep_every_pixel() -> None:
+    for shape in ((5, 7), (5, 7, 3)):
+        array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        assert (np.asarray(Image.open(io.BytesIO(images.png(array)))) == array).all()
+    for array in (np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros(4, np.uint8)):
+        with pytest.raises(ValueError, match=r"wanted uint8 \(H,W\) or \(H,W,3\)"):
+            images.png(array)
 
 
 def test_segmentation_shows_picture_truth_prediction_and_a_legend_of_what_occurs() -> None:
@@ -185,8 +157,12 @@ def test_segmentation_shows_picture_truth_prediction_and_a_legend_of_what_occurs
 
 def test_segmentation_without_truth_or_unseen_classes_says_nothing_of_them() -> None:
     figure = plots.show_segmentation(np.zeros((30, 90, 3), np.uint8), np.zeros((30, 90), int), NAMES, PALETTE)
-    assert words(figure) == ["picture", "prediction", "sky", "sky"]
-    assert figure.get_suptitle() == ""
+    picture, prediction, key = figure.axes
+    assert (picture.get_title(), prediction.get_title(), figure.get_suptitle()) == ("picture", "prediction", "")
+    assert [text.get_text() for text in (*prediction.texts, *key.get_legend().get_texts())] == ["sky", "sky"]
+    large, small = (Image.open(io.BytesIO(plots.png_bytes(figure, dpi))) for dpi in (None, 50))
+    assert large.size == (800, 154) and small.size == (400, 77)
+    assert plots.Plot._repr_png_(figure) == plots.png_bytes(figure), "the same bytes again"
 
 
 def test_contact_sheet_places_pictures_row_by_row() -> None:
@@ -195,12 +171,11 @@ def test_contact_sheet_places_pictures_row_by_row() -> None:
     assert [int(np.asarray(ax.images[0].get_array())[0, 0, 0]) for ax in figure.axes] == [0, 1, 2, 10, 11, 12]
     assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", "", "", ""]
     assert [ax.get_ylabel() for ax in figure.axes] == ["first", "", "", "second", "", ""]
-
-
-@pytest.mark.parametrize("rows", [[], [[np.zeros((2, 2), np.uint8)]]])
-def test_contact_sheet_wants_a_title_per_column(rows: list[list[np.ndarray]]) -> None:
-    with pytest.raises(ValueError, match="2 titles, rows of .* wanted one per column"):
-        plots.contact_sheet(rows, ["a", "b"])
+    grey = plots.contact_sheet([[np.full((4, 4), 128, np.uint8)]], ["grey"]).axes[0].images[0]
+    assert grey.to_rgba(np.array([128]))[0, 0] == pytest.approx(128 / 255, abs=0.01), "its brightness is kept"
+    for rows in ([], pictures):
+        with pytest.raises(ValueError, match="2 titles, rows of .* wanted one per column"):
+            plots.contact_sheet(rows, ["a", "b"])
 
 
 def test_score_maps_run_from_0_to_1_or_as_told() -> None:
@@ -212,11 +187,6 @@ def test_score_maps_run_from_0_to_1_or_as_told() -> None:
     assert bar.get_ylabel() == "score" and [text.get_text() for text in bar.get_yticklabels()] == ["0", "0.5", "1"]
     plots.score_map(picture, scores, "again", highest=0.3)
     assert picture.images[1].get_clim() == (0, 0.3)
-
-
-def test_grey_pictures_keep_their_brightness() -> None:
-    figure = plots.contact_sheet([[np.full((4, 4), 128, np.uint8)]], ["grey"])
-    assert figure.axes[0].images[0].to_rgba(np.array([128]))[0, 0] == pytest.approx(128 / 255, abs=0.01)
 
 
 def test_seen_and_unseen_colours_differ_in_lightness() -> None:

@@ -167,7 +167,7 @@ def what_values_mean(values: Collection[int], report: DataReport) -> str | None:
         told = f"the masks hold {count} values, {listed([*map(str, sorted(values))])}"
         return f"{told}: if these are the {count} classes, say so with --values {pairs}"
     some = len(missing) == 1 or report.ignored > 0.25 or report.looked_at == report.total
-    if ignore in values and (missing and some or count == 1):
+    if ignore in values and ((missing and some) or count == 1):
         what = f"{listed(missing)} never occur" if missing else f"all others are {split.classes[0]}"
         return (
             f"{ignore} is ignored and has {report.ignored:.1%} of the pixels, while {what}: if {ignore} means a class, "

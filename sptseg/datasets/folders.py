@@ -281,11 +281,8 @@ def camvid(root: StrPath, transform: Transform | None = None) -> ImageMaskFolder
 
 def _require(root: Path, parts: Mapping[str, str]) -> None:
     """Refuses a root that lacks some of the files and folders (ending in /) named, saying which and why."""
-    missing = [
-        f"{part} ({meaning})"
-        for part, meaning in parts.items()
-        if not ((root / part).is_dir() if part.endswith("/") else (root / part).is_file())
-    ]
+    is_there = {True: Path.is_dir, False: Path.is_file}
+    missing = [f"{part} ({why})" for part, why in parts.items() if not is_there[part.endswith("/")](root / part)]
     if missing:
         got = "has no" if root.is_dir() else "does not exist; it lacks"
         raise FileNotFoundError(
@@ -296,10 +293,7 @@ def _require(root: Path, parts: Mapping[str, str]) -> None:
 
 def _refuse_missing(what: str, names: Sequence[str]) -> None:
     if names:
-        more = ", ..." if len(names) > 5 else ""
-        raise FileNotFoundError(
-            f"missing {what}: {len(names)} ({', '.join(names[:5])}{more}); add them or take these names out"
-        )
+        raise FileNotFoundError(f"missing {what}: {len(names)} ({listed(names, 5)}); add them or take these names out")
 
 
 def _by_suffix(folder: Path, suffix: str) -> dict[str, Path]:

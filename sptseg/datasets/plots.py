@@ -69,9 +69,8 @@ def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 2
     last = ignored_label(len(palette))
     wrong = labels[((labels < 0) | (labels >= len(palette))) & (labels != last)]
     if wrong.size:
-        raise ValueError(
-            f"colourise: label {wrong[0]} has no colour; wanted 0 to {len(palette) - 1}, or {last} (ignored)"
-        )
+        wanted = f"0 to {len(palette) - 1}, or {last} (ignored)"
+        raise ValueError(f"colourise: label {wrong[0]} has no colour; wanted {wanted}")
     table = np.full((last + 1, 3), ignore, np.uint8)
     table[: len(palette)] = palette
     return table[labels]

@@ -55,18 +55,16 @@ class Split:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(map(plain, self.classes)))
         object.__setattr__(self, "prompts", tuple((plain(name), words) for name, words in self.prompts))
-        count, labels = len(self.classes), range(len(self.classes))
-        blank = [label for label in labels if not self.classes[label]]
+        count = len(self.classes)
+        unsorted = tuple(sorted({*self.unseen} & {*range(count)})) != self.unseen
+        blank = [label for label, name in enumerate(self.classes) if not name]
         twice = sorted(name for name, times in Counter(self.classes).items() if times > 1)
         strangers = [name for name, _ in self.prompts if name not in self.classes]
         for wrong, what in (
             (not 1 <= count <= WIDE_IGNORE, f"{count} classes; wanted 1 to {WIDE_IGNORE}"),
             (blank, f"label values {blank} have a blank class name; name each class"),
             (twice, f"class names given twice: {', '.join(twice)}; rename one of each"),
-            (
-                tuple(sorted(set(self.unseen) & {*labels})) != self.unseen,
-                f"unseen is {self.unseen}; wanted ascending, distinct label values below {count}",
-            ),
+            (unsorted, f"unseen is {self.unseen}; wanted ascending, distinct label values below {count}"),
             (len(self.palette) != count, f"{len(self.palette)} colours for {count} classes; wanted one each"),
             (strangers, f"prompts for {', '.join(strangers)}, no classes of it; it has {', '.join(self.classes)}"),
         ):
@@ -241,11 +239,6 @@ def camvid() -> Split:
 
 
 BY_NAME: dict[str, Callable[[], Split]] = {
-    "scenes": scenes,
-    "voc2012": voc2012,
-    "coco-stuff": coco_stuff,
-    "context-otseg": context,
-    "context-cascade": lambda: context("cascade"),
-    "ade20k": ade20k,
-    "camvid": camvid,
-}
+    "scenes": scenes, "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,
+    "context-cascade": lambda: context("cascade"), "ade20k": ade20k, "camvid": camvid,
+}  # fmt: skip

@@ -23,9 +23,7 @@ IMAGENET_MEAN: Statistics = (0.485, 0.456, 0.406)
 IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
 CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
-
-
-LONGEST = 32  # sides of pictures whose short side is enlarged
+STRIP = 32  # times as long as wide: such pictures are not enlarged by their short side
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,11 @@ def fitted_size(
     """(height, width) after fitting into `base` = (long, short) times `factor`, keeping the ratio.
 
     `least_short` wins over `base`: the short side gets at least that long, unless the picture is a strip of more than
-    LONGEST to 1, which would become a strip of thousands of windows.
+    STRIP to 1, which would become a strip of thousands of windows.
     """
     long, short = max(height, width), min(height, width)
     fit = 1.0 if base is None else min(base[0] / long, base[1] / short)
-    ratio = max(fit * factor, min(least_short / short, LONGEST * least_short / long))
+    ratio = max(fit * factor, min(least_short / short, STRIP * least_short / long))
     return max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
 
 
@@ -88,8 +86,7 @@ class RandomRescale(v2.Transform):
 
     def __init__(self, base: tuple[int, int] | None, scale: tuple[float, float]) -> None:
         super().__init__()
-        self.base = base
-        self.scale = scale
+        self.base, self.scale = base, scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = F.get_size(flat_inputs[0])
@@ -109,9 +106,7 @@ class VariedCrop(v2.Transform):
 
     def __init__(self, size: int, largest_share: float, tries: int = 10) -> None:
         super().__init__()
-        self.size = size
-        self.largest_share = largest_share
-        self.tries = tries
+        self.size, self.largest_share, self.tries = size, largest_share, tries
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = F.get_size(flat_inputs[0])

@@ -152,10 +152,11 @@ class ImageMaskFolder(Dataset[Sample]):
         if values.min() < 0 or values.max() >= len(known) or not known[values].all():
             found = np.unique(values).tolist()
             wrong = [value for value in found if not (0 <= value < len(known) and known[value])]
+            told = f"mask value{'s' * (len(wrong) > 1)} {listed([*map(str, wrong)], 5)}"
             error = UnknownValues(
-                f"{path} has mask values {listed([*map(str, wrong)], 5)}, no classes of split {self.split.name!r} "
-                f"(0 to {count - 1}; {ignore} is ignored); say what they mean, as in --values {wrong[0]}=ignore, in "
-                f"Python value_map={{{wrong[0]}: {ignore}}}, or name their classes in the split"
+                f"{path} has {told}, no class of split {self.split.name!r} (0 to {count - 1}; {ignore} is ignored); "
+                f"say what they mean: --values {wrong[0]}=ignore, in Python value_map={{{wrong[0]}: {ignore}}}, or "
+                "name their classes in the split"
             )
             error.values = found
             raise error

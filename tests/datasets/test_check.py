@@ -78,9 +78,7 @@ def test_every_faulty_file_is_collected(tmp_path: Path) -> None:
     (tmp_path / "images/b.png").write_bytes(b"no picture")
     report = check_dataset(data, progress=False)
     assert len(report.faults) == 3
-    for text, fault in zip(
-        ("b.png is not an image", "mask values 9", "wanted equal sizes"), report.faults, strict=True
-    ):
+    for text, fault in zip(("b.png is not an image", "mask value 9", "wanted equal sizes"), report.faults, strict=True):
         assert text in fault
     assert report.images == [1, 1, 1] and report.all_ignored == ["e"]
     assert report.warnings == ["1 images: no labelled pixel: e"]

@@ -239,11 +239,11 @@ def test_faulty_masks_are_refused_with_file_and_remedy(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"one.png is a mask of mode RGB; wanted one class index per pixel"):
         dataset[0]
     save_mask(path, [[0, 1, 2, 3]] * 3)
-    with pytest.raises(ValueError, match=r"mask values 3, .*'abc' \(0 to 2; .*--values 3=ignore.*value_map=\{3: 255\}"):
+    with pytest.raises(ValueError, match=r"mask value 3, .*'abc' \(0 to 2; .*--values 3=ignore.*value_map=\{3: 255\}"):
         dataset[0]
     assert label(ImageMaskFolder(folder, ABC, value_map={3: 255})) == [[0, 1, 2, 255]] * 3
     Image.fromarray(np.array([[0, 9, 1000, 9]] * 3, dtype=np.uint16)).save(path)
-    with pytest.raises(ValueError, match="mask values 9, 1000, no classes"):
+    with pytest.raises(ValueError, match="mask values 9, 1000, no class"):
         dataset[0]
     assert dataset[1]["name"] == "two"
 
@@ -312,7 +312,7 @@ def test_coco_stuff(tmp_path: Path) -> None:
     assert dataset.names == ("000000000139",) and dataset.split == splits.coco_stuff()
     assert label(dataset) == [[0, 19, 170, 255]] * 3
     save_mask(mask, [[171] * 4] * 3)
-    with pytest.raises(ValueError, match="mask values 171"):
+    with pytest.raises(ValueError, match="mask value 171"):
         dataset[0]
 
 
@@ -336,7 +336,7 @@ def test_ade20k(tmp_path: Path) -> None:
     assert label(dataset) == [[255, 0, 149, 12]] * 3
     assert dataset.split.names((0, 149, 12)) == ("wall", "flag", "person")
     save_mask(mask, [[0, 1, 151, 13]] * 3)
-    with pytest.raises(ValueError, match="mask values 151"):
+    with pytest.raises(ValueError, match="mask value 151"):
         dataset[0]
 
 

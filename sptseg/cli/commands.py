@@ -7,8 +7,9 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TextIO
@@ -20,8 +21,18 @@ from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
 from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
 from sptseg.cli.train import Ablate, Train, clip_weights, print_left_out, with_preset
-from sptseg.datasets import Data, Unreadable, check_dataset, contact_sheet, names, plots, sorted_images, where
-from sptseg.inference import Precision, at_precision, by_training, evaluate, read_ahead, segment
+from sptseg.datasets import (
+    Data,
+    Note,
+    as_array,
+    check_dataset,
+    names,
+    plots,
+    show_samples,
+    sorted_images,
+    where,
+)
+from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
 from sptseg.system import write
@@ -132,9 +143,11 @@ def segment_command(
     which: Annotated[Which, tyro.conf.arg(name="")],
     out: Path = Path("segmentation.png"),
     full_resolution: bool = False,
-    skip_unreadable: bool = False,
+    max_pixels: int | None = None,
 ) -> None:
     """Segments photographs into classes given by name.
+
+    Pictures that cannot be read are left out and named; the exit code is 2 then.
 
     Args:
         pictures: image files, or folders of them.
@@ -142,7 +155,7 @@ def segment_command(
         which: the model.
         out: the picture to write; for several pictures a folder, which gets overlays, label PNGs and areas.csv.
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
-        skip_unreadable: leave out pictures of a folder that cannot be read, and list them, instead of stopping there.
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
     """
     if not pictures:
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
@@ -151,9 +164,14 @@ def segment_command(
     taken = [path.resolve() for path in (*files, *results)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
+    if out.suffix and len(files) != 1:
+        raise ValueError(
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
+        )
     model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    if len(files) == 1 and out.suffix:
-        result = segment(model, files[0], names(classes), full_resolution=full_resolution)
+    if out.suffix:
+        pixels = as_array(files[0], max_pixels)
+        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
         result.save(out)
         print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
         print(f"wrote {out}")
@@ -163,23 +181,24 @@ def segment_command(
             f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
             f"{shlex.quote(str(out.with_suffix('')))}"
         )
-    table, left_out = io.StringIO(), []
+    table, unread = io.StringIO(), []
     writer = csv.writer(table)
     writer.writerow(["picture", *names(classes)])
-    for file, picture in zip(files, read_ahead(files), strict=True):
+    for file in files:
         try:
-            result = segment(model, picture.result(), names(classes), full_resolution=full_resolution)
-        except Unreadable as error:
-            if not skip_unreadable:
-                raise
-            left_out.append(str(error))
+            pixels = as_array(file, max_pixels)
+        except OSError as error:
+            unread.append(str(error))
+            print(f"left out: {error}")
             continue
+        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
         result.save(out / f"{file.stem}.png")
         result.save_labels(out / f"{file.stem}-labels.png")
         writer.writerow([file.name, *(f"{share:.4f}" for share in result.areas().values())])
         print(f"wrote {out / file.stem}.png")
     write(out / "areas.csv", table.getvalue())
-    print_left_out(left_out)
+    if unread:
+        raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 
 
 def check_command(
@@ -193,7 +212,7 @@ def check_command(
     Args:
         root: the folder.
         data: how to read it.
-        limit: look at the first pictures only.
+        limit: look at that many pictures only, spread evenly.
         json_file: write the report there.
     """
     report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
@@ -219,7 +238,7 @@ def show_command(
         count: how many pictures.
     """
     dataset, _ = replace(data, data=root).load("evaluation")
-    plots.save_figure(contact_sheet(dataset, count, data.seed), out)
+    plots.save_figure(show_samples(dataset, count, data.seed), out)
     print(f"wrote {out}")
 
 
@@ -297,13 +316,31 @@ class Outlet(io.FileIO):
         return stream
 
 
+@contextmanager
+def notes_told_once() -> Iterator[None]:
+    """What is noted of pictures goes to standard error, a line each, with the first picture it is said of."""
+    told, otherwise = set(), warnings.showwarning
+
+    def tell(message: Warning | str, *where: Any, **more: Any) -> None:
+        if not isinstance(message, Note):
+            otherwise(message, *where, **more)
+        elif message.args[1] not in told:
+            told.add(message.args[1])
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        warnings.showwarning = tell
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["data"], ["notebooks"]):
         given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
     Outlet.failure = None
-    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)):
+    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), notes_told_once():
         try:
             if given[:1] in (["train"], ["ablate"]):
                 with_preset(given[0], given[1:]).run()

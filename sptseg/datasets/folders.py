@@ -6,6 +6,7 @@ An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from torchvision import tv_tensors
 
 from sptseg import scenes
 from sptseg.datasets import layouts, splits
-from sptseg.datasets.images import IMAGE_SUFFIXES, StrPath, _indices, _matlab, open_image
-from sptseg.datasets.layouts import Files, by_suffix, lines, paired, require
+from sptseg.datasets.images import StrPath, images_by_name, listed, open_image, open_mask
+from sptseg.datasets.layouts import Files, all_lines, by_suffix, lines, paired, require
 from sptseg.datasets.splits import IGNORE, Split
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[torch.Tensor, torch.Tensor]]
@@ -35,10 +36,8 @@ class Sample(TypedDict):
 
 
 def _sample(image: tv_tensors.Image, label: np.ndarray, name: str, transform: Transform | None) -> Sample:
-    mask = tv_tensors.Mask(torch.from_numpy(label.astype(np.int64)))
-    if transform is None:
-        return {"image": image, "label": mask, "name": name}
-    new_image, new_label = transform(image, mask)
+    pair = image, tv_tensors.Mask(torch.from_numpy(label.astype(np.int64)))
+    new_image, new_label = pair if transform is None else transform(*pair)
     return {"image": new_image, "label": new_label, "name": name}
 
 
@@ -57,12 +56,8 @@ class Scenes(Dataset[Sample]):
             raise ValueError(f"Scenes: length is {length}; wanted at least 1")
         if stream not in _STREAMS:
             raise ValueError(f"Scenes: stream is {stream!r}; wanted one of {', '.join(map(repr, _STREAMS))}")
-        self.split = splits.scenes()
-        self.length = length
-        self.seed = seed
-        self.stream = stream
-        self.size = size
-        self.transform = transform
+        self.split, self.transform = splits.scenes(), transform
+        self.length, self.seed, self.stream, self.size = length, seed, stream, size
         self.names = tuple(f"{stream}-{seed}-{index}" for index in range(length))
 
     def __len__(self) -> int:
@@ -79,8 +74,12 @@ class Scenes(Dataset[Sample]):
 class ImageMaskFiles(Dataset[Sample]):
     """Images and index masks file by file, as `layouts` finds them; `found` names the layout.
 
-    Mask values that are neither a class nor ignored raise ValueError when the mask is read.
+    Mask values that are neither a class nor ignored raise ValueError when the mask is read. `max_pixels` is the limit
+    of `open_image`, `mapped` what `map_values` was given.
     """
+
+    max_pixels: int | None = None
+    mapped: tuple[str, ...] = ()
 
     def __init__(self, files: Files, split: Split, transform: Transform | None = None) -> None:
         self.names = tuple(files.pairs)
@@ -90,12 +89,23 @@ class ImageMaskFiles(Dataset[Sample]):
         self._files = list(files.pairs.values())
         self._labels = files.labels
 
+    def map_values(self, value_map: Mapping[int, int]) -> None:
+        """Gives values in the masks' files other labels, such as {255: 1}; values not named keep theirs."""
+        count, ignore = len(self.split.classes), self.split.ignore
+        for value, label in value_map.items():
+            if not 0 <= value <= 65535 or not (0 <= label < count or label == ignore):
+                wanted = f"values from 0 to 65535, and labels from 0 to {count - 1}, or {ignore} (ignored)"
+                raise ValueError(f"mask value {value} cannot mean {label}; wanted {wanted}")
+        self._labels = np.append(self._labels, np.arange(len(self._labels), max(value_map, default=0) + 1))
+        self._labels[list(value_map)] = list(value_map.values())
+        self.mapped += tuple(f"{value}={label}" for value, label in value_map.items())
+
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
         image_path, mask_path = self._files[index]
-        image = open_image(image_path)
+        image = open_image(image_path, self.max_pixels)
         label = self._open_label(mask_path)
         height, width = label.shape
         if (width, height) != image.size:
@@ -107,19 +117,22 @@ class ImageMaskFiles(Dataset[Sample]):
 
     def _open_label(self, path: Path) -> np.ndarray:
         """Label values (H,W) of a mask file."""
-        values = _matlab(path) if path.suffix.lower() == ".mat" else _indices(path)  # (H,W)
-        if values.min() < 0 or values.max() >= len(self._labels):
-            raise self._out_of_range(path, int(values.min() if values.min() < 0 else values.max()))
-        counts = np.bincount(values.ravel(), minlength=len(self._labels))
-        known = (self._labels < len(self.split.classes)) | (self._labels == self.split.ignore)
-        wrong = np.flatnonzero((counts > 0) & ~known)
-        if wrong.size:
-            raise self._out_of_range(path, int(wrong[0]))
+        values, count, ignore = open_mask(path, self.max_pixels), len(self.split.classes), self.split.ignore
+        known = (self._labels < count) | (self._labels == ignore)
+        if values.min() < 0 or values.max() >= len(known) or not known[values].all():
+            found = np.unique(values).tolist()
+            wrong = [value for value in found if not (0 <= value < len(known) and known[value])]
+            told = f"mask value{'s' * (len(wrong) > 1)} {listed([*map(str, wrong)], 5)}"
+            error = UnknownValues(
+                f"{path} has {told}, which {self.split.name}'s masks {self.found} never have: get the file again"
+                if self.found
+                else f"{path} has {told}, no class of split {self.split.name!r} (0 to {count - 1}; {ignore} is "
+                f"ignored); say what they mean: --values {wrong[0]}=ignore, in Python value_map={{{wrong[0]}: "
+                f"{ignore}}}, or name their classes in the split"
+            )
+            error.values = found
+            raise error
         return self._labels[values]
-
-    def _out_of_range(self, path: Path, value: int) -> ValueError:
-        masks = f"{self.split.name}'s masks {self.found}"
-        return ValueError(f"{path} has mask value {value}, which {masks} never have: get the file again")
 
 
 class ImageMaskFolder(ImageMaskFiles):
@@ -149,17 +162,17 @@ class ImageMaskFolder(ImageMaskFiles):
         root = Path(root)
         require(root, {f"{images}/": "the images", f"{masks}/": "the masks"})
         split = folder_split(root) if split is None else split
-        image_paths = _by_stem(root / images)
-        listed, mask_paths = sorted(image_paths) if names is None else names, by_suffix(root / masks, mask_suffix)
-        pairs = paired(listed, image_paths, mask_paths, root / images, f"{root / masks}/NAME{mask_suffix}")
-        super().__init__(Files(pairs, _label_table(value_map or {}, split.ignore)), split, transform)
+        image_paths = images_by_name(root / images)
+        wanted, mask_paths = sorted(image_paths) if names is None else names, by_suffix(root / masks, mask_suffix)
+        pairs = paired(wanted, image_paths, mask_paths, root / images, f"{root / masks}/NAME{mask_suffix}")
+        super().__init__(Files(pairs, np.arange(split.ignore + 1)), split, transform)
+        self.map_values(value_map or {})
 
-    def _out_of_range(self, path: Path, value: int) -> ValueError:
-        last, ignore = len(self.split.classes) - 1, self.split.ignore
-        return ValueError(
-            f"{path} has mask value {value}, which is no class of split {self.split.name!r} (0 to {last}, {ignore} is "
-            f"ignored); give value_map={{{value}: {ignore}}} to ignore it, or name its class in the split"
-        )
+
+class UnknownValues(ValueError):
+    """A mask with values that are no labels."""
+
+    values: Sequence[int] = ()  # all that it has
 
 
 def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
@@ -169,10 +182,27 @@ def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
     """
     root = Path(root)
     require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
-    classes = lines(root / "classes.txt")
+    classes = _class_names(root / "classes.txt")
     if unseen is None:
         unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
     return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
+
+
+def _class_names(path: Path) -> list[str]:
+    """One a line, "0: sky" too if all lines are numbered from 0; refuses lines that would shift those after them."""
+    lines = all_lines(path)
+    numbers = [re.fullmatch(r"(\d+)(?:\s*[:=,;)]|\.?\s)\s*(.*)", line) for line in lines]
+    if [each and int(each[1]) for each in numbers] == [*range(len(lines))]:
+        lines, numbers = [each[2] for each in numbers if each], []
+    often = len(lines) < 2 * sum(map(bool, numbers))  # else "4 wheeler" is a name
+    odd = r".*[:=,;]\s*\d+|#.*|\d+(\s*[:=,;)]|\.\s).*" + (r"|\d+\s.*" if often else "")
+    for number, line in enumerate(lines, start=1):
+        if not line or re.fullmatch(odd, line):
+            raise ValueError(
+                f"{path}, line {number} is {line!r}; wanted the name of the class with mask value {number - 1}: line n "
+                "names value n - 1, so no blank lines, no remarks, and no numbers, unless all lines count from 0"
+            )
+    return lines
 
 
 @contextmanager
@@ -244,29 +274,6 @@ def cityscapes(root: StrPath, subset: Literal["train", "val"], transform: Transf
 def camvid(root: StrPath, transform: Transform | None = None) -> ImageMaskFolder:
     """CamVid in the SegNet tutorial's form; `root` holds images/ and masks/. Unlabelled (11) is ignored."""
     return ImageMaskFolder(root, splits.camvid(), value_map={11: IGNORE}, transform=transform)
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """The folder's images by name without suffix."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            if path.stem in found:
-                raise ValueError(f"{found[path.stem]} and {path} have the same name but for the suffix; rename one")
-            found[path.stem] = path
-    if not found:
-        raise FileNotFoundError(f"no images from {folder}; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return found
-
-
-def _label_table(value_map: Mapping[int, int], ignore: int = IGNORE) -> np.ndarray:
-    """uint8 (256,), or uint16 (65536,): the label of every mask value."""
-    for value, label in value_map.items():
-        if not (0 <= value <= ignore and 0 <= label <= ignore):
-            raise ValueError(f"value_map has {value}: {label}; wanted mask values and labels from 0 to {ignore}")
-    table = np.arange(ignore + 1, dtype=np.uint8 if ignore == IGNORE else np.uint16)
-    table[list(value_map)] = list(value_map.values())
-    return table
 
 
 def _one_of(dataset: str, subset: str, subsets: Sequence[str]) -> None:

@@ -1,66 +1,128 @@
-"""Single pictures: read from files, as arrays, to PNG bytes."""
+"""Single pictures: found in folders, read from files, as arrays, to PNG bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 import warnings
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+from sptseg.datasets.splits import composed
 
 Array = np.ndarray
 StrPath = str | PathLike[str]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only recognises them, or starts another program
 
 
 class Unreadable(OSError, ValueError):
-    """A file that is no image, is damaged or is dangerously large."""
+    """A file that is no picture, is damaged, dangerously large, or of values whose meaning nobody can tell."""
 
 
-def open_image(path: StrPath) -> Image.Image:
-    """An image file as upright 8-bit RGB: EXIF orientation applied, transparency over white, 16 bits scaled to 8.
+class Note(UserWarning):
+    """Something guessed, dropped or rescaled: `Note(path, text)`."""
 
-    Raises FileNotFoundError, or Unreadable for what is no image, is damaged or is dangerously large.
+    def __str__(self) -> str:
+        return "{}: {}".format(*self.args)
+
+
+def images_by_name(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder, sorted, by name without suffix: all that Pillow reads, but no hidden files.
+
+    What is left out is said (`Note`). Raises ValueError for two of one name, FileNotFoundError if there is none.
     """
-    image = _load(path)
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
+    Image.init()
+    read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN} - NOT_READ}
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in paths if path.suffix.lower() in read and path.is_file()]
+    left_out = [path.name for path in sorted({*paths} - {*pictures})]
+    left = f"{len(left_out)} entries that are no pictures Pillow reads: {listed(left_out)}" if left_out else ""
+    if not pictures:
+        raise FileNotFoundError(f"{folder} holds no pictures{left and ', but '}{left}; wanted .jpg, .png or the like")
+    found = by_name((path.stem, path) for path in pictures)
+    if left:
+        warnings.warn(Note(folder, f"left out {left}"), stacklevel=2)
+    return found
+
+
+def by_name(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by name, whatever its Unicode form; two of one name are refused."""
+    found: dict[str, Path] = {}
+    for name, path in named:
+        if found.setdefault(composed(name), path) != path:
+            raise ValueError(f"{found[composed(name)]} and {path} are of one name; rename one, or take it away")
+    return found
+
+
+def sorted_images(folder: Path) -> list[Path]:
+    """The pictures in a folder, as of `images_by_name`."""
+    return list(images_by_name(folder).values())
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names with commas, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def open_image(path: StrPath, max_pixels: int | None = None) -> Image.Image:
+    """A picture's file as upright 8-bit RGB: EXIF orientation applied, transparency over white, 16 bits scaled to 8.
+
+    Of several frames the first is taken, and of 16 bits those that the file names or its highest value needs; a `Note`
+    says so. Pictures of more than `max_pixels` (None: PIL.Image.MAX_IMAGE_PIXELS) are refused.
+    Raises FileNotFoundError, or Unreadable for what is no picture, is damaged or is dangerously large.
+    """
+    return _rgb(_load(path, max_pixels, eight_bits=True))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"{path} has grey values from {values.min()} to {values.max()}; wanted 8 or 16 bits: "
-                "rescale it and save it as an 8-bit image"
-            )
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")  # 65535 -> 255
-    if image.mode == "F":
-        raise ValueError(f"{path} holds floating-point values of unknown range; save it as an 8- or 16-bit image")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _load(path: StrPath) -> Image.Image:
-    """The file's decoded image, upright, in its own mode."""
-    path = Path(path)
+def open_mask(path: StrPath, max_pixels: int | None = None) -> Array:
+    """The values (H,W) of a mask's file, int64, upright; of a palette the positions. Raises as `open_image`."""
+    if Path(path).suffix.lower() == ".mat":
+        return _matlab(Path(path))
+    mask = _load(path, max_pixels)
+    if mask.mode not in ("1", "L", "P", "I", "I;16"):
+        wanted = "one class index per pixel (8-bit grey or palette PNG): save the indices instead of the colours"
+        raise Unreadable(f"{path} is a mask of mode {mask.mode}; wanted {wanted}")
+    return np.asarray(mask).astype(np.int64)
+
+
+def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Image.Image:
+    """The file's first picture, upright, in its own mode."""
+    path, limit = Path(path), Image.MAX_IMAGE_PIXELS
     if not path.is_file():
         if re.match(r"\w{2,}:/", str(path)):
-            raise FileNotFoundError(
-                f"{path} is a web address; sptseg reads files only: download it, give the file's path"
-            )
+            raise FileNotFoundError(f"{path} is a web address; sptseg reads files only: download it")
         got = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {got}; wanted an image file: check the path")
+    notes: list[str] = []
     try:
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = max_pixels
         with warnings.catch_warnings(action="ignore"):  # of odd metadata: the pixels count
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                opened.load()
-                return _upright(opened)
+                if getattr(opened, "is_animated", False) and opened.format not in ("MPO", "PSD"):  # previews, layers
+                    notes.append("of several frames or pages the first is taken")
+                deep = opened.mode[0] in "IF" or re.search(";16[BLN]", str(opened.tile))
+                image = _upright(opened)
+                if eight_bits and deep:
+                    image = _scaled(image, path, notes)
+    except Unreadable:
+        raise
     except UnidentifiedImageError as error:
         raise Unreadable(
             f"{path} is not an image that Pillow can read ({path.stat().st_size} bytes); wanted JPEG, PNG or the like: "
@@ -68,22 +130,16 @@ def _load(path: StrPath) -> Image.Image:
         ) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Unreadable(
-            f"{path} has more pixels than the safe limit of {Image.MAX_IMAGE_PIXELS}; shrink it, "
-            "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+            f"{path} has more pixels than the safe limit of {Image.MAX_IMAGE_PIXELS}; shrink it, or if you trust the "
+            "file, raise the limit with --max-pixels (in Python PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise Unreadable(f"{path} is damaged or cut off ({error}); wanted a whole image: copy it again") from error
-
-
-def _indices(path: Path) -> np.ndarray:
-    """int64 (H,W) of a grey or palette image."""
-    mask = _load(path)
-    if mask.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(
-            f"{path} is a mask of mode {mask.mode}; wanted one class index per pixel (8-bit grey or palette PNG): "
-            "save the indices instead of the colours"
-        )
-    return np.asarray(mask).astype(np.int64)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    for note in notes:
+        warnings.warn(Note(path, note), stacklevel=3)
+    return image
 
 
 def _matlab(path: Path) -> np.ndarray:
@@ -99,18 +155,56 @@ def _matlab(path: Path) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy, turned as its EXIF orientation says; damaged EXIF data say nothing."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, struct.error):
-        return image.copy()
+    """The image, decoded, turned as its EXIF orientation says; damaged EXIF data say nothing."""
+    image.load()
+    with contextlib.suppress(SyntaxError, ValueError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def sorted_images(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no pictures; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return files
+def _scaled(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
+    """A picture of 16 bits a sample with 8: its brightest possible value becomes 255."""
+    if image.mode == "F":
+        raise Unreadable(f"{path} holds floating-point values of unknown range; save it as an 8- or 16-bit image")
+    values = np.asarray(image)  # (H,W), or of colours, of which Pillow keeps the high bytes, (H,W,3 or 4)
+    if values.ndim == 3:
+        if values[..., :3].max() >= 64:  # more than 14 bits are used
+            return image
+        with Image.open(path) as low:
+            low.tile = [tile._replace(args=_swapped(tile.args)) for tile in low.tile]
+            values = values * np.uint16(256) + np.asarray(_upright(low))
+    colours = values[..., :3] if values.ndim == 3 else values
+    lowest, highest = int(colours.min()), int(colours.max())
+    if lowest < 0 or highest > 65535:
+        raise Unreadable(f"{path} has grey values from {lowest} to {highest}; wanted 8 or 16 bits: save it with 8")
+    bits = _bits_named(image, path, colours)
+    if bits is None:
+        bits = next(n for n in (8, 10, 12, 14, 16) if highest < 2**n)
+        if bits < 16 and highest:
+            notes.append(f"no more than {bits} of its 16 bits are used: scaled as {bits}-bit values")
+    full = 2**bits - 1
+    return Image.fromarray(((values.astype(np.uint32) * 255 + full // 2) // full).clip(max=255).astype(np.uint8))
+
+
+def _swapped(args: Any) -> Any:
+    """Arguments of a decoder of Pillow's that keeps the low bytes where these keep the high ones."""
+    mode, *rest = (args,) if isinstance(args, str) else args
+    mode = mode[:-1] + ("L" if mode[-1] == "B" else "B")
+    return (mode, *rest) if rest else mode
+
+
+def _bits_named(image: Image.Image, path: Path, values: Array) -> int | None:
+    """How many bits the values of a 16-bit picture have, if its file says so."""
+    if image.format in ("PPM", "JPEG2000"):  # Pillow has scaled them to 16
+        return 16
+    if isinstance(image, TiffImageFile):
+        highest, bits = max(image.tag_v2.get(281, (0,))), image.tag_v2.get(258, (16,))[0]  # MaxSampleValue
+        return max(highest, int(values.max())).bit_length() if highest else bits if bits < 16 else None
+    found = image.format == "PNG" and re.search(rb"sBIT([\x01-\x10])", path.read_bytes().partition(b"IDAT")[0])
+    if not found:
+        return None
+    bits = found[1][0]  # the standard wants them to be the highest ones; many writers use the lowest
+    return bits if values.max() < 2**bits and (values % 2 ** (16 - bits)).any() else 16
 
 
 def luminance(image: Array) -> Array:
@@ -135,11 +229,25 @@ def enlarge(array: Array, factor: int) -> Array:
     return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC))
 
 
-def as_array(image: np.ndarray | Image.Image | str | PathLike[str]) -> np.ndarray:
-    """A picture as (H, W, 3) uint8, from an array, a PIL image or a file."""
+def reduce(array: Array, longest: int) -> Array:
+    """An image (H,W,3) smoothly, or labels (H,W) by nearest ones, with a long side of at most `longest` pixels."""
+    ratio = longest / max(array.shape[:2])
+    if ratio >= 1:
+        return array
+    height, width = (max(1, round(side * ratio)) for side in array.shape[:2])
+    if array.ndim == 3:
+        return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
+    rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip((height, width), array.shape, strict=True))
+    return array[np.ix_(rows.astype(int), columns.astype(int))]
+
+
+def as_array(image: Array | Image.Image | StrPath, max_pixels: int | None = None) -> Array:
+    """A picture as (H, W, 3) uint8, from an array, a PIL image, or a file as of `open_image`."""
     if isinstance(image, str | PathLike):
-        return np.asarray(open_image(Path(image)))
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        return np.asarray(open_image(image, max_pixels))
+    if isinstance(image, Image.Image) and image.mode[0] not in "IF":
+        image = _rgb(image)
+    array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"the image is {array.dtype} of shape {array.shape}; wanted uint8 of shape (height, width, 3)")
     return np.ascontiguousarray(array)  # torch takes no negative strides, as mirrored and BGR views have

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,7 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
-from sptseg.datasets.splits import IGNORE
+from sptseg.datasets.images import by_name, listed
+from sptseg.datasets.splits import IGNORE, composed
 
 # Mask values of the classes in the order of `splits`. COCO-Stuff's PNGs hold id - 1 of the ids 1 to 182; no mask
 # has the eleven left out (README and labels.txt of github.com/nightrome/cocostuff). Cityscapes: labels.py of
@@ -191,27 +193,37 @@ def paired(
     names: Iterable[str], images: Mapping[str, Path], masks: Mapping[str, Path], images_at: object, masks_at: object
 ) -> dict[str, tuple[Path, Path]]:
     """(image, mask) by name; refuses names that lack one, and no names at all."""
-    names = list(names)
+    names = [*map(composed, names)]
     if not names:
         raise FileNotFoundError(f"no images from {images_at}; wanted at least one name listed")
     for what, found in ((f"images in {images_at}", images), (f"masks in {masks_at} for images", masks)):
         if missing := [name for name in names if name not in found]:
-            more = ", ..." if len(missing) > 5 else ""
-            raise FileNotFoundError(
-                f"missing {what}: {len(missing)} ({', '.join(missing[:5])}{more}); add them or take these names out"
-            )
+            told = f"{len(missing)} ({listed(missing, 5)})"
+            raise FileNotFoundError(f"missing {what}: {told}; add them or take these names out")
     return {name: (images[name], masks[name]) for name in names}
 
 
 def by_suffix(folder: Path, suffix: str, pattern: str = "*") -> dict[str, Path]:
     """Files below a folder ending in `suffix`, letter case ignored, by what comes before it; hidden ones left out."""
-    found = sorted((path.name, path) for path in folder.glob(pattern) if path.name.lower().endswith(suffix.lower()))
-    return {name[: -len(suffix)]: path for name, path in found if not name.startswith(".")}
+    found = sorted(path for path in folder.glob(pattern) if path.name.lower().endswith(suffix.lower()))
+    return by_name((path.name[: -len(suffix)], path) for path in found if not path.name.startswith("."))
+
+
+def all_lines(path: Path) -> list[str]:
+    """Lines without blanks around them, of a text in UTF-8 or, as its first bytes say, UTF-16."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    except UnicodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8 or UTF-16: save it as UTF-8")
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text.lstrip("\ufeff").rstrip())]
 
 
 def lines(path: Path) -> list[str]:
     """A text file's lines that are not blank."""
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line for line in all_lines(path) if line]
 
 
 def names_in(path: Path) -> list[str]:

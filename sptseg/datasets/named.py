@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,6 +49,9 @@ class Data:
         seed: of the scenes.
         unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
         prompts: other words for CLIP, comma-separated, such as "tv monitor=television".
+        values: labels that values in the masks' files stand for, comma-separated, such as "255=1,3=ignore".
+        reduce_zero_label: the masks count classes from 1: 0 is ignored, 1 stands for label 0, and so on.
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
     """
 
     data: str = "scenes"
@@ -57,6 +61,9 @@ class Data:
     seed: int = 0
     unseen: str = ""
     prompts: str = ""
+    values: str = ""
+    reduce_zero_label: bool = False
+    max_pixels: int | None = None
 
     def resolved(self, stream: Stream) -> Data:
         """The same with the subset named."""
@@ -74,12 +81,28 @@ class Data:
             masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
             print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
         split: Split = dataset.split  # type: ignore[attr-defined]
+        if isinstance(dataset, ImageMaskFiles):
+            dataset.max_pixels = self.max_pixels
+            dataset.map_values(self.value_map(split))
+        elif self.values or self.reduce_zero_label:
+            raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
         if self.unseen:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
             split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
         return dataset, split
+
+    def value_map(self, split: Split) -> dict[int, int]:
+        """Labels by mask value, as `values` and `reduce_zero_label` say."""
+        found = {0: split.ignore, **{i + 1: i for i in range(len(split.classes))}} if self.reduce_zero_label else {}
+        pairs = names(self.values.replace("ignore", str(split.ignore)))
+        sound = [pair.split("=") for pair in pairs if re.fullmatch(r"\d+ ?= ?\d+", pair)]
+        given = {int(value): int(label) for value, label in sound}
+        if len(given) < len(pairs):
+            wanted = "VALUE=LABEL or VALUE=ignore, each value once, such as 255=1,3=ignore"
+            raise ValueError(f"--values is {self.values!r}; wanted {wanted}")
+        return found | given
 
 
 SCENES_TO_TRAIN = Data(images=5000)

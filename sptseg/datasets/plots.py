@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from sptseg.datasets.images import reduce
 from sptseg.datasets.splits import IGNORE, Colour, ignored_label
 from sptseg.system import write
 
@@ -27,6 +29,8 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # O
 INK, FAINT = "#22252a", "#d9d9d9"
 MARK = "*"
 UNSEEN_NOTE = f"{MARK} unseen in training"
+PICTURE_SIDE = 1024  # pixels of a picture in a figure
+ROWS_AT_ONCE = 256  # as floats of a large picture take gigabytes
 MARKERS = ("D", "o", "s", "^", "v")
 STROKE = [withStroke(linewidth=2.4, foreground="black")]
 OUTLINED: dict[str, Any] = {"color": "white", "size": 8.5, "weight": "bold", "path_effects": STROKE}
@@ -65,9 +69,8 @@ def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 2
     last = ignored_label(len(palette))
     wrong = labels[((labels < 0) | (labels >= len(palette))) & (labels != last)]
     if wrong.size:
-        raise ValueError(
-            f"colourise: label {wrong[0]} has no colour; wanted 0 to {len(palette) - 1}, or {last} (ignored)"
-        )
+        wanted = f"0 to {len(palette) - 1}, or {last} (ignored)"
+        raise ValueError(f"colourise: label {wrong[0]} has no colour; wanted {wanted}")
     table = np.full((last + 1, 3), ignore, np.uint8)
     table[: len(palette)] = palette
     return table[labels]
@@ -86,20 +89,25 @@ def overlay(image: Array, labels: Array, palette: Sequence[Colour], alpha: float
     """The image (H,W,3) uint8 in grey, tinted by class, with thin dark borders; ignored pixels stay coloured."""
     if image.shape[:2] != labels.shape:
         raise ValueError(f"overlay: the image is {image.shape[:2]} and the labels {labels.shape}; wanted equal sizes")
-    grey = image @ np.array([0.299, 0.587, 0.114])  # so that the tints are the legend's
-    mixed = alpha * colourise(labels, palette) + (1 - alpha) * grey[..., None]
-    ignored = labels == ignored_label(len(palette))
-    mixed[ignored] = image[ignored]
-    mixed[borders(labels, max(1, round(min(labels.shape) / 250)))] *= 0.25
-    return np.rint(mixed).astype(np.uint8)
+    result, width = image.copy(), max(1, round(min(labels.shape) / 250))
+    for top in range(0, len(labels), ROWS_AT_ONCE):
+        here = slice(top, top + ROWS_AT_ONCE)
+        grey = image[here] @ np.array([0.299, 0.587, 0.114])  # so that the tints are the legend's
+        mixed = alpha * colourise(labels[here], palette) + (1 - alpha) * grey[..., None]
+        ignored = labels[here] == ignored_label(len(palette))
+        mixed[ignored] = image[here][ignored]
+        mixed[borders(labels[top : top + ROWS_AT_ONCE + width], width)[: len(mixed)]] *= 0.25
+        result[here] = np.rint(mixed)
+    return result
 
 
 def present(labels: Array, *others: Array | None, ignore: int = IGNORE) -> list[int]:
     """The label values that occur, the largest region first; those only in `others` follow."""
     found: list[int] = []
     for array in [labels, *(other for other in others if other is not None)]:
-        values, counts = np.unique(array[array != ignore], return_counts=True)
-        found += [v for v in values[np.argsort(-counts, kind="stable")].tolist() if v not in found]
+        counts = np.bincount(array.ravel(), minlength=ignore + 1)
+        counts[[ignore, *found]] = 0
+        found += np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
     return found
 
 
@@ -155,6 +163,45 @@ def legend(ax: Axes, names: Sequence[str], palette: Sequence[Colour], unseen: Co
     ax.legend(handles=patches, ncols=1 + len(patches) // 15, **LEGEND)
 
 
+def gallery(
+    cells: Sequence[tuple[str, Array | str, Array | None]],
+    names: Sequence[str],
+    palette: Sequence[Colour],
+    unseen: Collection[str] = (),
+    title: str | None = None,
+    across: int = 4,
+) -> Figure:
+    """Pictures in rows of at most `across`, and a legend of the classes in them.
+
+    A cell is a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None.
+    Pictures are reduced to PICTURE_SIDE pixels before anything is computed of them.
+    """
+    across = min(across, len(cells))
+    rows = math.ceil(len(cells) / across)
+    ignore = ignored_label(len(names))
+    found = present(np.array([ignore]), *(labels for *_, labels in reversed(cells)), ignore=ignore)
+    shapes = [picture.shape for _, picture, _ in cells if not isinstance(picture, str)]
+    tall = 3.1 * float(np.clip(np.median([h / w for h, w, _ in shapes]), 0.4, 1.6)) if shapes else 3.1
+    tall = max(rows * (tall + 0.3), 0.19 * min(len(found), 15) + 0.3) + 0.3 * (title is not None)
+    wide = 1.8 * (1 + len(found) // 15)
+    figure = Plot(3.1 * across + wide, tall, title)
+    grid = figure.add_gridspec(rows, across + 1, width_ratios=[3.1] * across + [wide - 0.2])
+    for i, (name, picture, labels) in enumerate(cells):
+        ax = figure.add_subplot(grid[divmod(i, across)])
+        if isinstance(picture, str):
+            show_image(ax, np.full((3, 4, 3), 238, np.uint8), name)
+            ax.text(1.5, 1, fill(picture, 40), ha="center", va="center", fontsize=6.5)
+            continue
+        picture = reduce(picture, PICTURE_SIDE)
+        if labels is not None:
+            labels = reduce(labels, PICTURE_SIDE)
+            picture = overlay(picture, labels, palette)
+            write_names(ax, labels, names, unseen)
+        show_image(ax, picture, name)
+    legend(figure.add_subplot(grid[:, -1]), [names[i] for i in found], [palette[i] for i in found], unseen)
+    return figure
+
+
 def show_segmentation(
     image: Array,
     labels: Array,
@@ -165,18 +212,9 @@ def show_segmentation(
     title: str | None = None,
 ) -> Figure:
     """Picture, truth (if given) and prediction side by side, class names in large regions, and a legend."""
-    found = present(labels, truth, ignore=ignored_label(len(names)))
-    panels = [("picture", None), *([("truth", truth)] if truth is not None else []), ("prediction", labels)]
-    tall = 3.1 * min(max(image.shape[0] / image.shape[1], 0.4), 1.6)
-    tall = max(tall, 0.19 * min(len(found), 15)) + 0.3 + 0.3 * (title is not None)
-    figure = Plot(3.1 * len(panels) + 1.8, tall, title)
-    axes = figure.subplots(1, len(panels) + 1, squeeze=False, width_ratios=[3.1] * len(panels) + [1.6])[0]
-    for ax, (name, mask) in zip(axes, panels, strict=False):
-        show_image(ax, image if mask is None else overlay(image, mask, palette), name)
-        if mask is not None:
-            write_names(ax, mask, names, unseen)
-    legend(axes[-1], [names[i] for i in found], [palette[i] for i in found], unseen)
-    return figure
+    maps = [("truth", image, truth)] if truth is not None else []
+    cells = [("picture", image, None), *maps, ("prediction", image, labels)]
+    return gallery(cells, names, palette, unseen, title)
 
 
 def contact_sheet(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from math import dist
+from functools import partial
 from typing import Literal
 
 from sptseg.scenes import CLASSES
@@ -22,12 +24,25 @@ def ignored_label(classes: int) -> int:
     return IGNORE if classes <= IGNORE else WIDE_IGNORE
 
 
+composed = partial(unicodedata.normalize, "NFC")  # one form of accented characters, which file systems keep in two
+
+
+def plain(name: str) -> str:
+    """A class name in the form in which names are compared: `composed`, single blanks, none around it."""
+    return " ".join(composed(name).split())
+
+
+def names(text: str) -> list[str]:
+    """The `plain` names in a text, between commas and semicolons of any script, tabs and line ends."""
+    return [name for name in map(plain, re.split(r"[,;\t\r\n，；、،؛]", text)) if name]
+
+
 @dataclass(frozen=True)
 class Split:
     """The classes of a data set and which of them are unseen in training.
 
     `classes[i]` is the name of label value `i`; `unseen` holds label values; 255 is "ignore", see `ignored_label`.
-    `prompts` holds (name, words) pairs: what CLIP is told where it is not the name.
+    `prompts` holds (name, words) pairs: what CLIP is told where it is not the name. Names are made `plain`.
     """
 
     name: str
@@ -38,31 +53,23 @@ class Split:
     prompts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.classes) <= WIDE_IGNORE:
-            raise ValueError(f"split {self.name!r}: {len(self.classes)} classes; wanted 1 to {WIDE_IGNORE}")
-        if not all(name.strip() for name in self.classes):
-            blank = [i for i, name in enumerate(self.classes) if not name.strip()]
-            raise ValueError(f"split {self.name!r}: label values {blank} have a blank class name; name each class")
-        duplicates = sorted({name for name in self.classes if self.classes.count(name) > 1})
-        if duplicates:
-            raise ValueError(
-                f"split {self.name!r}: class names given twice: {', '.join(duplicates)}; rename one of each"
-            )
-        if tuple(sorted(set(self.unseen))) != self.unseen or not set(self.unseen) <= set(range(len(self.classes))):
-            raise ValueError(
-                f"split {self.name!r}: unseen is {self.unseen}; "
-                f"wanted ascending, distinct label values below {len(self.classes)}"
-            )
-        if len(self.palette) != len(self.classes):
-            raise ValueError(
-                f"split {self.name!r}: {len(self.palette)} colours for {len(self.classes)} classes; wanted one each"
-            )
+        object.__setattr__(self, "classes", tuple(map(plain, self.classes)))
+        object.__setattr__(self, "prompts", tuple((plain(name), words) for name, words in self.prompts))
+        count = len(self.classes)
+        unsorted = tuple(sorted({*self.unseen} & {*range(count)})) != self.unseen
+        blank = [label for label, name in enumerate(self.classes) if not name]
+        twice = sorted(name for name, times in Counter(self.classes).items() if times > 1)
         strangers = [name for name, _ in self.prompts if name not in self.classes]
-        if strangers:
-            raise ValueError(
-                f"split {self.name!r} has prompts for {', '.join(strangers)}, no classes of it; "
-                f"it has {', '.join(self.classes)}"
-            )
+        for wrong, what in (
+            (not 1 <= count <= WIDE_IGNORE, f"{count} classes; wanted 1 to {WIDE_IGNORE}"),
+            (blank, f"label values {blank} have a blank class name; name each class"),
+            (twice, f"class names given twice: {', '.join(twice)}; rename one of each"),
+            (unsorted, f"unseen is {self.unseen}; wanted ascending, distinct label values below {count}"),
+            (len(self.palette) != count, f"{len(self.palette)} colours for {count} classes; wanted one each"),
+            (strangers, f"prompts for {', '.join(strangers)}, no classes of it; it has {', '.join(self.classes)}"),
+        ):
+            if wrong:
+                raise ValueError(f"split {self.name!r}: {what}")
 
     @classmethod
     def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Split:
@@ -95,82 +102,46 @@ class Split:
 
     def with_unseen(self, names: Sequence[str]) -> Split:
         """The same classes with other unseen ones, given by name."""
-        unknown = [name for name in names if name not in self.classes]
+        wanted = {plain(name) for name in names}
+        unknown = sorted(wanted.difference(self.classes))
         if unknown:
             raise ValueError(f"split {self.name!r} has no class {', '.join(unknown)}; it has {', '.join(self.classes)}")
-        return replace(self, unseen=tuple(sorted({self.classes.index(name) for name in names})))
+        return replace(self, unseen=tuple(i for i, name in enumerate(self.classes) if name in wanted))
 
 
-# Okabe and Ito's colours without black, which an overlay would lose: told apart by colour-blind people.
-_OKABE_ITO: tuple[Colour, ...] = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-)  # fmt: skip
-
-# Linear RGB as seen with normal vision, without M cones and without L cones (Machado et al. 2009, severity 1).
-_VISIONS = (
-    ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
-    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-)
-_LMS_OF_RGB = (
-    (0.4122214708, 0.5363325363, 0.0514459929),
-    (0.2119034982, 0.6806995451, 0.1073969566),
-    (0.0883024619, 0.2817188376, 0.6299787005),
-)
-_OKLAB_OF_LMS = (
-    (0.2104542553, 0.7936177850, -0.0040720468),
-    (1.9779984951, -2.4285922050, 0.4505937099),
-    (0.0259040371, 0.7827717662, -0.8086757660),
-)
-
-
-def _times(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> tuple[float, ...]:
-    return tuple(sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix)
+# Okabe and Ito's colours without black, which an overlay would lose; then always that of 11 x 11 x 11 which is farthest
+# in OKLab from all before it, to normal, deuteranopic and protanopic vision. The search stands in the tests.
+_CHANNELS = bytes.fromhex("""
+    e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 701414 87fafa 2b2b87 1414fa 705959 5987fa fab59e 2b4259 ccfab5
+    b52b14 2b42b5 9ecce3 145987 1470e3 fa5970 e39e9e fab559 597087 872b2b 1487cc 429ecc b55942 b5e3cc 599efa cce387
+    e38742 2b59cc e39e70 e3fa87 1414b5 701442 9eb5cc 2b9e9e 704270 87e3fa 705914 b52b59 1459fa 9e8759 591470 2b14cc
+    facc59 702b9e cc149e e37014 145942 9e70e3 cc2b70 14ccfa b542b5 702b70 2b42e3 e3fa14 2b4287 b59eb5 9ecc87 9e70b5
+    b5ccb5 5970fa 4270cc 42149e ccfae3 9e9e87 707070 1414e3 fa70e3 9e2b42 e3b514 fa7087 1442cc 87599e b55914 e32b42
+    709ee3 cc7042 592b2b cc4287 42fa9e b5b5b5 cc7087 9ee3e3 fa9e59 594214 e3e3b5 429eb5 b5b5e3 9ecccc 2b59e3 9e2b9e
+    fae370 9efacc 9ee314 b5cc70 871459 b59ecc 9e709e cc70b5 9e7059 b587fa 4287e3 9e8770 9e422b 1442fa 872b42 b59e59
+    facc14 9e2b87 b5b542 fae3fa cc42cc facce3 e39e87 e3e39e 9ee370 2bfab5 2b9e87 9e592b b587cc 9e9e9e 2b8759 ccfa9e
+    b59efa fa9efa 42e39e 1459b5 2bb5b5 9eb570 9eb59e 149e59 87e3b5 b58714 59599e e38714 b54287 e39ecc 875970 424270
+    702b2b 879e70 9e9e42 70709e 87fa70 fab587 b5cc42 147070 fab5cc 877042 e370cc e3e3e3 14ccb5 87422b 2b2bb5 9efa59
+    b5b5fa 59e387 fae3cc 14fa87 8759e3 7070e3 e32bfa e3fa70 e3142b 708770 592b70 b5ccfa 701459 872b14 59e3cc 87fa2b
+    879e59 871414 2bcc42 14cce3 b5b559 ccb570 ccb59e 9e879e 9eb587 595942 9eb514 422b9e 428714 9e4259 594259 cc5914
+    fa9e42 e3ccfa 9e8742 cc709e 9e4214 fae387 87cc59 fa1459 70142b e3fa59 2b702b 592b42 e3cc9e b59e70 9ee359 7059cc
+    fab570 9e9e2b 704259 facc70 9e872b 9efa87 2b2bcc 8787e3 7042b5 2b2be3 cccce3 b5702b 8759b5 9e5914 702b42 b514cc
+    fa4287 9e5942 b52b42 42429e 7070b5 9e702b 42709e 9e70fa 145970 702b87 cccc2b 14fae3 14fa59 87cc14 faccb5 879eb5
+    8770cc facccc 427059 fae359 e3b5e3 e37059 fa70b5 b52b87 2b2bfa 87ccb5 b5cc59 144270 70b587 70b59e b59ee3""")
+_COLOURS: tuple[Colour, ...] = tuple(zip(_CHANNELS[::3], _CHANNELS[1::3], _CHANNELS[2::3], strict=True))
 
 
-def _appearances(colour: Colour) -> tuple[tuple[float, ...], ...]:
-    """The colour in OKLab (distances there follow perception), once for every kind of vision."""
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
-    lms = [_times(_LMS_OF_RGB, [max(v, 0.0) for v in _times(vision, linear)]) for vision in _VISIONS]
-    return tuple(_times(_OKLAB_OF_LMS, [v ** (1 / 3) for v in cones]) for cones in lms)
-
-
-@cache
 def spread_palette(n: int) -> tuple[Colour, ...]:
-    """`n` well-told-apart colours, always the same ones, and a prefix of every longer palette; after 255 they repeat.
-
-    Seven colours of Okabe and Ito, then always the colour farthest, in lightness and hue, from all those before:
-    the smallest distance counts among normal, deuteranopic and protanopic vision.
-    """
+    """`n` colours that are told apart well, a prefix of every longer palette; after 255 they repeat."""
     if not 1 <= n <= WIDE_IGNORE:
         raise ValueError(f"spread_palette: n is {n}; wanted 1 to {WIDE_IGNORE} colours")
-    if n > IGNORE:
-        return tuple(itertools.islice(itertools.cycle(spread_palette(IGNORE)), n))
-    palette = list(_OKABE_ITO[:n])
-    levels = range(20, 256, 23)
-    candidates: dict[Colour, tuple[tuple[float, ...], ...]]
-    candidates = {(r, g, b): _appearances((r, g, b)) for r in levels for g in levels for b in levels}
-    candidates = {colour: seen for colour, seen in candidates.items() if 0.35 <= seen[0][0] <= 0.95}
-    gaps = dict.fromkeys(candidates, float("inf"))
-    newest: Iterable[Colour] = palette
-    while len(palette) < n:
-        for chosen in map(_appearances, newest):
-            for colour, seen in candidates.items():
-                gaps[colour] = min(gaps[colour], *map(dist, chosen, seen))
-        palette.append(max(gaps, key=gaps.__getitem__))
-        newest = palette[-1:]
-    return tuple(palette)
+    return tuple(itertools.islice(itertools.cycle(_COLOURS), n))
 
 
 def scenes() -> Split:
     """The picture-book world of `sptseg.scenes`: 41 classes, 14 stuff and 27 things, 10 of them unseen."""
     unseen = ("water", "brick wall", "wheat field", "moon", "castle", "tree", "flower", "apple", "car", "fish")
     return Split.from_names("scenes", CLASSES, unseen, "drawn by sptseg.scenes")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Class names separated by commas, over any number of lines."""
-    return tuple(" ".join(name.split()) for name in text.split(","))
 
 
 def _voc_colour(label: int) -> Colour:
@@ -181,19 +152,19 @@ def _voc_colour(label: int) -> Colour:
 
 def voc2012() -> Split:
     """PASCAL VOC 2012 without background: 20 classes, 15 seen; in the official colours."""
-    classes = _names(
+    classes = names(
         "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike,"
         "person, potted plant, sheep, sofa, train, tv monitor"
     )
     palette = tuple(_voc_colour(i + 1) for i in range(len(classes)))  # colour 0 is the background's
     source = "PASCAL VOC 2012 devkit; seen and unseen as in ZegCLIP (Zhou et al., CVPR 2023)"
     unseen = ("potted plant", "sheep", "sofa", "train", "tv monitor")
-    return Split("voc2012", classes, (), palette, source).with_unseen(unseen)
+    return Split("voc2012", tuple(classes), (), palette, source).with_unseen(unseen)
 
 
 def coco_stuff() -> Split:
     """COCO-Stuff 164k: 171 classes, 156 seen; order and spelling as in mmsegmentation and so in others' prompts."""
-    classes = _names("""
+    classes = names("""
         person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
         parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
         handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
@@ -209,7 +180,7 @@ def coco_stuff() -> Split:
         snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable,
         wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops,
         window-blind, window-other, wood""")
-    unseen = _names(
+    unseen = names(
         "cow, giraffe, suitcase, frisbee, skateboard, carrot, scissors, cardboard, clouds, grass, playingfield, river,"
         "road, tree, wall-concrete"
     )
@@ -219,8 +190,8 @@ def coco_stuff() -> Split:
 
 # Two 49/10 splits go by the same name in the literature; figures of one say nothing about the other.
 _CONTEXT_UNSEEN = {
-    "otseg": _names("cow, motorbike, sofa, cat, boat, fence, bird, tv monitor, keyboard, aeroplane"),
-    "cascade": _names("aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard, plate"),
+    "otseg": names("cow, motorbike, sofa, cat, boat, fence, bird, tv monitor, keyboard, aeroplane"),
+    "cascade": names("aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard, plate"),
 }
 
 
@@ -232,7 +203,7 @@ def context(unseen: Literal["otseg", "cascade"] = "otseg") -> Split:
     """
     if unseen not in _CONTEXT_UNSEEN:
         raise ValueError(f"context: unseen is {unseen!r}; wanted one of {', '.join(map(repr, _CONTEXT_UNSEEN))}")
-    classes = _names("""
+    classes = names("""
         aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
         ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse,
         keyboard, light, motorbike, mountain, mouse, person, plate, platform, potted plant, road, rock, sheep, shelves,
@@ -244,7 +215,7 @@ def context(unseen: Literal["otseg", "cascade"] = "otseg") -> Split:
 
 def ade20k() -> Split:
     """ADE20K, scene parsing benchmark: 150 classes without background, none of them unseen (for cross-dataset use)."""
-    classes = _names("""
+    classes = names("""
         wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
         table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
         armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
@@ -262,7 +233,7 @@ def ade20k() -> Split:
 
 def cityscapes() -> Split:
     """Cityscapes: the 19 classes of its benchmark, none of them unseen (for cross-dataset use); in its colours."""
-    classes = _names(
+    classes = names(
         "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person,"
         "rider, car, truck, bus, train, motorcycle, bicycle"
     )
@@ -271,28 +242,17 @@ def cityscapes() -> Split:
         (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
         (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
     )  # fmt: skip
-    return Split("cityscapes", classes, (), palette, "Cityscapes, labels.py of its scripts")
+    return Split("cityscapes", tuple(classes), (), palette, "Cityscapes, labels.py of its scripts")
 
 
 def camvid() -> Split:
     """CamVid in the SegNet tutorial's form: 11 classes of street photographs, 3 unseen (our choice)."""
-    classes = _names("sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist")
+    classes = names("sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist")
     unseen = ("fence", "bicyclist", "sign symbol")
     return Split.from_names("camvid", classes, unseen, "CamVid, SegNet tutorial; seen and unseen chosen here")
 
 
 BY_NAME: dict[str, Callable[[], Split]] = {
-    "scenes": scenes,
-    "voc2012": voc2012,
-    "coco-stuff": coco_stuff,
-    "context-otseg": context,
-    "context-cascade": lambda: context("cascade"),
-    "ade20k": ade20k,
-    "cityscapes": cityscapes,
-    "camvid": camvid,
-}
-
-
-def names(text: str) -> list[str]:
-    """Comma-separated names."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    "scenes": scenes, "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,
+    "context-cascade": lambda: context("cascade"), "ade20k": ade20k, "cityscapes": cityscapes, "camvid": camvid,
+}  # fmt: skip

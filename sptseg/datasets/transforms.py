@@ -23,9 +23,7 @@ IMAGENET_MEAN: Statistics = (0.485, 0.456, 0.406)
 IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
 CLIP_MEAN: Statistics = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Statistics = (0.26862954, 0.26130258, 0.27577711)
-
-
-LONGEST = 32  # sides of pictures whose short side is enlarged
+STRIP = 32  # times as long as wide: such pictures are not enlarged by their short side
 
 
 @dataclass(frozen=True)
@@ -51,24 +49,19 @@ class Augmentation:
     std: Statistics = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        def refuse(field: str, wanted: str) -> None:
-            raise ValueError(f"Augmentation: {field} is {getattr(self, field)}; wanted {wanted}")
-
-        if self.crop < 1:
-            refuse("crop", "at least 1 pixel")
-        if self.resize_base is not None and not self.resize_base[0] >= self.resize_base[1] >= 1:
-            refuse("resize_base", "(long side, short side) with long >= short >= 1, or None")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            refuse("scale", "(smallest, largest) factor with 0 < smallest <= largest")
-        if not 0 < self.largest_share <= 1:
-            refuse("largest_share", "more than 0 and at most 1 (1: any crop)")
-        for field in ("flip", "distortion"):
-            if not 0 <= getattr(self, field) <= 1:
-                refuse(field, "a probability, 0 to 1")
-        if len(self.mean) != 3:
-            refuse("mean", "three numbers: red, green, blue")
-        if len(self.std) != 3 or min(self.std) <= 0:
-            refuse("std", "three positive numbers: red, green, blue")
+        long, short = self.resize_base or (1, 1)
+        for field, right, wanted in (
+            ("crop", self.crop >= 1, "at least 1 pixel"),
+            ("resize_base", long >= short >= 1, "(long side, short side) with long >= short >= 1, or None"),
+            ("scale", 0 < self.scale[0] <= self.scale[1], "(smallest, largest) factor with 0 < smallest <= largest"),
+            ("largest_share", 0 < self.largest_share <= 1, "more than 0 and at most 1 (1: any crop)"),
+            ("flip", 0 <= self.flip <= 1, "a probability, 0 to 1"),
+            ("distortion", 0 <= self.distortion <= 1, "a probability, 0 to 1"),
+            ("mean", len(self.mean) == 3, "three numbers: red, green, blue"),
+            ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers: red, green, blue"),
+        ):
+            if not right:
+                raise ValueError(f"Augmentation: {field} is {getattr(self, field)}; wanted {wanted}")
 
 
 def fitted_size(
@@ -77,11 +70,11 @@ def fitted_size(
     """(height, width) after fitting into `base` = (long, short) times `factor`, keeping the ratio.
 
     `least_short` wins over `base`: the short side gets at least that long, unless the picture is a strip of more than
-    LONGEST to 1, which would become a strip of thousands of windows.
+    STRIP to 1, which would become a strip of thousands of windows.
     """
     long, short = max(height, width), min(height, width)
     fit = 1.0 if base is None else min(base[0] / long, base[1] / short)
-    ratio = max(fit * factor, min(least_short / short, LONGEST * least_short / long))
+    ratio = max(fit * factor, min(least_short / short, STRIP * least_short / long))
     return max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
 
 
@@ -93,8 +86,7 @@ class RandomRescale(v2.Transform):
 
     def __init__(self, base: tuple[int, int] | None, scale: tuple[float, float]) -> None:
         super().__init__()
-        self.base = base
-        self.scale = scale
+        self.base, self.scale = base, scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = F.get_size(flat_inputs[0])
@@ -114,9 +106,7 @@ class VariedCrop(v2.Transform):
 
     def __init__(self, size: int, largest_share: float, tries: int = 10) -> None:
         super().__init__()
-        self.size = size
-        self.largest_share = largest_share
-        self.tries = tries
+        self.size, self.largest_share, self.tries = size, largest_share, tries
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = F.get_size(flat_inputs[0])

@@ -7,12 +7,10 @@ not grow with classes x height x width.
 from __future__ import annotations
 
 import io
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import tv_tensors
 
-from sptseg.datasets import Colour, as_array, plots, spread_palette, test_transform
+from sptseg.datasets import Colour, Note, as_array, plain, plots, spread_palette, test_transform
 from sptseg.inference.windows import WindowLogits, augmentation, window_logits
 from sptseg.model import SptSeg
 from sptseg.system import write
@@ -41,9 +39,9 @@ class Segmentation:
 
     def scores(self, name: str) -> np.ndarray:
         """Score of a class at each pixel: (H, W) float32 in 0..1."""
-        if name not in self.classes:
+        if plain(name) not in self.classes:
             raise ValueError(f"{name!r} was not among the classes; they were {', '.join(self.classes)}")
-        position = self.classes.index(name)
+        position = self.classes.index(plain(name))
         return self.logits.scores(slice(position, position + 1), self.labels.shape)[0].cpu().numpy()
 
     def areas(self) -> dict[str, float]:
@@ -75,16 +73,6 @@ class Segmentation:
         write(path, buffer.getvalue())
 
 
-def read_ahead(files: Sequence[Path], ahead: int = 2) -> Iterator[Future[np.ndarray]]:
-    """Each file's picture to come, as of `as_array`; a thread reads up to `ahead` further ones while one is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = deque(pool.submit(as_array, file) for file in files[:ahead])
-        for following in [*files[ahead:], *[None] * min(ahead, len(files))]:
-            if following is not None:
-                coming.append(pool.submit(as_array, following))
-            yield coming.popleft()
-
-
 def segment(
     model: SptSeg,
     image: np.ndarray | Image.Image | str | PathLike[str],
@@ -97,7 +85,7 @@ def segment(
 
     Args:
         image: (H, W, 3) uint8, a PIL image or a file.
-        classes: names or phrases, each once; every pixel gets one of them.
+        classes: names or phrases, each once; every pixel gets one of them, which a `Note` says of a single one.
         full_resolution: look at the picture pixel by pixel in many windows, instead of resizing its short side to the
             model's window as in the protocol: finer, slower, and with less context. Labels have the picture's size in
             either case; a picture smaller than the window is enlarged.
@@ -105,11 +93,14 @@ def segment(
     """
     if isinstance(classes, str):
         raise ValueError(f"classes is the text {classes!r}; wanted a list of names, such as ['tree', 'car']")
-    classes = tuple(classes)
+    classes = tuple(map(plain, classes))
     if palette is not None and len(palette) != len(classes):
         raise ValueError(f"the palette has {len(palette)} colours for {len(classes)} classes; wanted one each")
     pixels = as_array(image)
     text = model.class_embeddings(classes)
+    if len(classes) == 1:
+        only = f"every pixel gets {classes[0]!r}, as no other is named; commas separate names"
+        warnings.warn(Note("classes", only), stacklevel=2)
     prepare = test_transform(augmentation(model.config, full_resolution=full_resolution))
     prepared = prepare(tv_tensors.Image(torch.tensor(pixels).permute(2, 0, 1)))
     (logits,) = window_logits(model, prepared[None], text)

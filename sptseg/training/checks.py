@@ -1,6 +1,6 @@
 """Before the first iteration: do names, label values, text and targets fit, and does one training step work?
 
-`preflight` looks at a model, a data set and the settings of a run together; `check` and `contact_sheet` at a data set.
+`preflight` looks at a model, a data set and the settings of a run together; `check_dataset` at a data set.
 """
 
 from __future__ import annotations
@@ -23,19 +23,15 @@ from torch.utils.data import Dataset
 from sptseg.checkpoints import IMPORTED
 from sptseg.datasets import (
     IGNORE,
-    SHOWN,
+    MOST_LISTED,
     Augmentation,
     DataReport,
-    Panel,
     Sample,
     Split,
-    check,
-    contact_sheet,
+    evenly,
     listed,
+    plots,
     save_figure,
-    sheet,
-    shrunk,
-    spread,
     survey,
 )
 from sptseg.inference import new_accelerator
@@ -43,7 +39,7 @@ from sptseg.model import SptSeg
 from sptseg.training.loop import TrainConfig, Trainee, parameter_groups, step, training_augmentation
 from sptseg.training.stream import UNSEEN_PIXEL, Positions, TrainingStream, label_table
 
-__all__ = ["DataReport", "PreflightReport", "check", "contact_sheet", "preflight"]
+__all__ = ["DataReport", "PreflightReport", "preflight"]
 SAME_TEXT = 0.999  # cosine of two classes that no mask could tell apart
 
 
@@ -128,10 +124,9 @@ def preflight(
     """
     with untouched(model):
         length: int = len(dataset)  # pyright: ignore[reportArgumentType]
-        report = PreflightReport(config.setting, survey(dataset, split, spread(length, sample), progress=False))
-        left_out = report.data.unreadable if config.skip_unreadable else []
-        report.faults += [fault for fault in report.data.faults if fault not in left_out]
-        report.warnings += [*report.data.warnings, *left_out]
+        report = PreflightReport(config.setting, survey(dataset, split, evenly(length, sample), progress=False))
+        report.faults += report.data.faults
+        report.warnings += report.data.warnings
         check_names(getattr(dataset, "split", split), split, report)
         if config.setting != "supervised" and not split.unseen:
             report.faults.append(
@@ -142,7 +137,7 @@ def preflight(
         queries, table = label_table(split, config.setting)
         report.queries = split.names(queries)
         text = checked_text(model, split, queries, report)
-        if len(report.data.faults) > len(left_out):
+        if report.data.faults:
             return report  # the stream may run into the same files
         try:
             accelerator = new_accelerator(config.precision)
@@ -277,15 +272,15 @@ def draw(
     images: Tensor, targets: Tensor, augment: Augmentation, split: Split, queries: Sequence[int], folder: Path
 ) -> Path:
     """Writes pictures of the first batch, as the model sees them, beside their targets with the queries' names."""
-    panels: list[Panel] = []
-    for i, (image, target) in enumerate(zip(images[:SHOWN], targets, strict=False)):
+    cells: list[tuple[str, np.ndarray | str, np.ndarray | None]] = []
+    for i, (image, target) in enumerate(zip(images[:MOST_LISTED], targets, strict=False)):
         pixels = image.permute(1, 2, 0).numpy() * np.array(augment.std) + np.array(augment.mean)  # (S, S', 3)
         picture = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
         labels = torch.where(target == UNSEEN_PIXEL, IGNORE, target).numpy()
-        panels.append((f"picture {i}", *shrunk(picture, labels)))
+        cells += [(f"picture {i}", picture, None), ("", picture, labels)]
     palette = [split.palette[label] for label in queries]
-    title = f"First training batch: {len(panels)} of {len(images)} pictures; ignored pixels keep their colours"
-    figure = sheet(panels, split.names(queries), palette, split.names(split.unseen), title)
+    title = f"First training batch: {len(cells) // 2} of {len(images)} pictures; ignored pixels keep their colours"
+    figure = plots.gallery(cells, split.names(queries), palette, split.names(split.unseen), title)
     save_figure(figure, folder / "first-batch.png")
     return folder / "first-batch.png"
 

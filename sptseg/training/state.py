@@ -134,9 +134,10 @@ def last_state(folder: Path, device: torch.device) -> tuple[dict[str, Any] | Non
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:
-    """What tells a data set from others: how many pictures, and hashes of their names, in whatever Unicode form these
-    are, and of some pictures' and masks' files; not where they lie."""
-    names = unicodedata.normalize("NFC", "\n".join(getattr(dataset, "names", ())))
+    """What tells a data set from others: how many pictures, hashes of their names, in whatever Unicode form these are,
+    and of mapped values, and of some pictures' and masks' files; not where they lie."""
+    told = [*getattr(dataset, "names", ()), *getattr(dataset, "mapped", ())]
+    names = unicodedata.normalize("NFC", "\n".join(told))
     files, content = getattr(dataset, "_files", ()), hashlib.sha256()
     for pair in files[:: max(1, len(files) // 16)]:
         for path in pair:

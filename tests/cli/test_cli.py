@@ -323,8 +323,8 @@ def test_segment_never_overwrites_a_picture(clip: list[str], photos: Path, capsy
         message = refused(capsys, "segment", *pictures, "--classes", "grass,water", "--out", out, *clip)
         assert message == "results would overwrite pictures or each other: give another --out, or rename pictures"
     Image.open(photos / "a.png").save(photos / "a.bmp")
-    elsewhere = ["--out", photos.parent / "out"]
-    assert "each other" in refused(capsys, "segment", photos, "--classes", "grass", *elsewhere, *clip)
+    twice = [photos / "a.png", photos / "a.bmp", "--classes", "grass", "--out", photos.parent / "out", *clip]
+    assert "each other" in refused(capsys, "segment", *twice)
     assert (photos / "a.png").read_bytes() == before
 
 

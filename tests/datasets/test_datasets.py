@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -19,8 +16,10 @@ from sptseg import scenes
 from sptseg.datasets import folders as datasets
 from sptseg.datasets import splits, transforms
 from sptseg.datasets.folders import ImageMaskFolder, folder_split
-from sptseg.datasets.images import open_image
+from sptseg.datasets.images import Note
+from sptseg.datasets.named import Data
 from sptseg.datasets.splits import IGNORE, Split
+from sptseg.training.state import identity
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAMVID = Path(os.environ.get("SPTSEG_CAMVID", REPOSITORY / "../shared/camvid"))
@@ -77,36 +76,83 @@ def test_folder_items(folder: Path) -> None:
     assert item["name"] == "one"
 
 
-def test_folder_is_sorted_and_suffixes_may_be_capitals(tmp_path: Path) -> None:
-    for image, mask in (("b.JPG", "b.PNG"), ("a.Jpeg", "a.png"), ("c.png", "c.png")):
+def test_pairs_are_found_whatever_suffix_and_unicode_form(tmp_path: Path) -> None:
+    for image, mask in (
+        ("b.JPG", "b.PNG"),
+        ("a.jfif", "a.png"),
+        ("c.gif", "c.Png"),
+        ("cafe\u0301.png", "caf\u00e9.png"),
+    ):
         save_image(tmp_path / "images" / image)
         save_mask(tmp_path / "masks" / mask, MASK)
-    (tmp_path / "images/notes.txt").write_text("not an image")
     (tmp_path / "images/._a.jpg").write_bytes(b"what macOS leaves behind")
-    assert ImageMaskFolder(tmp_path, ABC).names == ("a", "b", "c")
+    dataset = ImageMaskFolder(tmp_path, ABC)
+    assert dataset.names == ("a", "b", "c", "caf\u00e9")
+    assert [label(ImageMaskFolder(tmp_path, ABC, names=[name])) for name in ("b", "cafe\u0301")] == [MASK] * 2
+    (tmp_path / "images/notes.txt").write_text("not an image")
+    with pytest.warns(Note, match=r"images: left out 1 entries that are no pictures Pillow reads: notes.txt"):
+        assert ImageMaskFolder(tmp_path, ABC).names == dataset.names
 
 
-def test_folder_takes_palette_bilevel_and_16_bit_masks(folder: Path) -> None:
-    save_mask(folder / "masks/one.png", MASK, palette=True)
-    with Image.open(folder / "masks/one.png") as mask:
+@pytest.mark.parametrize("name", ["images/one.JPG", "images/cafe\u0301.png", "masks/one.PNG", "masks/cafe\u0301.png"])
+def test_two_files_never_pass_for_one_another(folder: Path, name: str) -> None:
+    for part in ("images", "masks"):
+        save_image(folder / part / "caf\u00e9.png")
+    save_image(folder / name)
+    with pytest.raises(ValueError, match=f"{Path(name).name}.* are of one name; rename one, or take it away"):
+        ImageMaskFolder(folder, ABC)
+
+
+def test_masks_of_one_value_per_pixel(folder: Path) -> None:
+    path, dataset = folder / "masks/one.png", ImageMaskFolder(folder, ABC)
+    save_mask(path, MASK, palette=True)
+    with Image.open(path) as mask:
         assert mask.mode == "P"
-    Image.fromarray(np.array(MASK, dtype=np.uint16)).save(folder / "masks/two.png")
-    dataset = ImageMaskFolder(folder, ABC)
-    assert label(dataset, 0) == label(dataset, 1) == MASK
-    Image.fromarray(np.array(MASK) == 1).save(folder / "masks/two.png")
-    assert label(dataset, 1) == [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert label(dataset) == MASK
+    Image.fromarray(np.array(MASK, dtype=np.uint16)).save(path)
+    assert label(dataset) == MASK
+    Image.fromarray(np.array(MASK) == 1).save(path)
+    assert label(dataset) == [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
 
 
-def test_value_map_changes_only_the_values_it_names(folder: Path) -> None:
+def test_values_are_mapped_one_by_one(folder: Path) -> None:
     dataset = ImageMaskFolder(folder, ABC, value_map={0: 255, 255: 0, 2: 1})
     assert label(dataset) == [[255, 1, 1, 0], [255, 255, 1, 1], [1, 1, 1, 1]]
+    dataset.map_values({65535: 2, 1: 255})
+    Image.fromarray(np.array([[0, 1, 65535, 255]] * 3, dtype=np.uint16)).save(folder / "masks/one.png")
+    assert label(dataset) == [[255, 255, 2, 0]] * 3
+    for wrong in ({1: 3}, {1: 256}, {-1: 0}, {65536: 0}):
+        with pytest.raises(ValueError, match=r"cannot mean \d+; .* 0 to 65535, and labels from 0 to 2, or 255"):
+            ImageMaskFolder(folder, ABC, value_map=wrong)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.dictionaries(st.integers(0, 255), st.integers(0, 255)))
-def test_label_tables_follow_any_value_map(value_map: dict[int, int]) -> None:
-    table = datasets._label_table(value_map)
-    assert table.tolist() == [value_map.get(value, value) for value in range(256)]
+@pytest.mark.parametrize(
+    ("options", "values", "labels"),
+    [
+        ({"values": "255=1"}, [0, 255, 255, 2], [0, 1, 1, 2]),
+        ({"values": " 127 = 1; 254=2,7=ignore"}, [0, 127, 254, 7], [0, 1, 2, 255]),
+        ({"reduce_zero_label": True}, [0, 1, 2, 3], [255, 0, 1, 2]),
+        ({"reduce_zero_label": True, "values": "255=2"}, [1, 255, 2, 0], [0, 2, 1, 255]),
+    ],
+)
+def test_values_are_mapped_by_options_that_every_command_has(
+    folder: Path, options: dict, values: list[int], labels: list[int]
+) -> None:
+    (folder / "classes.txt").write_text("a\nb\nc\n")
+    save_mask(folder / "masks/one.png", [values] * 3)
+    plain, _ = Data(str(folder)).load("evaluation")
+    mapped, _ = Data(str(folder), **options).load("training")
+    assert label(mapped) == [labels] * 3
+    assert identity(mapped) != identity(plain) == identity(ImageMaskFolder(folder)), "runs tell them apart"
+
+
+@pytest.mark.parametrize("values", ["255", "255=", "255=moon", "255=1,255=2", "=1", "-1=0", "1=9"])
+def test_values_that_nobody_can_mean_are_refused(folder: Path, values: str) -> None:
+    (folder / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.raises(ValueError, match="--values is .* each value once|cannot mean 9"):
+        Data(str(folder), values=values).load("evaluation")
+    with pytest.raises(ValueError, match="scenes have none"):
+        Data(values=values).load("evaluation")
 
 
 def test_transform_gets_image_and_label(folder: Path) -> None:
@@ -125,50 +171,63 @@ def test_orientation_of_the_photograph_is_applied_before_the_sizes_are_compared(
     assert ImageMaskFolder(folder, ABC)[0]["image"].shape == (3, 3, 4)
 
 
-def test_classes_are_read_from_the_folder(folder: Path) -> None:
-    (folder / "classes.txt").write_text("\ufeffsky\n  old house \n\nroad\n", encoding="utf-8")
-    split = ImageMaskFolder(folder).split
-    assert (split.classes, split.unseen, split.name) == (("sky", "old house", "road"), (), folder.name)
-    (folder / "unseen.txt").write_text("road\n")
-    assert folder_split(folder).unseen == (2,)
-    assert folder_split(folder, unseen=["sky"]).unseen == (0,)
+@pytest.mark.parametrize(
+    "content",
+    [
+        "sky\n  old  house \nroad\n\n \n", "sky\r\nold house\r\nroad", "\ufeffsky\nold house\nroad",
+        "0: sky\n1: old house\n2: road", "0 sky\n1 old house\n2 road", "0,sky\n1,old house\n2,road\n",
+        "0\tsky\n1\told house\n2\troad", "0. sky\n1. old house\n2. road",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_classes_are_read_by_position(tmp_path: Path, content: str, encoding: str) -> None:
+    (tmp_path / "classes.txt").write_bytes(content.encode(encoding))
+    split = folder_split(tmp_path)
+    assert (split.classes, split.unseen, split.name) == (("sky", "old house", "road"), (), tmp_path.name)
+    (tmp_path / "unseen.txt").write_bytes("\nroad\n".encode(encoding))
+    assert folder_split(tmp_path).unseen == (2,)
+    assert folder_split(tmp_path, unseen=["sky"]).unseen == (0,)
     with pytest.raises(ValueError, match="has no class river; it has sky, old house, road"):
-        folder_split(folder, unseen=["river"])
+        folder_split(tmp_path, unseen=["river"])
 
 
-def test_folder_without_classes_says_so(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sky\n\nroad\n", "line 2 is '';"), (b"\nsky\n", "line 1 is '';"), (b"", "line 1 is '';"),
+        (b"1: sky\n2: road\n", "line 1 is '1: sky'; wanted the name of the class with mask value 0"),
+        (b"1 sky\n2 road\n", "line 1 is '1 sky'"), (b"0: sky\n2: road\n", "line 1 is '0: sky'"),
+        (b"sky\n1,road\n", "line 2 is '1,road'"), (b"sky: 0\nroad: 1\n", "line 1 is 'sky: 0'"),
+        (b"sky\n# roads\nroad\n", "line 2 is '# roads'"), ("café".encode("latin-1"), "save it as UTF-8"),
+        ("sky\n".encode("utf-16-le"), "save it as UTF-8"), ("sky\n".encode("utf-32"), "save it as UTF-8"),
+        (b"\xff\xfe\x00\x01\x9d", "save it as UTF-8"),
+    ],
+)  # fmt: skip
+def test_class_files_that_would_shift_names_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'classes.txt'}(,| is no text).*{message}"):
+        folder_split(tmp_path)
+
+
+def test_numbers_in_a_few_names_are_parts_of_them(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("car\n2 wheeler\ndoor, double door\n")
+    assert folder_split(tmp_path).classes == ("car", "2 wheeler", "door, double door")
+
+
+def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no classes.txt \(class names, one a line, or give the split"):
         ImageMaskFolder(folder)
-
-
-def test_missing_folders_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no images/ \(the images\), masks/ \(the masks\); wanted"):
-        ImageMaskFolder(tmp_path, ABC)
+        ImageMaskFolder(folder / "images", ABC)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         ImageMaskFolder(tmp_path / "nowhere", ABC)
-
-
-def test_no_images_and_no_names_are_refused(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="wanted at least one name listed"):
         ImageMaskFolder(folder, ABC, names=[])
-    for path in (folder / "images").iterdir():
-        path.unlink()
-    with pytest.raises(FileNotFoundError, match="no images from .*images; wanted files ending in .jpg"):
-        ImageMaskFolder(folder, ABC)
-
-
-def test_images_without_mask_are_counted_and_five_are_named(folder: Path) -> None:
     for i in range(7):
         save_image(folder / f"images/extra{i}.jpg")
-    with pytest.raises(FileNotFoundError, match=r": 7 \(extra0, extra1, extra2, extra3, extra4, \.\.\.\); add them"):
+    with pytest.raises(FileNotFoundError, match=r": 7 \(extra0, extra1, extra2, extra3, extra4 and 2 more\); add them"):
         ImageMaskFolder(folder, ABC)
     assert len(ImageMaskFolder(folder, ABC, names=["two"])) == 1
-
-
-def test_images_that_share_a_name_are_refused(folder: Path) -> None:
-    save_image(folder / "images/one.jpg")
-    with pytest.raises(ValueError, match="one.jpg and .*one.png have the same name"):
-        ImageMaskFolder(folder, ABC)
 
 
 def test_faulty_masks_are_refused_with_file_and_remedy(folder: Path) -> None:
@@ -180,18 +239,22 @@ def test_faulty_masks_are_refused_with_file_and_remedy(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"one.png is a mask of mode RGB; wanted one class index per pixel"):
         dataset[0]
     save_mask(path, [[0, 1, 2, 3]] * 3)
-    with pytest.raises(ValueError, match=r"one.png has mask value 3, .* 'abc' \(0 to 2, .*value_map=\{3: 255\}"):
+    with pytest.raises(ValueError, match=r"mask value 3, .*'abc' \(0 to 2; .*--values 3=ignore.*value_map=\{3: 255\}"):
         dataset[0]
     assert label(ImageMaskFolder(folder, ABC, value_map={3: 255})) == [[0, 1, 2, 255]] * 3
-    Image.fromarray(np.full((3, 4), 1000, dtype=np.uint16)).save(path)
-    with pytest.raises(ValueError, match="mask value 1000, which is no class"):
+    Image.fromarray(np.array([[0, 9, 1000, 9]] * 3, dtype=np.uint16)).save(path)
+    with pytest.raises(ValueError, match="mask values 9, 1000, no class"):
         dataset[0]
     assert dataset[1]["name"] == "two"
 
 
-def test_value_map_outside_8_bits_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="value_map has 1: 256; wanted"):
-        ImageMaskFolder(folder, ABC, value_map={1: 256})
+def test_the_limit_of_pixels_is_an_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "classes.txt").write_text("a\nb\nc\n")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)
+    with pytest.raises(ValueError, match=r"more pixels than the safe limit of 11; .*--max-pixels"):
+        Data(str(folder)).load("evaluation")[0][0]
+    assert label(Data(str(folder), max_pixels=12).load("evaluation")[0]) == MASK
+    assert Image.MAX_IMAGE_PIXELS == 11
 
 
 # ---------------------------------------------------------------- the published data sets
@@ -327,102 +390,3 @@ def test_faulty_scenes_are_refused() -> None:
         datasets.Scenes(0)
     with pytest.raises(ValueError, match="stream is 'test'; wanted one of 'evaluation', 'training'"):
         datasets.Scenes(1, stream="test")  # pyright: ignore[reportArgumentType]
-
-
-# ---------------------------------------------------------------- single images
-
-
-def pixel(path: Path) -> tuple[int, ...]:
-    image = open_image(path)
-    assert image.mode == "RGB"
-    value = image.getpixel((0, 0))
-    assert isinstance(value, tuple)
-    return value
-
-
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
-    path = tmp_path / "image.png"
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(path)
-    assert pixel(path) == (255, 255, 255)
-    Image.new("LA", (2, 2), (0, 255)).save(path)
-    assert pixel(path) == (0, 0, 0)
-    Image.new("RGB", (2, 2), (9, 9, 9)).save(path, transparency=(9, 9, 9))
-    assert pixel(path) == (255, 255, 255)
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 200, 100, 50])
-    palette.save(path, transparency=0)
-    assert pixel(path) == (200, 100, 50)
-
-
-@pytest.mark.parametrize(("value", "expected"), [(0, 0), (257 * 99, 99), (65535, 255)])
-def test_16_bits_are_scaled_to_8(tmp_path: Path, value: int, expected: int) -> None:
-    for name in ("image.png", "image.tif"):
-        Image.fromarray(np.full((2, 2), value, dtype=np.uint16)).save(tmp_path / name)
-        assert pixel(tmp_path / name) == (expected,) * 3
-
-
-def test_other_modes_become_rgb(tmp_path: Path) -> None:
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
-    red, green, blue = pixel(tmp_path / "print.jpg")
-    assert red > 240 and green < 15 and blue < 15
-    Image.new("1", (2, 2), 1).save(tmp_path / "bilevel.png")
-    assert pixel(tmp_path / "bilevel.png") == (255, 255, 255)
-    Image.new("L", (2, 2), 7).save(tmp_path / "grey.png")
-    assert pixel(tmp_path / "grey.png") == (7, 7, 7)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
-def test_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"turned.{suffix}"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = Image.new("RGB", (32, 16))
-    image.paste((255, 255, 255), (0, 0, 16, 16))  # white at the left: at the top after the quarter turn
-    image.save(path, exif=exif)
-    upright = np.asarray(open_image(path))
-    assert upright.shape == (32, 16, 3)
-    assert upright[2, 8].min() > 200 and upright[-2, 8].max() < 50
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_damaged_exif_data_are_passed_over(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"odd.{suffix}"
-    Image.new("RGB", (8, 4)).save(path, exif=b"Exif\x00\x00no TIFF header")  # Pillow raises for PNG and WebP
-    assert open_image(path).size == (8, 4)
-
-
-def test_images_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="none.jpg does not exist; wanted an image file"):
-        open_image(tmp_path / "none.jpg")
-    with pytest.raises(FileNotFoundError, match="is a folder"):
-        open_image(tmp_path)
-    (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(ValueError, match=r"text.jpg is not an image that Pillow can read \(5 bytes\)"):
-        open_image(tmp_path / "text.jpg")
-    (tmp_path / "empty.png").touch()
-    with pytest.raises(ValueError, match=r"empty.png is not an image .* \(0 bytes\)"):
-        open_image(tmp_path / "empty.png")
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for suffix in ("jpg", "png", "webp", "tif"):
-        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-        noise.save(whole)
-        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        with pytest.raises(ValueError, match=f"cut.{suffix} is (damaged or cut off|not an image)"):
-            open_image(cut)
-    float_values = Image.fromarray(np.zeros((2, 2), dtype=np.float32))
-    float_values.save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match="float.tif holds floating-point values"):
-        open_image(tmp_path / "float.tif")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="whole.png has more pixels than the safe limit of 1000"):
-        open_image(tmp_path / "whole.png")  # 4096: Pillow's error
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="safe limit of 3000"):
-        warnings.simplefilter("ignore")
-        open_image(tmp_path / "whole.png")  # Pillow's warning
-
-
-def test_32_bit_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.full((2, 2), 70000, dtype=np.int32)).save(tmp_path / "wide.tif")
-    with pytest.raises(ValueError, match="grey values from 70000 to 70000; wanted 8 or 16 bits"):
-        open_image(tmp_path / "wide.tif")

@@ -10,19 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
-from sptseg.analysis import charts
 from sptseg.datasets import images, plots
 
-RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-PALETTE = (RED, GREEN, BLUE)
+PALETTE = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
 NAMES = ("sky", "water", "boat")
-
-
-def decoded(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def halves(size: int = 40) -> np.ndarray:
@@ -30,16 +23,6 @@ def halves(size: int = 40) -> np.ndarray:
     labels = np.zeros((size, size), np.int64)
     labels[size // 2 :] = 1
     return labels
-
-
-def words(figure: Figure) -> list[str]:
-    """All text in a figure's axes: titles, notes in the picture, legend entries."""
-    found = []
-    for ax in figure.axes:
-        legend = ax.get_legend()
-        found += [ax.get_title(), ax.get_title(loc="left"), *(text.get_text() for text in ax.texts)]
-        found += [text.get_text() for text in legend.get_texts()] if legend else []
-    return [word for word in found if word]
 
 
 def test_plots_work_without_pyplot_and_torch() -> None:
@@ -56,18 +39,12 @@ print({{"torch", "matplotlib.pyplot"}} & set(sys.modules))"""
     assert done.stdout.strip() == "set()"
 
 
-# label colours
-
-
-def test_colourise_looks_up_each_label() -> None:
+def test_colourise_looks_up_each_label_or_refuses_it() -> None:
     colours = plots.colourise(np.array([[0, 1], [2, 255]]), PALETTE, ignore=(9, 8, 7))
     assert colours.dtype == np.uint8 and colours.tolist() == [[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [9, 8, 7]]]
-
-
-@pytest.mark.parametrize("label", [3, -1, 254, 256])
-def test_colourise_refuses_labels_without_a_colour(label: int) -> None:
-    with pytest.raises(ValueError, match=f"label {label} has no colour; wanted 0 to 2, or 255"):
-        plots.colourise(np.array([[0, label]]), PALETTE)
+    for label in (3, -1, 254, 256):
+        with pytest.raises(ValueError, match=f"label {label} has no colour; wanted 0 to 2, or 255"):
+            plots.colourise(np.array([[0, label]]), PALETTE)
 
 
 def test_borders_stand_where_the_class_changes() -> None:
@@ -90,14 +67,32 @@ def test_overlay_mixes_grey_and_class_colour_and_darkens_borders() -> None:
     assert (image == before).all()
 
 
-def test_overlay_leaves_ignored_pixels_as_they_are() -> None:
+def test_overlay_leaves_ignored_pixels_and_refuses_labels_of_another_size() -> None:
     image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     assert (plots.overlay(image, np.full((6, 5), 255), PALETTE) == image).all()
+    with pytest.raises(ValueError, match=r"the image is \(6, 5\) and the labels \(2, 2\)"):
+        plots.overlay(image, np.zeros((2, 2), int), PALETTE)
 
 
-def test_overlay_refuses_labels_of_another_size() -> None:
-    with pytest.raises(ValueError, match=r"the image is \(4, 4\) and the labels \(2, 2\)"):
-        plots.overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((2, 2), int), PALETTE)
+def test_an_overlay_of_many_bands_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    image, labels = rng.integers(0, 256, (300, 260, 3), np.uint8), images.enlarge(rng.integers(0, 3, (30, 26)), 10)
+    labels[100:120, :9] = 255
+    monkeypatch.setattr(plots, "ROWS_AT_ONCE", 1000)
+    whole = plots.overlay(image, labels, PALETTE)
+    monkeypatch.setattr(plots, "ROWS_AT_ONCE", 7)
+    assert (plots.overlay(image, labels, PALETTE) == whole).all()
+
+
+def test_large_pictures_are_reduced_before_they_are_drawn() -> None:
+    image = np.broadcast_to(np.array([90, 180, 30], np.uint8), (3000, 5000, 3))
+    labels = np.repeat(halves(3000), 2, axis=1)[:, :5000]
+    labels[-1, -1] = 2
+    figure = plots.show_segmentation(image, labels, NAMES, PALETTE)
+    picture, prediction, key = figure.axes
+    assert {np.asarray(ax.images[0].get_array()).shape for ax in (picture, prediction)} == {(614, 1024, 3)}
+    assert (np.asarray(picture.images[0].get_array()) == [90, 180, 30]).all()
+    assert [text.get_text() for text in key.get_legend().get_texts()] == [*NAMES], "of a single pixel too"
 
 
 def test_enlarge_repeats_labels_and_smooths_images() -> None:
@@ -114,26 +109,18 @@ def test_present_sorts_by_area_and_adds_what_only_others_have() -> None:
     assert plots.present(labels, None, np.array([[0, 2, 255]])) == [1, 2, 0]
 
 
-# names in regions
-
-
 def test_names_stand_inside_their_regions() -> None:
     labels = halves(100)
     labels[70:95, 10:60] = 2
-    spots = {name: (x, y) for name, x, y in plots.label_spots(labels, NAMES)}
-    assert set(spots) == set(NAMES)
-    for name, (x, y) in spots.items():
-        assert labels[int(100 * y), int(100 * x)] == NAMES.index(name)
-    assert spots["sky"] == pytest.approx((0.5, 0.25), abs=0.02), "the middle, where it is free"
-
-
-def test_a_ring_gets_its_name_on_the_ring() -> None:
-    y, x = np.mgrid[:200, :200] - 99.5
-    radius = np.hypot(x, y)
-    labels = np.where((radius > 50) & (radius < 95), 1, 0)
-    spots = {name: (x, y) for name, x, y in plots.label_spots(labels, NAMES)}
-    x, y = spots["water"]
-    assert labels[int(200 * y), int(200 * x)] == 1, "the mean of its pixels would lie in the hole"
+    radius = np.hypot(*(np.mgrid[:100, :100] - 49.5))
+    ring = np.where((radius > 25) & (radius < 48), 1, 0)  # the mean of its pixels lies in the hole
+    for where, wanted in ((labels, NAMES), (ring, ("sky", "water"))):
+        spots = {name: (x, y) for name, x, y in plots.label_spots(where, NAMES, letter=0.018)}
+        assert set(spots) == set(wanted)
+        for name, (x, y) in spots.items():
+            assert where[int(100 * y), int(100 * x)] == NAMES.index(name)
+    (sky,) = ((x, y) for name, x, y in plots.label_spots(labels, NAMES) if name == "sky")
+    assert sky == pytest.approx((0.5, 0.25), abs=0.02), "the middle, where it is free"
 
 
 def test_names_that_do_not_fit_are_left_out() -> None:
@@ -143,35 +130,13 @@ def test_names_that_do_not_fit_are_left_out() -> None:
     assert not list(plots.label_spots(halves(100), ["a very long name that no picture has any room for"] * 2))
 
 
-# PNG
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
-def test_png_keeps_every_pixel(shape: tuple[int, ...]) -> None:
-    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    assert (decoded(images.png(array)) == array).all()
-
-
-@pytest.mark.parametrize("array", [np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros(4, np.uint8)])
-def test_png_refuses_what_is_no_picture(array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"wanted uint8 \(H,W\) or \(H,W,3\)"):
-        images.png(array)
-
-
-def test_png_bytes_have_the_figures_size_and_are_the_same_again() -> None:
-    def draw(dpi: float | None = None) -> bytes:
-        return plots.png_bytes(charts.training_curves([{"iteration": 1, "total": 1.0}]), dpi)
-
-    assert decoded(draw()).shape[:2] == (290, 400) and decoded(draw(50)).shape[:2] == (145, 200)
-    assert draw() == draw()
-
-
-def test_notebooks_show_figures_by_themselves() -> None:
-    figure = plots.Plot(1, 1)
-    assert decoded(figure._repr_png_()).shape == (100, 100, 4)
-
-
-# figures
+def test_pngs_keep_every_pixel() -> None:
+    for shape in ((5, 7), (5, 7, 3)):
+        array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        assert (np.asarray(Image.open(io.BytesIO(images.png(array)))) == array).all()
+    for array in (np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros(4, np.uint8)):
+        with pytest.raises(ValueError, match=r"wanted uint8 \(H,W\) or \(H,W,3\)"):
+            images.png(array)
 
 
 def test_segmentation_shows_picture_truth_prediction_and_a_legend_of_what_occurs() -> None:
@@ -192,9 +157,12 @@ def test_segmentation_shows_picture_truth_prediction_and_a_legend_of_what_occurs
 
 def test_segmentation_without_truth_or_unseen_classes_says_nothing_of_them() -> None:
     figure = plots.show_segmentation(np.zeros((30, 90, 3), np.uint8), np.zeros((30, 90), int), NAMES, PALETTE)
-    assert words(figure) == ["picture", "prediction", "sky", "sky"]
-    assert figure.get_suptitle() == ""
-    decoded(plots.png_bytes(figure))
+    picture, prediction, key = figure.axes
+    assert (picture.get_title(), prediction.get_title(), figure.get_suptitle()) == ("picture", "prediction", "")
+    assert [text.get_text() for text in (*prediction.texts, *key.get_legend().get_texts())] == ["sky", "sky"]
+    large, small = (Image.open(io.BytesIO(plots.png_bytes(figure, dpi))) for dpi in (None, 50))
+    assert large.size == (800, 154) and small.size == (400, 77)
+    assert plots.Plot._repr_png_(figure) == plots.png_bytes(figure), "the same bytes again"
 
 
 def test_contact_sheet_places_pictures_row_by_row() -> None:
@@ -203,12 +171,11 @@ def test_contact_sheet_places_pictures_row_by_row() -> None:
     assert [int(np.asarray(ax.images[0].get_array())[0, 0, 0]) for ax in figure.axes] == [0, 1, 2, 10, 11, 12]
     assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", "", "", ""]
     assert [ax.get_ylabel() for ax in figure.axes] == ["first", "", "", "second", "", ""]
-
-
-@pytest.mark.parametrize("rows", [[], [[np.zeros((2, 2), np.uint8)]]])
-def test_contact_sheet_wants_a_title_per_column(rows: list[list[np.ndarray]]) -> None:
-    with pytest.raises(ValueError, match="2 titles, rows of .* wanted one per column"):
-        plots.contact_sheet(rows, ["a", "b"])
+    grey = plots.contact_sheet([[np.full((4, 4), 128, np.uint8)]], ["grey"]).axes[0].images[0]
+    assert grey.to_rgba(np.array([128]))[0, 0] == pytest.approx(128 / 255, abs=0.01), "its brightness is kept"
+    for rows in ([], pictures):
+        with pytest.raises(ValueError, match="2 titles, rows of .* wanted one per column"):
+            plots.contact_sheet(rows, ["a", "b"])
 
 
 def test_score_maps_run_from_0_to_1_or_as_told() -> None:
@@ -222,123 +189,6 @@ def test_score_maps_run_from_0_to_1_or_as_told() -> None:
     assert picture.images[1].get_clim() == (0, 0.3)
 
 
-def test_grey_pictures_keep_their_brightness() -> None:
-    figure = plots.contact_sheet([[np.full((4, 4), 128, np.uint8)]], ["grey"])
-    assert figure.axes[0].images[0].to_rgba(np.array([128]))[0, 0] == pytest.approx(128 / 255, abs=0.01)
-
-
-def test_class_bars_are_sorted_split_into_seen_and_unseen_and_compared() -> None:
-    iou = {"sky": 0.2, "boat": 0.9, "water": 0.5, "fish": float("nan"), "tree": 0.7}
-    other = dict.fromkeys(iou, 0.4)
-    figure = charts.class_iou_bars(iou, ("water", "fish", "tree"), "IoU", "SPT-SEG", {"dense CLIP": other})
-    seen, unseen, key = figure.axes
-    assert [label.get_text() for label in seen.get_yticklabels()] == ["boat", "sky"]
-    assert [label.get_text() for label in unseen.get_yticklabels()] == ["tree", "water", "fish"]
-    widths = [bar.get_width() for bar in unseen.patches]  # pyright: ignore[reportAttributeAccessIssue]
-    assert widths == pytest.approx([70, 50, 0])
-    assert [text.get_text() for text in unseen.texts] == ["not in these pictures"]
-    assert unseen.get_title(loc="left") == "unseen* classes, mean 60.0 %" and seen.get_xlabel() == "IoU (%)"
-    assert seen.lines[0].get_xdata() == pytest.approx([40, 40])
-    assert not seen.patches[0].get_hatch() and unseen.patches[0].get_hatch(), "not by colour alone"
-    legend = key.get_legend()
-    assert legend and [text.get_text() for text in legend.get_texts()][2:] == ["dense CLIP"]
-
-
-def test_class_bars_without_unseen_classes_draw() -> None:
-    figure = charts.class_iou_bars({"sky": 0.2}, (), "IoU")
-    assert figure.axes[1].get_title(loc="left") == "unseen* classes, none"
-    decoded(plots.png_bytes(figure))
-
-
-def test_class_bars_refuse_more_models_than_markers() -> None:
-    with pytest.raises(ValueError, match="6 other models; wanted 5 at most"):
-        charts.class_iou_bars({"a": 1.0}, (), "IoU", others={str(i): {"a": 0.5} for i in range(6)})
-
-
-def test_training_curves_show_what_the_history_holds() -> None:
-    history = [
-        {
-            "iteration": i,
-            "focal": 2.0 / i,
-            "dice": 1.0 / i,
-            "total": 3.0 / i,
-            "learning_rate": 1e-4,
-            "images_per_second": 9,
-        }
-        for i in range(1, 5)
-    ]
-    figure = charts.training_curves(history)
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["Loss (weighted terms)", "Learning rate"]
-    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
-    assert set(lines) == {"total", "focal", "dice"} and len({line.get_linestyle() for line in lines.values()}) == 3
-    assert lines["total"].get_xdata() == pytest.approx([1, 2, 3, 4])
-    assert lines["total"].get_ydata() == pytest.approx([3, 1.5, 1, 0.75])
-    assert figure.axes[0].get_ylim()[0] == 0 and {ax.get_xlabel() for ax in figure.axes} == {"iteration"}
-
-
-def test_validation_figures_show_where_they_were_taken_and_in_percent() -> None:
-    history: list[dict] = [{"iteration": i, "total": 1.0} for i in range(1, 5)]
-    history[1] |= {"miou_seen": 0.5, "miou_unseen": None, "hiou": None}
-    history[3] |= {"miou_seen": 0.75, "miou_unseen": 0.25, "hiou": 0.375}
-    panel = charts.training_curves(history).axes[1]
-    assert panel.get_title(loc="left") == "Validation (%)" and panel.get_ylim() == (0, 100)
-    points = {str(line.get_label()): np.column_stack(line.get_data()).tolist() for line in panel.lines}
-    assert points == {"mIoU, seen": [[2, 50], [4, 75]], "mIoU, unseen*": [[4, 25]], "hIoU": [[4, 37.5]]}
-
-
-def test_long_histories_are_drawn_as_block_means() -> None:
-    history = [{"iteration": i, "total": i % 2} for i in range(1, 1202)]
-    (line,) = charts.training_curves(history).axes[0].lines
-    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
-    assert len(x) == 301
-    assert y[:2] == pytest.approx([0.5, 0.5]) and x[0] == 2.5
-
-
-def test_training_curves_refuse_an_empty_history() -> None:
-    with pytest.raises(ValueError, match="history is empty"):
-        charts.training_curves([])
-
-
 def test_seen_and_unseen_colours_differ_in_lightness() -> None:
     seen, unseen = (np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) for colour in (plots.BLUE, plots.ORANGE))
     assert abs(seen - unseen) > 0.2
-
-
-# label values and seeds
-
-
-def test_label_values_are_written_into_their_pixels() -> None:
-    figure = plots.Plot(2, 2)
-    charts.show_label_values(figure.subplots(), np.array([[0, 2], [255, 1]]), PALETTE, "labels")
-    (ax,) = figure.axes
-    assert {(t.get_text(), *t.get_position()) for t in ax.texts} == {
-        ("0", 0, 0), ("2", 1, 0), ("255", 0, 1), ("1", 1, 1),
-    }  # fmt: skip
-    assert (np.array(ax.images[0].get_array())[1, 0] == 255).all()
-
-
-def test_seed_dots_have_a_marker_per_seed_and_a_bar_at_the_mean() -> None:
-    figure = charts.seed_dots({"hIoU": {"a": [1.0, 3.0], "b": [5.0]}}, "hIoU (%)", "two", zero=True)
-    (ax,) = figure.axes
-    dots = [line for line in ax.lines if line.get_marker() in plots.MARKERS]
-    assert [(*np.asarray(line.get_xydata())[0], line.get_marker()) for line in dots] == [
-        (1, 0, "D"),
-        (3, 0, "o"),
-        (5, 1, "D"),
-    ]
-    bars = [np.asarray(line.get_xydata())[:, 0].tolist() for line in ax.lines if line.get_color() == plots.VERMILION]
-    assert bars == [[2, 2], [5, 5]]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seed 0", "seed 1", "mean"]
-
-
-def test_seed_dots_share_row_names_only_if_they_are_the_same() -> None:
-    same = charts.seed_dots({"x": {"a": [1.0]}, "y": {"a": [2.0]}}, "", "")
-    other = charts.seed_dots({"x": {"a": [1.0]}, "y": {"b": [2.0]}}, "", "")
-    names = [[[t.get_text() for t in ax.get_yticklabels()] for ax in figure.axes] for figure in (same, other)]
-    assert names == [[["a"], [""]], [["a"], ["b"]]]
-
-
-def test_seed_dots_refuse_more_seeds_than_markers() -> None:
-    with pytest.raises(ValueError, match="a row has 6 values; wanted 5 at most"):
-        charts.seed_dots({"x": {"a": [1.0] * 6}}, "", "")

@@ -1,16 +1,14 @@
-"""Class lists against facts that were looked up apart from the module, and the palette's promises."""
+"""Class lists against facts that were looked up apart from the module, names in any form, the palette's search."""
 
 from __future__ import annotations
 
 import hashlib
-from math import dist
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sptseg.datasets import splits
-from sptseg.datasets.splits import IGNORE, Split, spread_palette
+from sptseg.datasets.splits import IGNORE, Split, names, spread_palette
 
 # method.md section 6: label values of the unseen classes, with their names
 COCO_UNSEEN = {
@@ -19,39 +17,29 @@ COCO_UNSEEN = {
     160: "wall-concrete",
 }  # fmt: skip
 VOC_UNSEEN = {15: "potted plant", 16: "sheep", 17: "sofa", 18: "train", 19: "tv monitor"}
+CAMVID_UNSEEN = {6: "sign symbol", 7: "fence", 10: "bicyclist"}
 # the label values in the two projects' own configurations
 OTSEG_UNSEEN = [19, 33, 48, 14, 7, 24, 6, 54, 31, 0]
 CASCADE_UNSEEN = [0, 2, 3, 7, 9, 13, 17, 19, 31, 37]
+COUNTS = {  # classes, seen
+    "scenes": (41, 31), "voc2012": (20, 15), "coco-stuff": (171, 156), "context-otseg": (59, 49),
+    "context-cascade": (59, 49), "ade20k": (150, 150), "cityscapes": (19, 19), "camvid": (11, 8),
+}  # fmt: skip
+
+
+def test_every_split_has_its_counts() -> None:
+    assert splits.BY_NAME.keys() == COUNTS.keys()
+    for name, (classes, seen) in COUNTS.items():
+        split = splits.BY_NAME[name]()
+        assert (split.name, len(split.classes), len(split.seen)) == (name, classes, seen)
+        assert sorted(split.seen + split.unseen) == list(range(classes)) and split.source
+        assert len(set(split.palette)) == classes
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "seen"),
-    [
-        ("scenes", 41, 31),
-        ("voc2012", 20, 15),
-        ("coco-stuff", 171, 156),
-        ("context-otseg", 59, 49),
-        ("context-cascade", 59, 49),
-        ("ade20k", 150, 150),
-        ("cityscapes", 19, 19),
-        ("camvid", 11, 8),
-    ],
+    ("split", "unseen"),
+    [(splits.coco_stuff(), COCO_UNSEEN), (splits.voc2012(), VOC_UNSEEN), (splits.camvid(), CAMVID_UNSEEN)],
 )
-def test_every_split_has_its_counts(name: str, classes: int, seen: int) -> None:
-    split = splits.BY_NAME[name]()
-    assert (split.name, len(split.classes), len(split.seen)) == (name, classes, seen)
-    assert sorted(split.seen + split.unseen) == list(range(classes))
-    assert split.source
-    assert all(name == name.strip() for name in split.classes)
-    assert all(0 <= channel <= 255 for colour in split.palette for channel in colour)
-    assert len(set(split.palette)) == classes
-
-
-def test_no_split_is_left_out() -> None:
-    assert len(splits.BY_NAME) == 8
-
-
-@pytest.mark.parametrize(("split", "unseen"), [(splits.coco_stuff(), COCO_UNSEEN), (splits.voc2012(), VOC_UNSEEN)])
 def test_unseen_classes_stand_at_the_published_label_values(split: Split, unseen: dict[int, str]) -> None:
     assert dict(zip(split.unseen, split.names(split.unseen), strict=True)) == unseen
 
@@ -60,13 +48,11 @@ def test_context_has_the_order_of_the_masks_and_both_choices_of_unseen_classes()
     otseg, cascade = splits.context(), splits.context("cascade")
     assert otseg.classes == cascade.classes
     assert list(otseg.classes) == sorted(otseg.classes), "the converter numbers the classes alphabetically"
-    assert otseg.unseen == tuple(sorted(OTSEG_UNSEEN))
-    assert cascade.unseen == tuple(CASCADE_UNSEEN)
-    assert set(otseg.names(otseg.unseen)) & set(cascade.names(cascade.unseen)) == {
-        "aeroplane", "boat", "cow", "keyboard",
-    }  # fmt: skip
+    assert otseg.unseen == tuple(sorted(OTSEG_UNSEEN)) and cascade.unseen == tuple(CASCADE_UNSEEN)
+    common = {"aeroplane", "boat", "cow", "keyboard"}
+    assert set(otseg.names(otseg.unseen)) & set(cascade.names(cascade.unseen)) == common
     with pytest.raises(ValueError, match="unseen is 'zegclip'; wanted one of 'otseg', 'cascade'"):
-        splits.context("zegclip")  # pyright: ignore[reportArgumentType]
+        splits.context("zegclip")
 
 
 @pytest.mark.parametrize(
@@ -82,8 +68,7 @@ def test_long_lists_are_those_compared_with_mmsegmentations(split: Split, digest
     assert hashlib.sha256(",".join(split.classes).encode()).hexdigest()[:16] == digest
 
 
-def test_ade20k_keeps_the_benchmarks_order() -> None:
-    classes = splits.ade20k().classes
+def test_ade20k_and_camvid_keep_the_order_of_their_masks() -> None:
     landmarks = {
         0: "wall",
         7: "bed",
@@ -93,21 +78,13 @@ def test_ade20k_keeps_the_benchmarks_order() -> None:
         141: "crt screen",
         149: "flag",
     }
-    assert {i: classes[i] for i in landmarks} == landmarks
-
-
-def test_camvid_has_the_label_values_of_its_masks() -> None:
-    split = splits.camvid()
-    assert split.classes[0] == "sky" and split.classes[10] == "bicyclist"
-    assert split.names(split.unseen) == ("sign symbol", "fence", "bicyclist")
+    assert {i: splits.ade20k().classes[i] for i in landmarks} == landmarks
+    assert splits.camvid().names((0, 10)) == ("sky", "bicyclist")
 
 
 def test_voc_colours_are_the_devkits() -> None:
-    palette = splits.voc2012().palette
-    assert palette[0] == (128, 0, 0)  # aeroplane
-    assert palette[7] == (64, 0, 0)  # cat
-    assert palette[14] == (192, 128, 128)  # person
-    assert palette[19] == (0, 64, 128)  # tv monitor
+    known = {0: (128, 0, 0), 7: (64, 0, 0), 14: (192, 128, 128), 19: (0, 64, 128)}  # aeroplane, cat, person, tv monitor
+    assert {i: splits.voc2012().palette[i] for i in known} == known
 
 
 def test_with_unseen_and_names_are_by_name() -> None:
@@ -127,58 +104,95 @@ def test_texts_are_the_names_or_what_is_said_in_their_place() -> None:
     assert told.names((0, 2)) == ("tv monitor", "sofa"), "labels, tables and legends keep the names"
     assert told.with_unseen(["boat"]).prompts == told.prompts
     assert told.with_prompts({"boat": "ship"}).texts() == ("tv monitor", "ship", "sofa"), "others are given up"
-    assert split.texts() == split.classes and told.with_prompts({}) == split
+    assert told.with_prompts({}) == split
     hash(told)
-    with pytest.raises(ValueError, match="'three' has prompts for tv, no classes of it; it has tv monitor, boat, sofa"):
+    with pytest.raises(ValueError, match="'three': prompts for tv, no classes of it; it has tv monitor, boat, sofa"):
         split.with_prompts({"tv": "television"})
 
 
 @pytest.mark.parametrize(
-    ("classes", "unseen", "palette", "message"),
+    "text", ["sand,moon", "sand; moon\n", "sand，moon", "sand、 moon；", "sand\tmoon", ",sand\r\nmoon"]
+)
+def test_names_stand_between_separators_of_any_script(text: str) -> None:
+    assert names(text) == ["sand", "moon"]
+
+
+def test_names_keep_what_separates_nothing() -> None:
+    assert names("tv  monitor , car|automobile, a/b") == ["tv monitor", "car|automobile", "a/b"]
+    assert names("") == names(" ,；") == []
+
+
+def test_a_name_is_the_same_in_every_unicode_form_and_with_other_blanks() -> None:
+    split = Split.from_names("two", ["caf\u00e9", "old\u00a0 house "], ["cafe\u0301"])
+    assert split.classes == ("café", "old house") and split.unseen == (0,)
+    assert split.with_unseen([" old  house"]).unseen == (1,)
+    assert split.with_prompts({"cafe\u0301": "bar"}).texts() == ("bar", "old house")
+
+
+@pytest.mark.parametrize(
+    ("classes", "unseen", "colours", "message"),
     [
-        ((), (), (), "0 classes; wanted 1 to 65535"),
-        (tuple(map(str, range(65536))), (), (), "65536 classes; wanted 1 to 65535"),
-        (("a", " "), (), ((0, 0, 0),) * 2, r"label values \[1\] have a blank class name"),
-        (("a", "b", "a"), (), ((0, 0, 0),) * 3, "given twice: a;"),
-        (("a", "b"), (2,), ((0, 0, 0),) * 2, r"unseen is \(2,\); wanted ascending, distinct label values below 2"),
-        (("a", "b"), (1, 0), ((0, 0, 0),) * 2, "wanted ascending"),
-        (("a", "b"), (), ((0, 0, 0),), "1 colours for 2 classes"),
+        ((), (), 0, "0 classes; wanted 1 to 65535"),
+        (tuple(map(str, range(65536))), (), 0, "65536 classes; wanted 1 to 65535"),
+        (("a", " "), (), 2, r"label values \[1\] have a blank class name"),
+        (("a", "b", "a"), (), 3, "given twice: a;"),
+        (("caf\u00e9", "cafe\u0301"), (), 2, "given twice: café;"),
+        (("a b", "a  b "), (), 2, "given twice: a b;"),
+        (("a", "b"), (2,), 2, r"unseen is \(2,\); wanted ascending, distinct label values below 2"),
+        (("a", "b"), (1, 0), 2, "wanted ascending"),
+        (("a", "b"), (), 1, "1 colours for 2 classes"),
     ],
 )
-def test_faulty_splits_are_refused(classes: tuple, unseen: tuple, palette: tuple, message: str) -> None:
+def test_faulty_splits_are_refused(classes: tuple, unseen: tuple, colours: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Split("faulty", classes, unseen, palette, "")
+        Split("faulty", classes, unseen, ((0, 0, 0),) * colours, "")
+    if not classes:
+        with pytest.raises(ValueError, match=message):
+            Split.from_names("none", classes)
 
 
-def test_from_names_refuses_no_classes_like_the_constructor() -> None:
-    with pytest.raises(ValueError, match="0 classes"):
-        Split.from_names("none", [])
+# Linear RGB as seen with normal vision, without M cones and without L cones (Machado et al. 2009, severity 1).
+VISIONS = np.array([
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+])  # fmt: skip
+LMS_OF_RGB = np.array([
+    [0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+    [0.0883024619, 0.2817188376, 0.6299787005],
+])  # fmt: skip
+OKLAB_OF_LMS = np.array([
+    [0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+    [0.0259040371, 0.7827717662, -0.8086757660],
+])  # fmt: skip
 
 
-@settings(deadline=None, max_examples=10)
-@given(st.integers(1, IGNORE))
-def test_palettes_are_prefixes_of_each_other_without_repeats(n: int) -> None:
-    palette = spread_palette(n)
-    assert len(set(palette)) == n
-    assert palette == spread_palette(IGNORE)[:n]
+def appearances(colours: np.ndarray) -> np.ndarray:
+    """Colours (N, 3) in OKLab (distances there follow perception), for every kind of vision: (3, N, 3)."""
+    share = np.asarray(colours) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    seen = np.einsum("vij,nj->vni", VISIONS, linear).clip(min=0)
+    return np.cbrt(seen @ LMS_OF_RGB.T) @ OKLAB_OF_LMS.T
 
 
-def test_palette_begins_with_okabe_and_itos_colours() -> None:
-    assert spread_palette(3) == ((230, 159, 0), (86, 180, 233), (0, 158, 115))
+def nearest(seen: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Distance (N,) of colours as seen (3, N, 3) to another (3, 3), in the vision in which they are closest."""
+    return np.linalg.norm(seen - colour[:, None], axis=2).min(axis=0)
 
 
-def nearest(n: int) -> float:
-    """The smallest OKLab distance between two of n colours in any kind of vision; 0.02 is just noticeable."""
-    seen = [splits._appearances(colour) for colour in spread_palette(n)]
-    return min(dist(a[v], b[v]) for v in range(3) for i, a in enumerate(seen) for b in seen[:i])
-
-
-def test_palette_colours_stay_apart_in_every_kind_of_vision() -> None:
-    assert nearest(20) == nearest(7), "up to 20 colours none come closer than two of Okabe and Ito's own"
-    assert nearest(41) > 0.04
-
-
-@pytest.mark.parametrize("n", [0, 65536])
-def test_palette_refuses_what_labels_cannot_hold(n: int) -> None:
-    with pytest.raises(ValueError, match=f"n is {n}; wanted 1 to 65535"):
-        spread_palette(n)
+def test_the_palette_is_what_the_search_finds() -> None:
+    """Seven colours of Okabe and Ito, then always the one of the grid that is farthest from all before it."""
+    palette = np.array(spread_palette(IGNORE))
+    levels = range(20, 256, 23)
+    grid = np.array([(r, g, b) for r in levels for g in levels for b in levels])
+    seen, found = appearances(grid), appearances(palette)
+    gaps = np.where((seen[0, :, 0] >= 0.35) & (seen[0, :, 0] <= 0.95), np.inf, 0)
+    for i in range(IGNORE):
+        if i >= 7:
+            assert palette[i].tolist() == grid[gaps.argmax()].tolist()
+        gaps = np.minimum(gaps, nearest(seen, found[:, i]))
+    assert [f"{r:02x}{g:02x}{b:02x}" for r, g, b in palette[:3].tolist()] == ["e69f00", "56b4e9", "009e73"]
+    assert spread_palette(9) == spread_palette(20)[:9] and spread_palette(257)[255:] == spread_palette(2)
+    for n in (0, 65536):
+        with pytest.raises(ValueError, match=f"n is {n}; wanted 1 to 65535"):
+            spread_palette(n)

@@ -11,13 +11,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from sptseg.datasets import transforms
 from sptseg.datasets.splits import IGNORE
 from sptseg.datasets.transforms import Augmentation, RandomRescale, VariedCrop, fitted_size
-
-PLAIN = {"flip": 0.0, "distortion": 0.0, "scale": (1.0, 1.0)}
 
 
 def pair(height: int, width: int, classes: int = 5) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -54,28 +51,6 @@ def test_fitted_size_keeps_the_ratio_and_the_least_short_side(h: int, w: int, fa
     assert abs(height * w - width * h) <= 0.5 * (h + w) + 1e-6  # each side rounded to the nearest pixel
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(3, 150), st.integers(3, 150), st.integers(1, 96), st.integers(0, 9))
-def test_training_pairs_always_have_the_crops_size(height: int, width: int, crop: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    image, mask = transforms.train_transform(Augmentation(crop=crop, resize_base=None))(*pair(height, width))
-    assert (image.shape, image.dtype) == ((3, crop, crop), torch.float32)
-    assert (mask.shape, mask.dtype) == ((crop, crop), torch.int64)
-    assert isinstance(image, tv_tensors.Image) and isinstance(mask, tv_tensors.Mask)
-    assert set(mask.unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE}
-
-
-def test_padding_is_mean_colour_and_ignored_at_the_right_and_bottom() -> None:
-    augmentation = Augmentation(crop=8, resize_base=None, **PLAIN)
-    image, mask = pair(5, 6)
-    padded, labels = transforms.train_transform(augmentation)(image, mask)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (augmentation.mean, augmentation.std))
-    torch.testing.assert_close(padded[:, :5, :6].as_subclass(torch.Tensor), (image / 255 - mean) / std)
-    assert not padded[:, 5:].any() and not padded[:, :, 6:].any()
-    assert torch.equal(labels[:5, :6], mask)
-    assert (labels[5:] == IGNORE).all() and (labels[:, 6:] == IGNORE).all()
-
-
 def test_image_and_mask_move_together() -> None:
     """A picture that shows its own labels still does after every geometric step."""
     labels = torch.zeros(64, 96, dtype=torch.int64)
@@ -92,29 +67,6 @@ def test_image_and_mask_move_together() -> None:
         shown = torch.round(picture[0] * 255 / 100).long()
         agreement.append((shown == mask)[known].float().mean().item())
     assert min(agreement) > 0.9  # all but the edges, where the picture is interpolated
-
-
-def test_flip_follows_its_probability() -> None:
-    image, mask = pair(8, 8)
-    for flip, expected in ((0.0, mask), (1.0, mask.flip(-1))):
-        augmentation = Augmentation(crop=8, resize_base=None, flip=flip, distortion=0.0, scale=(1.0, 1.0))
-        transform = transforms.train_transform(augmentation)
-        assert all(torch.equal(transform(image, mask)[1], expected) for _ in range(10))
-
-
-def test_random_rescale_covers_its_range_and_fits_portraits_into_a_portrait_base() -> None:
-    torch.manual_seed(0)
-    rescale = RandomRescale((512, 128), (0.5, 2.0))
-    sizes = [tuple(rescale(*pair(90, 60))[1].shape) for _ in range(60)]
-    widths = [width for _, width in sizes]
-    assert all(abs(height - 1.5 * width) <= 1 for height, width in sizes)
-    assert 64 <= min(widths) < 90 and 220 < max(widths) <= 256
-
-
-def test_rescaled_masks_hold_no_new_labels() -> None:
-    image, mask = pair(40, 40)
-    mask[::2] = IGNORE
-    assert set(RandomRescale(None, (0.7, 0.7))(image, mask)[1].unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE}
 
 
 def share(mask: torch.Tensor) -> float:
@@ -135,14 +87,6 @@ def test_varied_crop_avoids_crops_of_one_class() -> None:
     assert sum(s > 0.75 for s in varied) < 40  # (40/49)^11 = 0.11 of 200
 
 
-def test_varied_crop_takes_what_is_there() -> None:
-    image = tv_tensors.Image(torch.zeros(3, 20, 10, dtype=torch.uint8))
-    ignored = tv_tensors.Mask(torch.full((20, 10), IGNORE))
-    cropped, mask = VariedCrop(16, 0.75)(image, ignored)  # nothing labelled anywhere: the last try stays
-    assert cropped.shape == (3, 16, 10) and mask.shape == (16, 10)
-    assert VariedCrop(16, 0.75)(image).shape == (3, 16, 10)  # without a mask, any crop
-
-
 def test_varied_crop_neither_counts_nor_keeps_ignored_pixels() -> None:
     """Three columns of two classes in an ignored picture: a crop has to reach both of them."""
     mask = torch.full((4, 12), IGNORE)
@@ -160,18 +104,55 @@ def test_varied_crop_reaches_every_position() -> None:
     assert corners == {0, 1, 2, 4, 5, 6}
 
 
-def test_only_torchs_generator_decides() -> None:
-    transform = transforms.train_transform(Augmentation(crop=32, resize_base=(256, 64)))
-    inputs = pair(60, 90)
+@settings(deadline=None, max_examples=30)
+@given(st.integers(3, 150), st.integers(3, 150), st.integers(1, 96), st.integers(0, 9))
+def test_training_pairs_always_have_the_crops_size(height: int, width: int, crop: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    image, mask = transforms.train_transform(Augmentation(crop=crop, resize_base=None))(*pair(height, width))
+    assert (image.shape, image.dtype) == ((3, crop, crop), torch.float32) and isinstance(image, tv_tensors.Image)
+    assert (mask.shape, mask.dtype) == ((crop, crop), torch.int64) and isinstance(mask, tv_tensors.Mask)
+    assert set(mask.unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE}
 
-    def run(torch_seed: int, other_seed: int) -> torch.Tensor:
-        torch.manual_seed(torch_seed)
-        random.seed(other_seed)
-        np.random.seed(other_seed)
-        return transform(*inputs)[0]
 
-    assert torch.equal(run(1, 1), run(1, 2))
-    assert not torch.equal(run(1, 1), run(2, 1))
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_values_by_hand_flipped_and_padded_with_the_mean_and_ignored(flip: float) -> None:
+    image, mask = pair(5, 6)
+    augmentation = Augmentation(crop=8, resize_base=None, flip=flip, distortion=0.0, scale=(1.0, 1.0))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (augmentation.mean, augmentation.std))
+    wanted, labels = ((image / 255 - mean) / std).as_subclass(torch.Tensor), mask
+    got, got_labels = transforms.train_transform(augmentation)(image, mask)
+    wanted, labels = (x.flip(-1) if flip else x for x in (wanted, labels))
+    torch.testing.assert_close(got[:, :5, :6].as_subclass(torch.Tensor), wanted)
+    assert not got[:, 5:].any() and not got[:, :, 6:].any() and torch.equal(got_labels[:5, :6], labels)
+    assert (got_labels[5:] == IGNORE).all() and (got_labels[:, 6:] == IGNORE).all()
+
+
+def test_random_rescale_covers_its_range_and_fits_portraits_into_a_portrait_base() -> None:
+    torch.manual_seed(0)
+    rescaled = [RandomRescale((512, 128), (0.5, 2.0))(*pair(90, 60))[1] for _ in range(60)]
+    assert all(abs(mask.shape[0] - 1.5 * mask.shape[1]) <= 1 for mask in rescaled)
+    assert 64 <= min(mask.shape[1] for mask in rescaled) < 90 and 220 < max(mask.shape[1] for mask in rescaled) <= 256
+    assert set().union(*(mask.unique().tolist() for mask in rescaled)) == {0, 1, 2, 3, 4}, "no new labels"
+
+
+def test_varied_crop_takes_what_is_there() -> None:
+    image = tv_tensors.Image(torch.zeros(3, 20, 10, dtype=torch.uint8))
+    ignored = tv_tensors.Mask(torch.full((20, 10), IGNORE))
+    cropped, mask = VariedCrop(16, 0.75)(image, ignored)  # nothing labelled anywhere: the last try stays
+    assert cropped.shape == (3, 16, 10) and mask.shape == (16, 10)
+    assert VariedCrop(16, 0.75)(image).shape == (3, 16, 10)  # without a mask, any crop
+
+
+def test_only_torchs_generator_decides_in_other_processes_too() -> None:
+    transform, inputs = transforms.train_transform(Augmentation(crop=32, resize_base=(256, 64))), pair(60, 90)
+
+    def run(seed: int, other: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        random.seed(other)
+        np.random.seed(other)
+        return pickle.loads(pickle.dumps(transform))(*inputs)[0]
+
+    assert torch.equal(run(1, 1), run(1, 2)) and not torch.equal(run(1, 1), run(2, 1))
 
 
 def test_distortion_changes_colours_and_keeps_channels_in_place() -> None:
@@ -186,30 +167,11 @@ def test_distortion_changes_colours_and_keeps_channels_in_place() -> None:
 
 def test_test_transform_leaves_the_label_alone() -> None:
     image, mask = pair(30, 45)
-    resized, label = transforms.test_transform(Augmentation(crop=60, resize_base=(240, 60)))(image, mask)
-    assert resized.shape == (3, 60, 90) and resized.dtype == torch.float32
-    assert label is mask
-    assert torch.equal(transforms.test_transform(Augmentation(crop=60, resize_base=(240, 60)))(image), resized)
+    transform = pickle.loads(pickle.dumps(transforms.test_transform(Augmentation(crop=60, resize_base=(240, 60)))))
+    resized, label = transform(image, mask)
+    assert resized.shape == (3, 60, 90) and resized.dtype == torch.float32 and label is mask
+    assert torch.equal(transform(image), resized)
     assert transforms.test_transform(Augmentation(crop=60, resize_base=(80, 20)))(image).shape == (3, 60, 90)
-
-
-def test_normalised_values_by_hand() -> None:
-    image = tv_tensors.Image(torch.full((3, 4, 4), 51, dtype=torch.uint8))  # 51 / 255 = 0.2
-    augmentation = Augmentation(crop=4, resize_base=None, mean=(0.2, 0.1, 0.0), std=(1.0, 0.5, 0.1))
-    normalised = transforms.test_transform(augmentation)(image)
-    torch.testing.assert_close(normalised[:, 0, 0].as_subclass(torch.Tensor), torch.tensor([0.0, 0.2, 2.0]))
-
-
-def test_transforms_reach_worker_processes() -> None:
-    inputs = pair(40, 50)
-    for make in (transforms.train_transform, transforms.test_transform):
-        transform = make(Augmentation(crop=32, resize_base=(128, 32)))
-        again = pickle.loads(pickle.dumps(transform))
-        torch.manual_seed(3)
-        expected = transform(*inputs)
-        torch.manual_seed(3)
-        assert all(map(torch.equal, again(*inputs), expected))
-    assert F.get_size(expected[0]) == [32, 40]
 
 
 @pytest.mark.parametrize(

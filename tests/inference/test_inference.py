@@ -23,7 +23,7 @@ from sptseg.datasets.images import as_array
 from sptseg.datasets.splits import scenes as scenes_split
 from sptseg.datasets.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN
 from sptseg.datasets.transforms import test_transform as transform_of
-from sptseg.inference.segmentation import Segmentation, read_ahead, segment
+from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (
     WindowLogits,
     at_precision,
@@ -207,20 +207,6 @@ def test_the_embedded_model_labels_pictures_alike_in_bfloat16() -> None:
         wide, short = (segment(each, image, names).labels for each in (model, narrow))
         equal.append((wide == short).mean())
     assert np.mean(equal) >= 0.995
-
-
-def test_pictures_are_read_ahead_in_order_and_faults_stay_with_their_file(tmp_path: Path) -> None:
-    files = [tmp_path / f"{i}.png" for i in range(5)]
-    for i, file in enumerate(files):
-        Image.fromarray(picture(10 + i, 12)).save(file)
-    files[3].write_text("no picture")
-    for i, coming in enumerate(read_ahead(files)):
-        if i == 3:
-            with pytest.raises(ValueError, match=r"3\.png"):
-                coming.result()
-        else:
-            assert np.array_equal(coming.result(), picture(10 + i, 12))
-    assert i == 4 and not list(read_ahead([]))
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 8])

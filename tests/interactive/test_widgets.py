@@ -188,7 +188,7 @@ def test_the_playground_says_what_it_cannot_do_and_keeps_its_pictures(model: Spt
     assert "Not done" in playground.note.value and said in playground.note.value
     assert "The pictures still show: grass, water" in playground.note.value
     assert not renewed(playground.panels, before)
-    playground.words.value = "house"
+    playground.words.value = "house; tree"
     assert "Not done" not in playground.note.value
 
 

@@ -1,8 +1,5 @@
-"""Checkpoints: trained parts in safetensors with the configuration as JSON beside them, held to a checksum.
-
-They may come from strangers: a file is tensors and JSON, nothing in it is executed, no path named in it is opened, and
-its configuration must fit its tensors before anything of that size is made.
-"""
+"""Checkpoints: trained parts in safetensors, their configuration as JSON in the header. They may come from strangers:
+nothing is executed, no path opened, and a configuration must fit its tensors before anything of that size is made."""
 
 from __future__ import annotations
 
@@ -169,8 +166,7 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
 
 def is_hub_id(source: object) -> bool:
     """Whether this can be a Hub id, "owner/name"; a `Path` never is, nor is a checkpoint's file name."""
-    pattern = r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)"
-    return isinstance(source, str) and bool(re.fullmatch(pattern, source, re.ASCII | re.IGNORECASE))
+    return isinstance(source, str) and bool(re.fullmatch(r"(?ai)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", source))
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

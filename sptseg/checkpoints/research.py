@@ -185,13 +185,9 @@ def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], head
     text_config = NO_TEXT
     if set(TEXT_TOWER) <= set(text):
         vocabulary, text_width = text["token_embedding.weight"].shape
-        text_config = {
-            "context_length": len(text["positional_embedding"]),
-            "vocab_size": vocabulary,
-            "width": text_width,
-            "heads": max(1, text_width // 64),  # OpenAI's CLIP models: head width 64
-            "layers": count_blocks(text),
-        }
+        text_config = {"vocab_size": vocabulary, "width": text_width, "layers": count_blocks(text)}
+        text_config["context_length"] = len(text["positional_embedding"])
+        text_config["heads"] = max(1, text_width // 64)  # OpenAI's CLIP models: head width 64
     vision_config = {"patch_size": patch, "width": width, "head_width": width // heads, "layers": count_blocks(visual)}
     vision_config["image_size"] = [grid[0] * patch[0], grid[1] * patch[1]]
     sizes = {"embed_dim": visual["proj"].shape[1], "vision_cfg": vision_config, "text_cfg": text_config}

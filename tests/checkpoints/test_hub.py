@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
@@ -210,51 +211,36 @@ def test_a_model_on_private_weights_is_not_written_and_no_path_in_a_download_is_
 # Pushing
 
 
-class FakeHub:
-    """Stands for `HfApi`: remembers calls, and what the uploaded folder held."""
+def fake_hub(monkeypatch: pytest.MonkeyPatch, public: bool = False) -> tuple[Any, dict[str, bytes]]:
+    """Stands for `HfApi`, which is called as the real one may be; and what the uploaded folder will hold."""
+    api, files = create_autospec(huggingface_hub.HfApi, instance=True), {}
+    api.model_info.return_value.private = not public
 
-    def __init__(self, public: bool = False) -> None:
-        self.calls: list[tuple] = []
-        self.public = public
+    def upload(*, folder_path: str, **_: object) -> SimpleNamespace:
+        files.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+        return SimpleNamespace(commit_url=f"https://huggingface.co/someone/model/commit/{COMMIT}")
 
-    def __call__(self, library_name: str) -> "FakeHub":
-        return self
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        self.calls.append(("create_repo", repo_id, private, exist_ok))
-
-    def model_info(self, repo_id: str) -> SimpleNamespace:
-        return SimpleNamespace(private=not self.public)
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> SimpleNamespace:
-        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        self.calls.append(("upload_folder", repo_id))
-        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/{COMMIT}")
+    api.upload_folder.side_effect = upload
+    monkeypatch.setattr(hub, "HfApi", lambda library_name: api)
+    return api, files
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_push_uploads_the_three_files(private: bool, model: SptSeg, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeHub()
-    monkeypatch.setattr(hub, "HfApi", fake)
+    api, files = fake_hub(monkeypatch)
     assert push_to_hub(model, "someone/model", about=MEASURED, scores=SCORES, private=private).endswith(COMMIT)
-    assert fake.calls == [("create_repo", "someone/model", private, True), ("upload_folder", "someone/model")]
-    assert set(fake.files) == {"README.md", "config.json", "model.safetensors"}
-    assert b'sptseg.load_model("someone/model")' in fake.files["README.md"]
-    for name, options in {
-        "create_repo": {"private": False, "exist_ok": True},
-        "model_info": {},
-        "upload_folder": {"folder_path": "x", "commit_message": "y"},
-    }.items():
-        signature(getattr(huggingface_hub.HfApi(), name)).bind(repo_id="someone/model", **options)  # the real one's
+    api.create_repo.assert_called_once_with("someone/model", private=private, exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["repo_id"] == "someone/model"
+    assert set(files) == {"README.md", "config.json", "model.safetensors"}
+    assert b'sptseg.load_model("someone/model")' in files["README.md"]
 
 
 def test_private_never_goes_to_a_public_repository_nor_a_path_to_the_hub(
     model: SptSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = FakeHub(public=True)
-    monkeypatch.setattr(hub, "HfApi", fake)
+    _, files = fake_hub(monkeypatch, public=True)
     with pytest.raises(ValueError, match="exists and is public, so nothing was pushed"):
         push_to_hub(model, "someone/model", about=ABOUT, scores=None, private=True)
     with pytest.raises(ValueError, match="'model' is no Hub id; wanted owner/name"):
         push_to_hub(model, "model", about=ABOUT, scores=None)
-    assert not hasattr(fake, "files")
+    assert files == {}

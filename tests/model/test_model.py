@@ -120,16 +120,8 @@ def test_training_changes_all_that_is_trained_and_no_bit_of_clip(base: ModelConf
     train(model.train(), 3)
     for name, value in clip.model.state_dict().items():
         assert torch.equal(value, before[name]), f"CLIP's {name} changed"
-    for name, value in model.trained_state().items():
+    for name, value in model.trained_state().items():  # under its released name, ZegCLIP-style freezing kept the filter
         assert not torch.equal(value, trained[name]), f"{name} did not train"
-
-
-def test_the_spectral_filter_trains() -> None:
-    """Under its released name (`complex_weight`) ZegCLIP-style freezing would leave it at random values."""
-    model = new_model()
-    before = model.encoder.spectral_prompt.weight.detach().clone()
-    train(model, 1)
-    assert (model.encoder.spectral_prompt.weight != before).float().mean() > 0.9
 
 
 def test_clip_stays_in_evaluation_mode() -> None:

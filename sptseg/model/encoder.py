@@ -17,6 +17,11 @@ from sptseg.model.clip import run_block
 from sptseg.model.ops import Grid, fourier_filter, linear, resample_filter, resize_positions, tokens_to_grid
 
 
+def last(items: Iterator[Tensor]) -> Tensor:
+    """The last item; those before it are not kept."""
+    return deque(items, maxlen=1)[0]
+
+
 class SpectralPrompt(nn.Module):
     """Adds to the patch tokens X (B, H, W, D) a filtered version of them, gated by the class token c (B, 1, 1, D):
 
@@ -158,7 +163,7 @@ class PromptedEncoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
-        (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
+        x = last(self.states(images, of_prompts=False))  # (B, 1 + N, D) after the last block
         embedded = linear(self.visual.ln_post(self.prompt_norm(x)), cast(Tensor, self.visual.proj).T)
         embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
         return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]

@@ -34,21 +34,12 @@ def test_a_figure_has_its_sentence_under_it_and_as_alternative_text(shown: list[
 @pytest.mark.parametrize(
     ("answer", "expected", "verdict"),
     [
-        (..., 3, "Not yet"),
-        (3.01, 3, "Right"),
-        (3.1, 3, "Not quite"),
-        (0, 0.0, "Right"),
-        ([1, 2], np.array([1.0, 2.0]), "Right"),
-        ([1, 2, 3], np.array([1.0, 2.0]), "Not quite"),
-        ("tree", "tree", "Right"),
-        ("car", "tree", "Not quite"),
-        (1, True, "Not quite"),
-        (True, True, "Right"),
-        (None, 3, "Not quite"),
-        ("three", 3, "Not quite"),
-        ({"a"}, {"a"}, "Right"),
+        (..., 3, "Not yet"), (3.01, 3, "Right"), (3.1, 3, "Not quite"), (0, 0.0, "Right"),
+        ([1, 2], np.array([1.0, 2.0]), "Right"), ([1, 2, 3], np.array([1.0, 2.0]), "Not quite"),
+        ("tree", "tree", "Right"), ("car", "tree", "Not quite"), (1, True, "Not quite"), (True, True, "Right"),
+        (None, 3, "Not quite"), ("three", 3, "Not quite"), ({"a"}, {"a"}, "Right"),
     ],
-)
+)  # fmt: skip
 def test_answers_are_checked(shown: list[Any], answer: object, expected: object, verdict: str) -> None:
     lesson.check(answer, expected, "Count again.")
     (text,) = shown

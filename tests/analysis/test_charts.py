@@ -18,11 +18,6 @@ from sptseg.inference.metrics import Change
 POWER = RadialPower(np.array([0, 0.25, 0.5, 0.75]), np.array([[0, 4.0, 1.0, 9.0]]), np.array([1, 8, 12, 16]))
 
 
-@pytest.fixture
-def ax() -> Axes:
-    return plots.Plot(3, 2).subplots()
-
-
 def points(line: Any) -> Any:
     return pytest.approx(line.get_xydata())
 
@@ -63,8 +58,7 @@ def test_the_class_table_starts_with_the_class_hurt_most() -> None:
     sure, unsure, none = Change(-0.4, -0.5, -0.3), Change(-0.1, -0.2, 0.1), Change(np.nan, np.nan, np.nan)
     figure = charts.class_band_table({"tree": [unsure, none], "car": [sure, unsure]}, ["low", "high"], ["car"], "Title")
     (ax,) = figure.axes
-    assert words(ax.get_yticklabels()) == ["car*", "tree"]
-    assert words(ax.texts) == ["-40", "(-10)", "(-10)"]  # and nothing where nothing is known
+    assert words(ax.get_yticklabels()) == ["car*", "tree"] and words(ax.texts) == ["-40", "(-10)", "(-10)"]
 
 
 def test_filter_curves_draw_means_and_percentiles() -> None:
@@ -95,19 +89,16 @@ def test_small_maps_show_their_values_on_one_scale() -> None:
     assert only.images[0].get_clim() == (0, 2) and not only.texts
 
 
-def test_bars_stand_in_their_order_with_their_values_behind_them(ax: Axes) -> None:
-    charts.bars(ax, pd.Series({"first": 2.0, "second": -1.0}), "points", "Title", "{:+.1f}")
-    bars: Any = ax.patches
-    assert [bar.get_width() for bar in bars] == [2, -1]
-    assert words(ax.texts) == ["+2.0", "-1.0"] and words(ax.get_yticklabels()) == ["first", "second"]
-    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first on top"
-
-
-def test_intervals_are_drawn_in_percent(ax: Axes) -> None:
-    charts.intervals(ax, {"a": (0.5, 0.4, 0.7)}, "%", "Title")
-    ends, dot = ax.lines
+def test_bars_and_intervals_stand_in_their_order_with_their_values() -> None:
+    left, right = plots.Plot(6, 2).subplots(1, 2)
+    charts.bars(left, pd.Series({"first": 2.0, "second": -1.0}), "points", "Title", "{:+.1f}")
+    bars: Any = left.patches
+    assert [bar.get_width() for bar in bars] == [2, -1] and words(left.texts) == ["+2.0", "-1.0"]
+    assert words(left.get_yticklabels()) == ["first", "second"] and left.yaxis_inverted(), "the first on top"
+    charts.intervals(right, {"a": (0.5, 0.4, 0.7)}, "%", "Title")
+    ends, dot = right.lines
     assert points(ends) == np.array([[40, 0], [70, 0]]) and points(dot) == np.array([[50, 0]])
-    assert words(ax.texts) == ["50.0"]
+    assert words(right.texts) == ["50.0"]
 
 
 def test_lines_over_names_and_over_numbers() -> None:
@@ -119,7 +110,8 @@ def test_lines_over_names_and_over_numbers() -> None:
     assert points(right.lines[0]) == np.array([[-0.1, 50], [0.4, 60]]) and right.get_legend() is None
 
 
-def test_the_scatter_names_the_lowest_classes_and_leaves_absent_ones_out(ax: Axes) -> None:
+def test_the_scatter_names_the_lowest_classes_and_leaves_absent_ones_out() -> None:
+    ax = plots.Plot(3, 2).subplots()
     columns = {"unseen": [False, True, False, False], "pictures": [3, 1, 2, 0]}
     columns |= {"region": [0.2, 0.3, 0.3, np.nan], "iou": [0.9, 0.4, 0.6, np.nan]}
     classes = pd.DataFrame(columns, ["cow", "sheep", "sky", "kite"])
@@ -131,10 +123,8 @@ def test_the_scatter_names_the_lowest_classes_and_leaves_absent_ones_out(ax: Axe
 
 def test_a_sheet_of_masks_has_names_over_masks_only() -> None:
     split = Split.from_names("farm", ["cow", "sheep"], unseen=["sheep"])
-    image, mask = np.full((64, 64, 3), 9, np.uint8), np.ones((64, 64), np.uint8)
-    nothing = np.full((64, 64), 255, np.uint8)
+    image, mask, nothing = np.full((64, 64, 3), 9, np.uint8), *np.full((2, 64, 64), [[[1]], [[255]]], np.uint8)
     figure = charts.mask_sheet([(image, [mask, nothing])], ["picture", "truth", "errors"], split, ["a row"])
-    picture, truth, errors = figure.axes
-    assert [words(ax.texts) for ax in (picture, truth, errors)] == [[], ["sheep*"], []]
-    assert picture.get_ylabel() == "a row"
+    picture, _, errors = figure.axes
+    assert [words(ax.texts) for ax in figure.axes] == [[], ["sheep*"], []] and picture.get_ylabel() == "a row"
     assert (np.asarray(errors.images[0].get_array()) == image).all(), "ignored pixels stay as they are"

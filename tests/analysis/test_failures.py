@@ -40,12 +40,6 @@ def farm(*maps: tuple[Any, ...]) -> Predictions:
     return Predictions(tuple(picture(*each) for each in maps), FARM, 0.0)
 
 
-@pytest.fixture(scope="module")
-def toys() -> Predictions:
-    """Of an untrained model that starts as dense CLIP."""
-    return failures.collect(toy_model(start="dense_clip", seen_offset=0.02), Toys(sizes=SIZES), SPLIT)
-
-
 @pytest.mark.parametrize("start", ["dense_clip", "random"])  # random: many scores are equal
 @pytest.mark.parametrize("offset", [None, 0.0, 0.005, -0.01, 0.6])
 def test_every_offset_is_what_the_model_gives(start: str, offset: float | None) -> None:
@@ -55,7 +49,8 @@ def test_every_offset_is_what_the_model_gives(start: str, offset: float | None) 
     assert at_offset.scores().as_dict() == evaluate(model, data, SPLIT, seen_offset=offset, progress=False).as_dict()
 
 
-def test_pictures_come_as_they_are_at_the_models_own_offset(toys: Predictions) -> None:
+def test_pictures_come_as_they_are_at_the_models_own_offset() -> None:
+    toys = failures.collect(toy_model(start="dense_clip", seen_offset=0.02), Toys(sizes=SIZES), SPLIT)
     sample, kept = Toys(sizes=SIZES)[1], toys.pictures[1]
     assert kept.name == "1" and toys.seen_offset == 0.02
     assert kept.image.dtype == np.uint8 and (kept.image == sample["image"].permute(1, 2, 0).numpy()).all()
@@ -64,32 +59,27 @@ def test_pictures_come_as_they_are_at_the_models_own_offset(toys: Predictions) -
     assert kept.seen_score.min() > 0 and kept.seen_score.max() < 1
     assert all((each.predicted == each.at(0.02)).all() for each in toys.pictures)
     assert any((each.at(0.02) != each.at(0.0)).any() for each in toys.pictures)
+    some = toys.only([3, 0])
+    assert [each.name for each in some.pictures] == ["3", "0"]
+    assert (some.confusions() == toys.confusions()[[3, 0]]).all()
 
 
-def test_a_limit_a_wrong_split_and_nothing_at_all() -> None:
-    assert len(failures.collect(toy_model(), Toys(), SPLIT, limit=2).pictures) == 2
+def test_what_is_collected_and_refused() -> None:
+    some = failures.collect(toy_model(), Toys(), SPLIT.with_unseen([]), limit=2)
+    assert len(some.pictures) == 2
+    assert (some.at(0.9).confusions() == some.at(0.0).confusions()).all(), "without unseen classes, it moves nothing"
+    with pytest.raises(ValueError, match="split 'toys' has no unseen classes"):
+        failures.calibration(some, [0.0])
     with pytest.raises(ValueError, match="wanted at least one picture"):
         failures.collect(toy_model(), Toys(), SPLIT, limit=0)
-    with pytest.raises(
-        ValueError, match="the label of picture 2 holds values 2 to 2; split 'two' has the labels 0 to 1"
-    ):
+    with pytest.raises(ValueError, match="label of picture 2 holds values 2 to 2; split 'two' has the labels 0 to 1"):
         failures.collect(toy_model(), Toys(), Split.from_names("two", ["grass", "water"]))
-
-
-def test_without_unseen_classes_an_offset_moves_nothing() -> None:
-    seen = SPLIT.with_unseen([])
-    found = failures.collect(toy_model(), Toys(), seen, limit=2)
-    assert (found.at(0.9).confusions() == found.at(0.0).confusions()).all()
-    with pytest.raises(ValueError, match="split 'toys' has no unseen classes"):
-        failures.calibration(found, [0.0])
 
 
 def test_equal_scores_go_to_the_first_class() -> None:
     tie = picture([[0, 0]], [[0, 0]], seen=0.5, unseen=0.5)  # cow against sheep
     tie.seen_class[0, 1] = 3
-    assert tie.at(0.0).tolist() == [[0, 2]]
-    assert tie.at(0.1).tolist() == [[2, 2]]
-    assert tie.at(-0.1).tolist() == [[0, 3]]
+    assert [tie.at(offset)[0].tolist() for offset in (0.0, 0.1, -0.1)] == [[0, 2], [2, 2], [0, 3]]
 
 
 def test_directions_and_pairs_by_hand() -> None:
@@ -105,11 +95,11 @@ def test_directions_and_pairs_by_hand() -> None:
 
 
 def test_distance_to_a_border_by_hand() -> None:
-    label = np.array([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.uint8)
+    label = np.zeros((4, 5), np.uint8)
+    label[0, 4] = 1
     wanted = [[4, 3, 2, 1, 1], [4, 3, 2, 1, 1], [4, 3, 2, 2, 2], [4, 3, 3, 3, 3]]
     assert failures.border_distance(label, most=9).tolist() == wanted
-    assert failures.border_distance(label, most=3).max() == 3
-    assert (failures.border_distance(np.zeros((2, 3), np.uint8), most=5) == 5).all()
+    assert failures.border_distance(label, most=3).max() == 3 and (failures.border_distance(0 * label, 5) == 5).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -234,10 +224,3 @@ def test_the_worst_pictures_come_first() -> None:
     assert failures.worst_pictures(errors, labelled, "border") == [0, 1, 2]
     assert failures.worst_pictures(errors, labelled, "in the picture") == [1, 0, 2]
     assert failures.worst_pictures(errors, labelled) == [1, 0, 2]
-
-
-def test_a_part_of_the_pictures(toys: Predictions) -> None:
-    some = toys.only([3, 0])
-    assert [each.name for each in some.pictures] == ["3", "0"]
-    assert (some.confusions() == toys.confusions()[[3, 0]]).all()
-    assert toys.confusions().sum() == sum((each.label != IGNORE).sum() for each in toys.pictures)

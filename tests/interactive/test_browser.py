@@ -28,10 +28,10 @@ from sptseg.system import write
 
 pytestmark = pytest.mark.browser
 
+SECONDS = 240  # for anything to happen, on a busy machine
 ROOT = Path(__file__).parents[2]
 ARTEFACTS = Path(os.environ.get("SPTSEG_ARTEFACTS", ROOT / "artefacts"))
 PACKAGES = ("chromium", "fonts-dejavu-core")
-SECONDS = 240  # for anything to happen, on a busy machine
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
 WIDGETS = {
     "FrequencyExplorer": "FrequencyExplorer(model, image, split.classes, label, split.names(split.unseen))",
@@ -59,11 +59,10 @@ def running(command: list[str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=15)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
 
 
 def free_port() -> int:
@@ -82,14 +81,6 @@ def answer(url: str, timeout: float = SECONDS) -> int:
         return error.code
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ended_by_sigterm() -> Iterator[None]:
-    """Like Ctrl-C: servers are ended before the tests are."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +114,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     for name, content in settings.items():
         write(folder / "config" / "labconfig" / f"{name}.json", json.dumps(content))
     with running(command, folder):
-        address = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answer(f"{address}/api", 5) == 200, f"nothing answers at {address}")
-        yield address, folder
+        wait_until(lambda: answer(f"http://127.0.0.1:{port}/api", 5) == 200, "JupyterLab does not answer")
+        yield f"http://127.0.0.1:{port}", folder
 
 
 def wait_until(done: Callable[[], bool], complaint: str) -> None:
@@ -197,16 +187,14 @@ def test_the_slider_of_the_first_notebook_moves_picture_and_masks(page: Page, la
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source += "\nquick = True"
     run_all(page, lab, notebook, "01_spectral_analysis.ipynb")
-    explorer = page.locator(".FrequencyExplorer")
-    slide(page, explorer)
-    explorer.screenshot(path=ARTEFACTS / "01_spectral_analysis.png")
+    slide(page, page.locator(".FrequencyExplorer"))
+    page.locator(".FrequencyExplorer").screenshot(path=ARTEFACTS / "01_spectral_analysis.png")
 
 
 def test_every_widget_shows_its_pictures(page: Page, lab: tuple[str, Path]) -> None:
     cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, *WIDGETS.values())]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    run_all(page, lab, notebook, "widgets.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    run_all(page, lab, nbformat.v4.new_notebook(cells=cells, metadata=kernel), "widgets.ipynb")
     for name in WIDGETS:
         widget = page.locator(f".{name}")
         expect(widget.locator("img").first).to_be_visible()
@@ -239,5 +227,4 @@ def test_the_app_serves_the_explorer_and_nothing_else(page: Page, tmp_path: Path
         for path in ("voila/files/explore.ipynb", "voila/files/open.html", "voila/tree", "api/contents", "lab"):
             assert answer(f"{address}{path}?{token}") in (403, 404), path
         assert len(list(tmp_path.glob("sptseg-explore-*"))) == 1
-    assert not list(tmp_path.glob("sptseg-explore-*"))
-    assert process.returncode == 0
+    assert process.returncode == 0 and not list(tmp_path.glob("sptseg-explore-*"))

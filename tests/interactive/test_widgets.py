@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from toys import SPLIT, Toys, toy_model
 
@@ -30,9 +29,9 @@ def model() -> SptSeg:
     return toy_model().eval()
 
 
-def toy(size: tuple[int, int] = (32, 32), index: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def toy(size: tuple[int, int] = (32, 32)) -> tuple[np.ndarray, np.ndarray]:
     """A picture (H, W, 3) and its labels (H, W)."""
-    sample = Toys(sizes=(size,))[index]
+    sample = Toys(sizes=(size,))[1]
     return sample["image"].permute(1, 2, 0).numpy(), sample["label"].numpy()
 
 
@@ -61,18 +60,13 @@ def test_the_band_slider_takes_waves_out_of_the_picture(model: SptSeg) -> None:
     assert explorer.sentence().startswith("Removed: 0.200 to 0.300 cycles per pixel, waves of 3.33 to 5 pixels")
 
 
-def test_every_picture_but_the_first_follows_the_band(model: SptSeg) -> None:
-    explorer = FrequencyExplorer(model, toy()[0], CLASSES)
+def test_all_pictures_but_the_first_follow_the_band_once_whatever_a_preset_changes(model: SptSeg) -> None:
+    explorer, updates = FrequencyExplorer(model, toy()[0], CLASSES), []
     with renewed(explorer) as titles:
         explorer.choose(0.0, 0.1)
     assert titles == {"spectrum", "filtered picture", "prediction"}
     assert (explorer.result.labels == segment(model, explorer.filtered, CLASSES).labels).all()
-
-
-def test_a_preset_changes_band_and_kind_in_one_step(model: SptSeg, monkeypatch: pytest.MonkeyPatch) -> None:
-    explorer = FrequencyExplorer(model, toy()[0], CLASSES)
-    updates = []
-    monkeypatch.setattr(FrequencyExplorer, "update", lambda self: updates.append((self.band.value, self.remove.value)))
+    explorer.update = lambda: updates.append((explorer.band.value, explorer.remove.value))
     for button in explorer.presets:
         button.click()
     assert updates == [((low, high), remove) for low, high, remove, _ in BAND_PRESETS.values()]
@@ -100,9 +94,8 @@ def test_the_change_of_a_class_is_that_of_its_iou_or_area(model: SptSeg) -> None
             assert iou == pytest.approx(expected, nan_ok=True)
         change = ious[1] - ious[0]
         assert ("–" if change != change else f"{100 * change:+.1f} points") in explorer.table.value
-    assert "boat*" not in CLASSES and explorer.names[2] == "boat*"
-    without = FrequencyExplorer(model, image, CLASSES)
-    assert sum(before for _, before, _ in without.changes()) == pytest.approx(1)
+    areas = [area for _, area, _ in FrequencyExplorer(model, image, CLASSES).changes()]
+    assert sum(areas) == pytest.approx(1) and explorer.names[2] == "boat*"
 
 
 def test_large_pictures_shrink_together_with_their_labels(model: SptSeg) -> None:
@@ -153,7 +146,7 @@ def test_the_filter_explorer_shows_what_the_prompt_adds(model: SptSeg) -> None:
         FilterExplorer(toy_model(spectral_layers=()))
 
 
-def test_the_playground_segments_what_is_typed() -> None:
+def test_the_playground_segments_what_is_typed_and_says_what_it_cannot() -> None:
     playground = PromptPlayground(toy_model(start="dense_clip").eval(), toy()[0], ["grass", "water"])
     with renewed(playground) as titles:
         playground.words.value = "tree, a boat , house,"
@@ -161,19 +154,12 @@ def test_the_playground_segments_what_is_typed() -> None:
     with renewed(playground) as titles:
         playground.scored.value = next(name for name in playground.scored.options if name != playground.scored.value)
     assert titles == {"score"}
-
-
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [("tree, zebra", "does not know &#x27;zebra&#x27;"), ("tree, tree", "given twice: tree"), (" ,", "is empty")],
-)
-def test_the_playground_says_what_it_cannot_do_and_keeps_its_pictures(model: SptSeg, typed: str, said: str) -> None:
-    playground = PromptPlayground(model, toy()[0], ["grass", "water"])
-    with renewed(playground) as titles:
-        playground.words.value = typed
-    note = playground.note.value
-    assert "Not done" in note and said in note and "The pictures still show: grass, water" in note and not titles
-    playground.words.value = "house"
+    for typed, said in (("tree, zebra", "know &#x27;zebra&#x27;"), ("tree, tree", "twice: tree"), (" ,", "is empty")):
+        with renewed(playground) as titles:
+            playground.words.value = typed
+        note = playground.note.value
+        assert "Not done" in note and said in note and "still show: tree, a boat, house" in note and not titles
+    playground.words.value = "house, tree"
     assert "Not done" not in playground.note.value
 
 
@@ -197,31 +183,22 @@ def test_the_failure_browser_steps_from_the_worst_picture_to_the_best(model: Spt
 
 def test_every_widget_has_a_still_figure_and_words_for_where_no_kernel_runs(model: SptSeg) -> None:
     image, label = toy()
-    for widget in (
-        FrequencyExplorer(model, image, CLASSES, label),
-        FrequencyExplorer(model, image, CLASSES),
-        FilterExplorer(model, [image]),
-        PromptPlayground(model, image, ["grass", "water"]),
-        FailureBrowser(failures.collect(model, Toys(3), SPLIT)),
-    ):
+    explorers = FrequencyExplorer(model, image, CLASSES, label), FrequencyExplorer(model, image, CLASSES)
+    others = FilterExplorer(model, [image]), PromptPlayground(model, image, ["grass", "water"])
+    for widget in (*explorers, *others, FailureBrowser(failures.collect(model, Toys(3), SPLIT))):
         figure = widget.figure()
-        assert isinstance(figure, Figure) and len(figure.axes) >= 4
-        assert len(plots.png_bytes(figure, dpi=30)) > 3000
+        assert len(figure.axes) >= 4 and len(plots.png_bytes(figure, dpi=30)) > 3000
         assert f"{type(widget).__name__} (its controls need a running kernel" in repr(widget)
 
 
-def test_overlays_carry_names_and_tables_escape_them() -> None:
-    image, labels = np.full((64, 64, 3), 120, np.uint8), np.zeros((64, 64), int)
+def test_overlays_carry_names_tables_escape_them_and_pictures_are_renewed_in_place() -> None:
+    image, labels, panel = np.full((64, 64, 3), 120, np.uint8), np.zeros((64, 64), int), TitledPicture("picture")
     plain = named_overlay(image, labels, [""], [(0, 0, 200)])
     named = named_overlay(image, labels, ["name"], [(0, 0, 200)])
     assert plain.shape == named.shape == (384, 384, 3) and (named == 255).any() and not (plain == 255).any()
     assert "<i>" not in table(("class",), [((1, 2, 3), ("<i>",))]) and "#010203" in table((), [((1, 2, 3), ("a",))])
-
-
-def test_pictures_are_renewed_in_place() -> None:
-    panel = TitledPicture("picture")
     panel.show(stripes(8, 32))
     kept, place = panel.image, (panel.image.layout.width, panel.image.layout.height)
     panel.show(stripes(4, 32))
-    assert panel.image is kept and (panel.image.layout.width, panel.image.layout.height) == place
+    assert panel.image is kept and (kept.layout.width, kept.layout.height) == place
     assert np.asarray(Image.open(io.BytesIO(kept.value))).shape == (256, 256, 3)

@@ -6,31 +6,23 @@ scaled so that white noise of variance v has power v at every frequency, whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Literal, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.functional import center_crop
 
-from sptseg.datasets import IGNORE, Sample, Split, test_transform
-from sptseg.inference import augmentation, first, predictions
-from sptseg.model import (
-    Grid,
-    HighLowAttention,
-    PromptedEncoder,
-    SpectralPrompt,
-    SptSeg,
-    band_filter,
-    radial_frequency,
-    tokens_to_grid,
-)
+from sptseg.datasets import Sample, test_transform
+from sptseg.inference import augmentation
+from sptseg.model import Grid, HighLowAttention, PromptedEncoder, SpectralPrompt, SptSeg, band_filter, tokens_to_grid
 
 Array = np.ndarray
 Band = tuple[float, float]
@@ -81,18 +73,10 @@ class RadialPower:
         return float(np.polyfit(np.log(frequency), np.log(power), 1, w=frequency**-0.5)[0])
 
 
-def _ring_means(values: Tensor, grid: Grid) -> tuple[Array, Tensor, Array]:
-    """Values (..., H, W//2+1) at rfft2 frequencies -> frequency (R,), mean over each ring (..., R), count (R,)."""
-    steps = min(grid)
-    ring = (radial_frequency(grid) * steps).round().long().flatten()
-    columns = torch.full((grid[1] // 2 + 1,), 2.0, dtype=torch.float64)  # a frequency and its mirror image
-    columns[0] = 1  # holds its own mirror images, as does the last column of an even width
-    columns[-1] = 1 + grid[1] % 2
-    weight = columns.expand(grid[0], -1).flatten()
-    count = torch.zeros(int(ring.max()) + 1, dtype=torch.float64).index_add_(0, ring, weight)
-    flat = values.detach().cpu().double().flatten(-2) * weight
-    total = torch.zeros(*flat.shape[:-1], len(count), dtype=torch.float64).index_add_(-1, ring, flat)
-    return np.arange(len(count)) / steps, total / count.clamp(min=1), count.numpy()
+def _rings(grid: Grid) -> Array:
+    """The ring of every fft2 frequency of a grid (H, W): its radius in steps of 1 / min(H, W) cycles per sample."""
+    radius = np.hypot(np.fft.fftfreq(grid[0])[:, None], np.fft.fftfreq(grid[1]))
+    return np.rint(radius * min(grid)).astype(int)
 
 
 def radial_power(maps: Array | Tensor, *, window: bool = True) -> RadialPower:
@@ -108,9 +92,11 @@ def radial_power(maps: Array | Tensor, *, window: bool = True) -> RadialPower:
     if window:
         taper = torch.outer(*(torch.hann_window(n, dtype=torch.float64) for n in grid))
     mean = (maps * taper).sum((-2, -1), keepdim=True) / taper.sum()
-    power = torch.fft.rfft2((maps - mean) * taper).abs().square() / taper.square().sum()
-    frequency, rings, count = _ring_means(power, grid)
-    return RadialPower(frequency, rings.numpy(), count)
+    power = torch.fft.fft2((maps - mean) * taper).abs().square() / taper.square().sum()
+    ring = torch.from_numpy(_rings(grid)).flatten()
+    count = torch.bincount(ring)
+    total = power.new_zeros(*power.shape[:-2], len(count)).index_add_(-1, ring, power.flatten(-2))
+    return RadialPower(np.arange(len(count)) / min(grid), (total / count.clamp(min=1)).numpy(), count.numpy())
 
 
 def filter_picture(image: Array, low: float, high: float, reject: bool = False) -> Array:
@@ -139,65 +125,6 @@ class WithoutBand(Dataset[Sample]):
         return {**sample, "image": torch.from_numpy(image).permute(2, 0, 1)}
 
 
-def class_counts(
-    model: SptSeg, dataset: Dataset[Sample], split: Split, *, limit: int | None = None, batch_size: int = 16
-) -> Array:
-    """Pixels per picture and class, (P, 3, C): hits, true, predicted; all that IoU needs, and it adds up."""
-    rows = []
-    for sample, logits in predictions(model, dataset, split, indices=first(dataset, limit), batch_size=batch_size):
-        label = torch.as_tensor(sample["label"])
-        predicted = logits.labels((label.shape[0], label.shape[1])).cpu()[label != IGNORE]
-        label = label[label != IGNORE].long()
-        pixels = (label[label == predicted], label, predicted)
-        rows.append(torch.stack([torch.bincount(each, minlength=len(split.classes)) for each in pixels]))
-    return torch.stack(rows).numpy()
-
-
-def iou_from_counts(counts: Array) -> Array:
-    """Counts (..., 3, C) -> IoU (..., C), nan for classes in neither label nor prediction."""
-    hits, true, predicted = np.moveaxis(counts.astype(float), -2, 0)
-    union = true + predicted - hits
-    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
-
-
-@dataclass(frozen=True)
-class Change:
-    """How the mean IoU of a group of classes changes, with the ends of its confidence interval; all -1..1."""
-
-    change: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.change:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
-
-
-def iou_change(
-    before: Array, after: Array, classes: Sequence[int], *, draws: int = 1000, level: float = 0.95, seed: int = 0
-) -> Change:
-    """Mean IoU over `classes` after less before, with a bootstrap interval; counts (P, 3, C) of the same pictures.
-
-    Pictures are drawn with replacement, the same ones on both sides, and classes count where these pictures really show
-    them. The interval tells how much other pictures of the kind would move the figure; it says nothing of other
-    training runs. nan if none of the classes occurs.
-    """
-    if before.shape != after.shape:
-        raise ValueError(
-            f"counts of shape {before.shape} and {after.shape}; wanted the same pictures and classes twice"
-        )
-    pictures = len(before)
-    often = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), draws)
-    often = np.concatenate([np.ones((1, pictures)), often])  # the first row is the data set itself
-
-    def means(counts: Array) -> Tensor:  # (1 + draws,)
-        sums = np.einsum("dp,pkc->dkc", often, counts[:, :, list(classes)], optimize=True)
-        return torch.from_numpy(np.where(sums[:, 1] > 0, iou_from_counts(sums), np.nan)).nanmean(dim=-1)
-
-    change = means(after) - means(before)
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    return Change(change[0].item(), *change[1:].nanquantile(ends).tolist())
-
-
 def parts_of(model: SptSeg) -> tuple[Part, ...]:
     """What of a model can be switched off."""
     encoder = model.encoder
@@ -224,7 +151,8 @@ def switched_off(model: SptSeg, *parts: Part) -> Iterator[None]:
     layers, prompts = encoder.spectral_layers, encoder.prompts
     try:
         for attention, part in branches:
-            setattr(attention, part, _zeros_like(getattr(attention, part)))
+            whole = getattr(attention, part)
+            setattr(attention, part, lambda x, whole=whole: torch.zeros_like(whole(x)))
         if "spectral_prompts" in parts:
             encoder.spectral_layers = frozenset()
         if "deep_prompts" in parts:
@@ -234,10 +162,6 @@ def switched_off(model: SptSeg, *parts: Part) -> Iterator[None]:
         for attention, part in branches:
             delattr(attention, part)  # the method of the class comes back
         encoder.spectral_layers, encoder.prompts = layers, prompts
-
-
-def _zeros_like(branch: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.zeros_like(branch(x))
 
 
 def model_inputs(model: SptSeg, dataset: Dataset[Sample], count: int) -> Tensor:
@@ -263,39 +187,31 @@ def _depths(encoder: PromptedEncoder, images: Tensor) -> Iterator[tuple[Tensor, 
         yield x[:, 0], x[:, -height * width :]
 
 
-@dataclass(frozen=True)
-class PromptEffect:
-    """What the spectral prompt adds before a block, or would add (`used` false): it is one filter for all blocks.
+def prompt_states(encoder: PromptedEncoder, images: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Before every block: patch tokens X, what the spectral prompt adds or would add to them, S, and its gate c.
 
-    energy is |S|² / |X|², its energy as a share of the patch tokens'; alignment is the cosine of S and X, -1..1: near 1
-    it mostly makes X louder. tokens and added are the radial powers of X and S, each averaged (R,).
+    images (B, 3, S, S') normalised; X and S (B, H, W, D), c (B, D).
     """
-
-    block: int
-    used: bool
-    energy: float
-    alignment: float
-    tokens: RadialPower
-    added: RadialPower
+    prompt, grid = spectral_prompt_of(encoder), encoder.grid_of(images)
+    weight = prompt.filter(grid)
+    for class_token, tokens in islice(_depths(encoder, images), len(encoder.visual.transformer.resblocks)):
+        x = tokens.unflatten(1, grid)
+        yield x, prompt(x, class_token, weight) - x, class_token
 
 
 @torch.inference_mode()
-def prompt_effects(encoder: PromptedEncoder, images: Tensor) -> list[PromptEffect]:
-    """The spectral prompt's effect on the tokens before every block; images (B, 3, S, S') normalised."""
-    prompt = spectral_prompt_of(encoder)
-    grid = encoder.grid_of(images)
-    weight = prompt.filter(grid)
-    effects = []
-    blocks = range(len(encoder.visual.transformer.resblocks))
-    for block, (class_token, tokens) in zip(blocks, _depths(encoder, images), strict=False):  # not after the last
-        x = tokens.unflatten(1, grid)  # (B, H, W, D)
-        s = prompt(x, class_token, weight) - x
+def prompt_effects(encoder: PromptedEncoder, images: Tensor) -> pd.DataFrame:
+    """What the spectral prompt adds before each block, or would add: it is one filter for all; a row per block.
+
+    images (B, 3, S, S') normalised. Columns: `used`, whether the block uses it; `energy` |S|² / |X|², of what is added
+    as a share of the patch tokens'; `alignment`, the cosine of S and X, -1..1: near 1 it mostly makes X louder.
+    """
+    rows = []
+    for block, (x, s, _) in enumerate(prompt_states(encoder, images)):
         energy_x, energy_s = x.square().sum().item(), s.square().sum().item()
         alignment = (x * s).sum().item() / max(energy_x * energy_s, 1e-30) ** 0.5
-        powers = [radial_power(tokens_to_grid(each.flatten(1, 2), grid)).mean() for each in (x, s)]
-        used = block in encoder.spectral_layers
-        effects.append(PromptEffect(block, used, energy_s / energy_x, alignment, *powers))
-    return effects
+        rows.append((block in encoder.spectral_layers, energy_s / energy_x, alignment))
+    return pd.DataFrame(rows, columns=["used", "energy", "alignment"])
 
 
 def spectral_prompt_of(encoder: PromptedEncoder) -> SpectralPrompt:
@@ -320,32 +236,18 @@ def filter_response(prompt: SpectralPrompt, class_token: Tensor | None = None) -
     return response.numpy()
 
 
-@dataclass(frozen=True)
-class FilterRadial:
-    """Gain (a factor) and phase (degrees, 0..180) of a filter by radius: frequency (R,) in cycles per token; means (R,)
-    and quantiles 0.1, 0.5, 0.9 (3, R), over all channels and all frequencies of a ring.
+def filter_radial(response: Array) -> pd.DataFrame:
+    """Gain and phase by radius, of a response (H, W, D) complex as `filter_response` gives it.
 
-    The phase is without its sign, which is the opposite at the opposite frequency: 0 adds to a wave, 90 shifts it by a
+    Index: frequency in cycles per token; columns: means `gain` (a factor) and `phase` (degrees, 0..180) over all
+    channels and all frequencies of a ring, and their quantiles 0.1 and 0.9, `gain_low`, `gain_high` and so on. The
+    phase is without its sign, which is the opposite at the opposite frequency: 0 adds to a wave, 90 shifts it by a
     quarter of its length, 180 subtracts.
     """
-
-    frequency: Array
-    gain: Array
-    gain_quantiles: Array
-    phase: Array
-    phase_quantiles: Array
-
-
-def filter_radial(response: Array) -> FilterRadial:
-    """Gain and phase by radius of a response (H, W, D) complex, as `filter_response` gives it."""
-    height, width = response.shape[:2]
-    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    ring = np.rint(radius * min(height, width)).astype(int)
-    rings = [response[ring == k] for k in range(ring.max() + 1)]  # each (frequencies, D)
-    gains = [np.abs(each) for each in rings]
-    phases = [np.abs(np.angle(each, deg=True)) for each in rings]
-    columns = []
-    for each in (gains, phases):
-        columns += [np.array([values.mean() for values in each])]
-        columns += [np.stack([np.quantile(values, (0.1, 0.5, 0.9)) for values in each], axis=1)]
-    return FilterRadial(np.arange(len(rings)) / min(height, width), *columns)
+    grid = response.shape[:2]
+    ring = _rings(grid).repeat(response.shape[2])
+    columns = {}
+    for name, values in (("gain", np.abs(response)), ("phase", np.abs(np.angle(response, deg=True)))):
+        rings = pd.Series(values.ravel()).groupby(ring)
+        columns |= {name: rings.mean(), f"{name}_low": rings.quantile(0.1), f"{name}_high": rings.quantile(0.9)}
+    return pd.DataFrame(columns).rename_axis("frequency").rename(index=lambda k: k / min(grid))

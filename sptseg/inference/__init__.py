@@ -2,8 +2,13 @@
 
 # fmt: off
 from sptseg.inference import evaluation, metrics
-from sptseg.inference.evaluation import by_training, evaluate, first, new_accelerator, predictions, summary
-from sptseg.inference.metrics import SUMMARY, Scores, SegmentationMetrics, bootstrap, confusion, iou_per_class, scores
+from sptseg.inference.evaluation import (
+    by_training, confusion_matrices, evaluate, first, new_accelerator, predictions, summary,
+)
+from sptseg.inference.metrics import (
+    Change, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class, ratios,
+    score_interval, scores,
+)
 from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (
     Precision, WindowLogits, at_precision, augmentation, pad_to_patches, window_logits, window_starts, windows_of,

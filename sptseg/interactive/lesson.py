@@ -18,8 +18,6 @@ from PIL import Image
 from sptseg.datasets import png_bytes
 from sptseg.system import write
 
-NOT_YET = "Not yet: replace the `...` above and run the cell again."
-
 
 def show(figure: Figure, sentence: str) -> None:
     """Displays a figure with a sentence that says what to see, under it and as its alternative text.
@@ -45,7 +43,7 @@ def check(answer: Any, expected: Any, hint: str) -> None:
     An answer that is still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown.
     """
     if answer is ...:
-        say(NOT_YET)
+        say("Not yet: replace the `...` above and run the cell again.")
     elif _equal(answer, expected):
         say("**Right.**")
     else:
@@ -68,6 +66,5 @@ def write_metrics(output_dir: str | Path, metrics: Mapping[str, float]) -> None:
         raise ValueError(f"the metric {wrong[0]} is {metrics[wrong[0]]}; wanted a finite number: leave out what is not")
     values = {name: round(float(value), 6) for name, value in metrics.items()}
     write(Path(output_dir) / "metrics.json", json.dumps(values, indent=1) + "\n")
-    say(
-        "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in values.items())])
-    )
+    rows = [f"| {name} | {value:.4g} |" for name, value in values.items()]
+    say("\n".join(["| figure | value |", "|---|---|", *rows]))

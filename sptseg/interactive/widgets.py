@@ -1,4 +1,4 @@
-"""Frequencies, filters, class names and failures, explored by hand. Core ipywidgets only.
+"""Frequencies, filters and class names, explored by hand. Core ipywidgets only.
 
 >>> explorer = FrequencyExplorer(model, image, classes, label)
 >>> explorer  # as a cell's last expression: sliders and pictures
@@ -11,47 +11,27 @@ without a browser. Pictures are the bytes of image widgets and are renewed in pl
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any
 
 import ipywidgets
 import numpy as np
 import torch
-from ipywidgets import HTML, Layout
+from ipywidgets import Layout
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision import tv_tensors
 
 from sptseg import scenes
-from sptseg.analysis import filter_picture, filter_response, radial_power, spectral_prompt_of
-from sptseg.datasets import as_array, names, plots, test_transform
-from sptseg.inference import Segmentation, augmentation, confusion, iou_per_class, pad_to_patches, segment
-from sptseg.interactive.failure_browser import FailureBrowser
-from sptseg.interactive.panels import (
-    WIDE,
-    AfterPause,
-    Explorer,
-    Map,
-    Maps,
-    Panel,
-    before_and_after,
-    message,
-    named_overlay,
-    pairs,
-    percent,
-    points,
-    row,
-    shrunk,
-    spectrum_picture,
-    table,
-    unseen_note,
-)
+from sptseg.analysis import filter_picture, filter_response, prompt_states, radial_power, spectral_prompt_of
+from sptseg.datasets import Split, as_array, names, plots, test_transform
+from sptseg.inference import Segmentation, augmentation, confusion_matrix, iou_per_class, pad_to_patches, segment
+from sptseg.interactive import parts
 from sptseg.model import SptSeg
-
-__all__ = ["FailureBrowser", "FilterExplorer", "FrequencyExplorer", "PromptPlayground"]
 
 Array = np.ndarray
 HIGHEST = 0.71  # cycles per pixel: just above sqrt(0.5), the corner of the spectrum
-PRESETS: dict[str, tuple[float, float, bool, str]] = {  # name: low, high (cycles per pixel), remove, what it shows
+BAND_PRESETS: dict[str, tuple[float, float, bool, str]] = {  # name: low, high (cycles per pixel), remove, what it shows
     "everything": (0.0, HIGHEST, False, "The picture as it is"),
     "blur": (0.0, 0.04, False, "Only slow changes: light and large shapes"),
     "middle band": (0.04, 0.14, False, "Only textures and the parts of things"),
@@ -60,7 +40,7 @@ PRESETS: dict[str, tuple[float, float, bool, str]] = {  # name: low, high (cycle
 }
 
 
-class FrequencyExplorer(Explorer):
+class FrequencyExplorer(parts.Explorer):
     """Cut a band of frequencies out of a picture, and watch picture, spectrum and the model's masks change.
 
     Args:
@@ -72,39 +52,31 @@ class FrequencyExplorer(Explorer):
     """
 
     def __init__(
-        self,
-        model: SptSeg,
-        image: Any,
-        classes: Sequence[str],
-        label: Array | None = None,
-        unseen: Collection[str] = (),
+        self, model: SptSeg, image: Any, classes: Sequence[str], label: Any = None, unseen: Collection[str] = ()
     ) -> None:
         self.model, self.classes = model, tuple(classes)
         self.names = [plots.marked(name, unseen) for name in self.classes]
-        self.picture, self.label = shrunk(as_array(image), label, len(self.classes))
-        self.spectrum, self.radius = spectrum_picture(self.picture)
+        self.picture = self.filtered = parts.made_smaller(as_array(image))
+        self.label = None if label is None else parts.made_smaller(np.asarray(label, np.int32))
+        self.spectrum, self.radius = parts.spectrum_picture(self.picture)
         self.power = radial_power(self.picture.transpose(2, 0, 1).astype(float), window=False)
         self.whole = self.result = segment(model, self.picture, self.classes)
-        self.filtered = self.picture
-
         self.band = ipywidgets.FloatRangeSlider(
             value=(0.0, HIGHEST), min=0, max=HIGHEST, step=0.005, readout_format=".3f",
             description="Band (cycles/pixel)", tooltip="Low and high cut-off; arrow keys move the handle in focus",
-            layout=Layout(width="600px"), **WIDE,
+            layout=Layout(width="600px"), **parts.WIDE,
         )  # fmt: skip
         self.remove: Any = ipywidgets.ToggleButtons(
             options=[("keep the band", False), ("remove the band", True)],
             tooltips=["Show only what lies in the band", "Show only what lies outside of the band"],
         )
-        self.presets = [ipywidgets.Button(description=name, tooltip=PRESETS[name][-1]) for name in PRESETS]
+        self.presets = [ipywidgets.Button(description=name, tooltip=BAND_PRESETS[name][-1]) for name in BAND_PRESETS]
         for button in self.presets:
-            button.on_click(lambda clicked: self.choose(*PRESETS[clicked.description][:3]))
-        self.panels = {name: Panel(name) for name in ("picture", "spectrum", "filtered picture", "prediction")}
+            button.on_click(lambda clicked: self.choose(*BAND_PRESETS[clicked.description][:3]))
+        controls = [[self.band, self.remove], [ipywidgets.Label("Presets"), *self.presets]]
+        super().__init__(controls, "picture", "spectrum", "filtered picture", "prediction")
         self.panels["picture"].show(self.picture)
-        self.note, self.table = HTML(), HTML()
-        controls = [row([self.band, self.remove]), row([ipywidgets.Label("Presets"), *self.presets]), self.note]
-        super().__init__([*controls, pairs(self.panels.values()), self.table])
-        self._choosing, self._predict_soon = False, AfterPause(self.predict)
+        self._choosing, self._predict_soon = False, parts.AfterPause(self.predict)
         for control in (self.band, self.remove):
             control.observe(self._changed, "value")
         self.update()
@@ -127,21 +99,21 @@ class FrequencyExplorer(Explorer):
         self.filtered = filter_picture(self.picture, *self.band.value, reject=self.remove.value)
         self.panels["filtered picture"].show(self.filtered)
         self.panels["spectrum"].show(self.marked_spectrum())
-        self.note.value = message(self.sentence())
+        self.note.value = parts.message(self.sentence())
 
     def predict(self) -> None:
         """Segments the filtered picture; shows the masks and what became of each class."""
         self.result = segment(self.model, self.filtered, self.classes)
         self.panels["prediction"].show(self._masks())
-        measure = "Share of the picture" if self.label is None else "IoU"
-        rows = [
-            (self.result.palette[i], (self.names[i], percent(before), percent(after), points(after - before)))
-            for i, before, after in self.changes()
-        ]
-        self.table.value = table((measure, "whole picture", "filtered", "change"), rows, unseen_note(self.names))
+        rows = []
+        for i, before, after in self.changes():
+            shares = parts.percent(before), parts.percent(after), parts.points(after - before)
+            rows.append((self.result.palette[i], (self.names[i], *shares)))
+        head = ("Share of the picture" if self.label is None else "IoU", "whole picture", "filtered", "change")
+        self.table.value = parts.table(head, rows, parts.unseen_note(self.names))
 
     def _masks(self) -> Array:
-        return named_overlay(self.filtered, self.result.labels, self.names, self.result.palette)
+        return parts.named_overlay(self.filtered, self.result.labels, self.names, self.result.palette)
 
     def changes(self) -> list[tuple[int, float, float]]:
         """Classes in truth or prediction: position, IoU (area if there is no label) before and after the cut, 0..1."""
@@ -152,7 +124,8 @@ class FrequencyExplorer(Explorer):
     def _measure(self, result: Segmentation) -> list[float]:
         if self.label is None:
             return list(result.areas().values())
-        return iou_per_class(torch.from_numpy(confusion(self.label, result.labels, len(self.classes)))).tolist()
+        split = Split.from_names("given", self.classes)
+        return iou_per_class(confusion_matrix(self.label, result.labels, split)).tolist()
 
     def marked_spectrum(self) -> Array:
         """The spectrum, dark where it is cut away, the cuts in white: (h, w, 3) uint8."""
@@ -180,18 +153,15 @@ class FrequencyExplorer(Explorer):
         self.update()
         self.predict()
         rows = [(self.names[i], self.result.palette[i], before, after) for i, before, after in self.changes()]
-        figure = plots.Plot(13.5, max(3.3, 1.1 + 0.2 * len(rows)))
-        figure.suptitle(self.sentence(), fontsize=10, color=plots.INK)
-        *axes, chart = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 0.9])
         pictures = (self.picture, self.marked_spectrum(), self.filtered, self._masks())
-        for ax, title, picture in zip(axes, self.panels, pictures, strict=True):
-            plots.show_image(ax, picture, title)
-        measure = "share of the picture (%)" if self.label is None else "IoU (%)"
-        before_and_after(chart, rows, "\n".join([measure, unseen_note(self.names)]), "whole picture", "filtered")
+        titled, size = dict(zip(self.panels, pictures, strict=True)), (13.5, max(3.3, 1.1 + 0.2 * len(rows)))
+        figure, (chart,) = parts.picture_row(titled, self.sentence(), size, [0.9])
+        below = ["share of the picture (%)" if self.label is None else "IoU (%)", parts.unseen_note(self.names)]
+        parts.before_and_after(chart, rows, "\n".join(below))
         return figure
 
 
-class FilterExplorer(Explorer):
+class FilterExplorer(parts.Explorer):
     """One channel of the learned spectral filter: amplitude, phase, and what it adds to a picture's token map.
 
     Args:
@@ -201,15 +171,14 @@ class FilterExplorer(Explorer):
     def __init__(self, model: SptSeg, images: Sequence[Any] | None = None) -> None:
         self.model, prompt = model, spectral_prompt_of(model.encoder)
         given = [scenes.draw(seed)[0] for seed in range(12)] if images is None else images
-        self.images = [shrunk(as_array(image), None, 0)[0] for image in given]
+        self.images = [parts.made_smaller(as_array(image)) for image in given]
         self.response = np.fft.fftshift(filter_response(prompt), axes=(0, 1))  # (H, W, D), frequency 0 in the middle
         gain = np.abs(self.response).mean(axis=(0, 1))  # (D,)
         self.strongest = np.argsort(-gain)[:5].tolist()
-        layers = sorted(model.encoder.spectral_layers)
-        wide = {"layout": Layout(width="420px"), **WIDE}
+        wide = {"layout": Layout(width="420px"), **parts.WIDE}
         self.block: Any = ipywidgets.Dropdown(
-            options=[(f"before block {i}", i) for i in layers], description="Prompt", **WIDE,
-            tooltip="One filter serves all of these blocks; the tokens that it meets differ",
+            options=[(f"before block {i}", i) for i in sorted(model.encoder.spectral_layers)],
+            description="Prompt", **parts.WIDE, tooltip="One filter serves all blocks; the tokens differ",
         )  # fmt: skip
         self.channel = ipywidgets.IntSlider(
             self.strongest[0], 0, len(gain) - 1, description="Channel", tooltip="One of the encoder's channels", **wide
@@ -218,11 +187,7 @@ class FilterExplorer(Explorer):
             0, 0, len(self.images) - 1, description="Picture", tooltip="Whose tokens are filtered", **wide
         )
         self._tokens: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self.photograph, self.note = Panel("picture"), HTML()
-        self.panels = {name: Panel(name) for name, *_ in self.maps()}
-        panels = [self.photograph, *self.panels.values()]
-        controls = row([self.block, self.channel, self.picture])
-        super().__init__([controls, self.note, row(panels[:3]), row(panels[3:])])
+        super().__init__([[self.block, self.channel, self.picture]], "picture", *(name for name, *_ in self.maps()))
         for control in (self.block, self.channel, self.picture):
             control.observe(self.update, "value")
         self.update()
@@ -232,37 +197,32 @@ class FilterExplorer(Explorer):
         """Patch tokens before the prompt and what it adds to them, both (H, W, D), and the class token's gate (D,)."""
         key = (self.picture.value, self.block.value)
         if key not in self._tokens:
-            model, encoder = self.model, self.model.encoder
-            image = torch.tensor(self.images[key[0]]).permute(2, 0, 1)
-            prepared = test_transform(augmentation(model.config))(tv_tensors.Image(image))[None]
-            prepared = pad_to_patches(prepared, encoder.patch_size).to(model.device)
-            height, width = grid = encoder.grid_of(prepared)
-            x = (encoder.embed(prepared), *encoder.states(prepared))[key[1]]
-            tokens, gate = x[:, -height * width :].unflatten(1, grid), x[:, 0]
-            prompt = spectral_prompt_of(encoder)
-            added = prompt(tokens, gate, prompt.filter(grid)) - tokens
-            self._tokens[key] = (tokens[0].float().cpu(), added[0].float().cpu(), gate[0].float().cpu())
+            image = tv_tensors.Image(torch.tensor(self.images[key[0]]).permute(2, 0, 1))
+            prepared = test_transform(augmentation(self.model.config))(image)[None]
+            prepared = pad_to_patches(prepared, self.model.encoder.patch_size).to(self.model.device)
+            before, added, gate = next(islice(prompt_states(self.model.encoder, prepared), key[1], None))
+            self._tokens[key] = (before[0].float().cpu(), added[0].float().cpu(), gate[0].float().cpu())
         return self._tokens[key]
 
     def update(self, _change: object = None) -> None:
         """Shows the chosen block, channel and picture."""
-        self.photograph.show(self.images[self.picture.value])
+        self.panels["picture"].show(self.images[self.picture.value])
         for name, values, low, high, colour_map in self.maps():
             self.panels[name].show_map(values, low, high, colour_map)
-        self.note.value = message(self.sentence())
+        self.note.value = parts.message(self.sentence())
 
-    def maps(self) -> list[Map]:
+    def maps(self) -> list[parts.Map]:
         """The filter, and the tokens before and after."""
         response = self.response[..., self.channel.value]  # (H, W)
         before, added, _ = (each[..., self.channel.value].numpy() for each in self.tokens())
         after = before + added
-        spread, most = float(max(abs(before).max(), abs(after).max())), float(abs(added).max())
+        highest, most = float(max(abs(before).max(), abs(after).max())), float(abs(added).max())
         return [
             ("filter: amplitude", abs(response), 0, float(abs(response).max()), "cividis"),
             ("filter: phase, degrees", np.rad2deg(np.angle(response)), -180, 180, "twilight_shifted"),
-            ("tokens before", before, -spread, spread, "RdBu_r"),
+            ("tokens before", before, -highest, highest, "RdBu_r"),
             ("added by prompt", added, -most, most, "RdBu_r"),
-            ("tokens after", after, -spread, spread, "RdBu_r"),
+            ("tokens after", after, -highest, highest, "RdBu_r"),
         ]
 
     def sentence(self) -> str:
@@ -277,10 +237,10 @@ class FilterExplorer(Explorer):
 
     def figure(self) -> Figure:
         """The same as a still picture."""
-        return Maps({"picture": self.images[self.picture.value]}, self.maps(), self.sentence())
+        return parts.map_row({"picture": self.images[self.picture.value]}, self.maps(), self.sentence())
 
 
-class PromptPlayground(Explorer):
+class PromptPlayground(parts.Explorer):
     """Type class names, and see masks and scores. What the model cannot read is told in a sentence.
 
     Args:
@@ -289,18 +249,16 @@ class PromptPlayground(Explorer):
     """
 
     def __init__(self, model: SptSeg, image: Any, classes: Sequence[str] = ("sky", "grass", "tree", "house")) -> None:
-        self.model, self.picture = model, shrunk(as_array(image), None, 0)[0]
+        self.model, self.picture = model, parts.made_smaller(as_array(image))
         self.result = segment(model, self.picture, classes)
         self.words = ipywidgets.Text(
-            ", ".join(classes), description="Classes", continuous_update=False, layout=Layout(width="600px"),
-            tooltip="Names or phrases, commas between them; the Enter key segments", placeholder="sky, boat", **WIDE,
+            ", ".join(classes), description="Classes", placeholder="sky, boat", layout=Layout(width="600px"),
+            tooltip="Names or phrases, commas between them; Enter segments", continuous_update=False, **parts.WIDE,
         )  # fmt: skip
-        self.scored = ipywidgets.Dropdown(description="Score of", tooltip="The class whose score is shown", **WIDE)
-        self.panels = {name: Panel(name) for name in ("picture", "masks", "score")}
+        tooltip = "The class whose score is shown"
+        self.scored = ipywidgets.Dropdown(description="Score of", tooltip=tooltip, **parts.WIDE)
+        super().__init__([[self.words, self.scored]], "picture", "masks", "score")
         self.panels["picture"].show(self.picture)
-        self.note, self.table = HTML(), HTML()
-        pictures = row([*self.panels.values(), self.table])
-        super().__init__([row([self.words, self.scored]), self.note, pictures])
         self.words.observe(self.update, "value")
         self.scored.observe(self.show_score, "value")
         self.update()
@@ -310,26 +268,26 @@ class PromptPlayground(Explorer):
         try:
             self.result = result = segment(self.model, self.picture, names(self.words.value))
         except ValueError as error:
-            self.note.value = message(f"{error}. The pictures still show: {', '.join(self.result.classes)}.", True)
+            kept = f"The pictures still show: {', '.join(self.result.classes)}."
+            self.note.value = parts.message(f"{error}. {kept}", warning=True)
             return
-        self.note.value = message("Every pixel gets the class with the highest score, even if that is low.")
+        self.note.value = parts.message("Every pixel gets the class with the highest score, even if that is low.")
         self.panels["masks"].show(self._masks())
         self.scores = {name: result.scores(name) for name in result.classes}
-        areas = result.areas()
-        rows = sorted(zip(result.classes, result.palette, strict=True), key=lambda row: -areas[row[0]])
-        self.table.value = table(
-            ("class", "area", "highest score"),
-            [(colour, (name, percent(areas[name]), percent(self.scores[name].max()))) for name, colour in rows],
-        )
+        areas, colours = result.areas(), dict(zip(result.classes, result.palette, strict=True))
+        largest = sorted(areas, key=lambda name: -areas[name])
+        shares = {name: (parts.percent(areas[name]), parts.percent(self.scores[name].max())) for name in largest}
+        rows = [(colours[name], (name, *shares[name])) for name in largest]
+        self.table.value = parts.table(("class", "area", "highest score"), rows)
         chosen = self.scored.value
         self.scored.options = result.classes
-        self.scored.value = chosen if chosen in result.classes else rows[0][0]
+        self.scored.value = chosen if chosen in result.classes else largest[0]
         self.show_score()
 
     def _masks(self) -> Array:
-        return named_overlay(self.picture, self.result.labels, self.result.classes, self.result.palette)
+        return parts.named_overlay(self.picture, self.result.labels, self.result.classes, self.result.palette)
 
-    def _score(self, name: str) -> Map:
+    def _score(self, name: str) -> parts.Map:
         highest = max(float(scores.max()) for scores in self.scores.values())
         return f"score of {name}", self.scores[name], 0, highest, "cividis"
 
@@ -342,5 +300,6 @@ class PromptPlayground(Explorer):
         """The same as a still picture, with the scores of the four largest classes."""
         areas = self.result.areas()
         largest = sorted(areas, key=lambda name: -areas[name])[:4]
-        title = "Areas: " + ", ".join(f"{name} {percent(areas[name])}" for name in largest)
-        return Maps({"picture": self.picture, "masks": self._masks()}, [self._score(n) for n in largest], title)
+        title = "Areas: " + ", ".join(f"{name} {parts.percent(areas[name])}" for name in largest)
+        pictures = {"picture": self.picture, "masks": self._masks()}
+        return parts.map_row(pictures, [self._score(name) for name in largest], title)

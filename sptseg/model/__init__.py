@@ -10,7 +10,7 @@ from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConf
 from sptseg.model.decoder import HighLowAttention
 from sptseg.model.encoder import PromptedEncoder, SpectralPrompt
 from sptseg.model.ops import (
-    Grid, band_filter, from_windows, grid_to_tokens, interpolation, maps_at_once, radial_frequency, resize_positions,
+    Grid, band_filter, from_windows, grid_to_tokens, interpolation, maps_at_once, resize_positions,
     to_windows, tokens_to_grid,
 )
 from sptseg.model.readouts import ReadOut, default_readout, read_out

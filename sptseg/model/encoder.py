@@ -18,6 +18,11 @@ from sptseg.model.ops import Grid, fourier_filter, radial_frequency, resample_fi
 from sptseg.model.readouts import OPTIONS, ReadOut, gem, read_block
 
 
+def last(items: Iterator[Tensor]) -> Tensor:
+    """The last item; those before it are not kept."""
+    return deque(items, maxlen=1)[0]
+
+
 class SpectralPrompt(nn.Module):
     """Adds to the patch tokens X (B, H, W, D) a filtered version of them, gated by the class token c (B, 1, 1, D):
 
@@ -162,6 +167,6 @@ class PromptedEncoder(nn.Module):
         if self.readout == "gem":  # which has no prompts, see `ModelConfig`
             x = gem(self.visual.transformer.resblocks, self.embed(images))
         else:
-            (x,) = deque(self.states(images, of_prompts=False), maxlen=1)  # (B, 1 + N, D) after the last block
+            x = last(self.states(images, of_prompts=False))  # (B, 1 + N, D) after the last block
         x = self.prompt_norm(x.to(self.prompt_norm.weight.dtype))  # CPUs add up its gradients in x's own
         return embeddings(self.visual, x, grid)

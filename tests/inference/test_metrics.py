@@ -10,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toys import SPLIT as TOYS
+from toys import Toys, toy_model
 
 from sptseg.datasets.splits import IGNORE, Split
-from sptseg.inference.metrics import Scores, SegmentationMetrics, bootstrap, iou_per_class, scores
+from sptseg.inference import evaluation
+from sptseg.inference.metrics import (
+    Scores,
+    SegmentationMetrics,
+    iou_change,
+    iou_per_class,
+    score_interval,
+    scores,
+)
 
 SPLIT = Split.from_names("farm", ["cow", "grass", "sheep", "sky"], unseen=["sheep", "sky"])
 SEEN_ONLY = Split.from_names("farm", ["cow", "grass"])
@@ -141,25 +151,71 @@ def test_large_counts_stay_exact() -> None:
     confusion = torch.zeros(4, 4, dtype=torch.long)
     confusion[0, 0], confusion[0, 1] = 3 * 10**9, 1
     assert iou_per_class(confusion)[0].item() == 3 * 10**9 / (3 * 10**9 + 1)
+    assert iou_per_class(torch.stack([confusion, confusion.T]))[:, 0].tolist() == [3 * 10**9 / (3 * 10**9 + 1)] * 2
 
 
 def test_intervals_by_hand() -> None:
     """Of two pictures, one right and one wrong, a quarter of the draws is both times the right one."""
     confusions = torch.zeros(2, 4, 4)
     confusions[0, 0, 0], confusions[1, 2, 3] = 6, 6
-    low, high = bootstrap(confusions, SPLIT)
+    low, high = score_interval(confusions, SPLIT)
     assert (low.pixel_accuracy, high.pixel_accuracy) == (0, 1)
     assert (low.iou["cow"], high.iou["cow"], high.iou["sheep"]) == (1, 1, 0)  # draws without a class do not count
     assert math.isnan(low.iou["grass"])
-    low, high = bootstrap(confusions, SPLIT, level=0.4)
+    low, high = score_interval(confusions, SPLIT, level=0.4)
     assert (low.pixel_accuracy, high.pixel_accuracy) == (0.5, 0.5)
 
 
 def test_one_picture_has_no_width_and_a_seed_repeats() -> None:
     confusions = torch.randint(0, 9, (5, 4, 4))
-    for end in bootstrap(confusions[:1], SPLIT, samples=9):
+    for end in score_interval(confusions[:1], SPLIT, draws=9):
         whole = scores(confusions[0], SPLIT)
         assert end.iou == pytest.approx(whole.iou)
         assert (end.pixel_accuracy, end.hiou) == pytest.approx((whole.pixel_accuracy, whole.hiou))
-    assert bootstrap(confusions, SPLIT, samples=50, seed=1) == bootstrap(confusions, SPLIT, samples=50, seed=1)
-    assert bootstrap(confusions, SPLIT, samples=50, seed=1) != bootstrap(confusions, SPLIT, samples=50, seed=2)
+    assert score_interval(confusions, SPLIT, draws=50, seed=1) == score_interval(confusions, SPLIT, draws=50, seed=1)
+    assert score_interval(confusions, SPLIT, draws=50, seed=1) != score_interval(confusions, SPLIT, draws=50, seed=2)
+
+
+def test_matrices_of_pictures_add_up_to_what_evaluate_scores() -> None:
+    model, dataset = toy_model().eval(), Toys(5, ((32, 32), (40, 33)))
+    counts = evaluation.confusion_matrices(model, dataset, TOYS, batch_size=2)
+    assert scores(counts.sum(0), TOYS) == evaluation.evaluate(model, dataset, TOYS, progress=False)
+    assert counts.sum((1, 2)).tolist() == [int((dataset[i]["label"] != IGNORE).sum()) for i in range(5)]
+    assert torch.equal(evaluation.confusion_matrices(model, dataset, TOYS, limit=3), counts[:3])
+
+
+def pictures_with(hits: Tensor) -> Tensor:
+    """Confusions (P, 2, 2) of pictures with 10 pixels of class 0, so many of them right; the others are called 1."""
+    return torch.stack([torch.stack([hits, 10 - hits], 1), torch.zeros(len(hits), 2, dtype=torch.long)], 1)
+
+
+def test_change_of_iou_by_hand() -> None:
+    before, after = (pictures_with(torch.tensor([hits, hits])) for hits in (10, 5))
+    found = iou_change(before, after, [0])  # every draw of two equal pictures gives the same
+    assert (found.change, found.low, found.high) == (-0.5, -0.5, -0.5)
+    assert str(found) == "-50.0 (-50.0 to -50.0)"
+    assert iou_change(before, after, [0, 1]) == found, "no picture shows class 1: it does not count"
+    assert math.isnan(iou_change(before, after, [1]).change)
+    with pytest.raises(ValueError, match="wanted the same pictures"):
+        iou_change(before, after[:1], [0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(0, 3), min_size=1))
+def test_change_of_iou_is_that_of_the_pooled_matrices(classes: set[int]) -> None:
+    before, after = torch.randint(0, 9, (2, 5, 4, 4))
+    first, second = (iou_per_class(each.sum(0))[list(classes)].mean() for each in (before, after))
+    assert iou_change(before, after, list(classes), draws=9).change == pytest.approx(float(second - first))
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Of 60 samples of 40 pictures from a known distribution, about 95 % of the intervals hold its IoU's change."""
+    sure, unsure = pictures_with(torch.full((10**5,), 10)), pictures_with(torch.randint(2, 10, (10**5,)))
+    truth = (iou_per_class(unsure.sum(0)) - iou_per_class(sure.sum(0)))[0].item()
+    held = 0
+    for i in range(60):
+        chosen = torch.randint(0, 10**5, (40,))
+        found = iou_change(sure[chosen], unsure[chosen], [0], draws=300, seed=i)
+        held += found.low <= truth <= found.high
+        assert found.low < found.change < found.high
+    assert 51 <= held < 60

@@ -16,35 +16,33 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
+from sptseg.system import write
+
 pytestmark = pytest.mark.browser
 
+SECONDS = 240  # for anything to happen, on a busy machine
 ROOT = Path(__file__).parents[2]
 ARTEFACTS = Path(os.environ.get("SPTSEG_ARTEFACTS", ROOT / "artefacts"))
 PACKAGES = ("chromium", "fonts-dejavu-core")
-SECONDS = 240  # for anything to happen, on a busy machine
-QUIET = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
 WIDGETS = {
     "FrequencyExplorer": "FrequencyExplorer(model, image, split.classes, label, split.names(split.unseen))",
     "FilterExplorer": "FilterExplorer(model)",
     "PromptPlayground": "PromptPlayground(model, image, ['sky', 'wooden fence', 'a blue house', 'flower'])",
-    "FailureBrowser": "FailureBrowser(collect(model, Scenes(6, seed=3), split))",
+    "FailureBrowser": "FailureBrowser(collect(model, sptseg.datasets.Scenes(6, seed=3), split))",
 }
 SETUP = """
 import sptseg
-from sptseg.datasets.folders import Scenes
 from sptseg.analysis.failures import collect
-from sptseg.interactive.widgets import *
+from sptseg.interactive import FailureBrowser, FilterExplorer, FrequencyExplorer, PromptPlayground
 model, split = sptseg.load_model(), sptseg.splits.scenes()
 image, label = sptseg.scenes.draw(7)
 """
@@ -61,11 +59,10 @@ def running(command: list[str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=15)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
 
 
 def free_port() -> int:
@@ -74,28 +71,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ended_by_sigterm() -> Iterator[None]:
-    """Like Ctrl-C: servers are ended before the tests are."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGTERM, before)
+def answer(url: str, timeout: float = SECONDS) -> int:
+    """The server's status, after redirections; 0 if nothing answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as found:
+            return 401 if "/login" in found.url else found.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return 0
 
 
 @pytest.fixture(scope="module")
-def chromium() -> str:
-    """Debian's, installed if that is possible."""
+def page() -> Iterator[Page]:
+    """Of Debian's Chromium, installed if that is possible."""
     if shutil.which("chromium") is None and shutil.which("apt-get") and os.geteuid() == 0:
         subprocess.run(["apt-get", "update", "-q"], check=False)
         subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", *PACKAGES], check=False)
-    found = shutil.which("chromium")
-    if found is None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
         pytest.skip(f"there is no chromium; on Debian: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
-    return found
-
-
-@pytest.fixture(scope="module")
-def page(chromium: str) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
         page = browser.new_page(viewport={"width": 1300, "height": 1600})
@@ -115,23 +111,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         "page_config": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},
         "default_setting_overrides": {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}},
     }
-    (folder / "config" / "labconfig").mkdir(parents=True)
     for name, content in settings.items():
-        (folder / "config" / "labconfig" / f"{name}.json").write_text(json.dumps(content))
+        write(folder / "config" / "labconfig" / f"{name}.json", json.dumps(content))
     with running(command, folder):
-        address = f"http://127.0.0.1:{port}"
-        wait_for(f"{address}/api")
-        yield address, folder
+        wait_until(lambda: answer(f"http://127.0.0.1:{port}/api", 5) == 200, "JupyterLab does not answer")
+        yield f"http://127.0.0.1:{port}", folder
 
 
-def wait_for(url: str) -> None:
-    for _ in range(10 * SECONDS):
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-    pytest.fail(f"nothing answers at {url}")
+def wait_until(done: Callable[[], bool], complaint: str) -> None:
+    end = time.monotonic() + SECONDS
+    while not done():
+        if time.monotonic() > end:
+            pytest.fail(complaint)
+        time.sleep(0.1)
 
 
 def run_all(page: Page, lab: tuple[str, Path], notebook: nbformat.NotebookNode, name: str) -> None:
@@ -144,15 +136,15 @@ def run_all(page: Page, lab: tuple[str, Path], notebook: nbformat.NotebookNode, 
     page.goto(f"{address}/doc/tree/{name}?reset")
     expect(page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')).to_be_attached()
     not_run = page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text="[ ]:")
-    for _ in range(SECONDS // 4):
+
+    def run() -> bool:  # again if the kernel was not connected yet: JupyterLab forgets the request
         page.get_by_text("Run", exact=True).first.click()
         page.locator('[data-command="runmenu:run-all"]').click()
-        try:
+        with suppress(AssertionError):
             expect(not_run).to_have_count(0, timeout=4000)
-            return
-        except AssertionError:  # the kernel was not connected yet, and JupyterLab forgot the request
-            continue
-    pytest.fail("JupyterLab does not run the cells")
+        return not not_run.count()
+
+    wait_until(run, "JupyterLab does not run the cells")
 
 
 def digest(picture: Locator) -> str:
@@ -161,24 +153,19 @@ def digest(picture: Locator) -> str:
     return hashlib.sha256(bytes(picture.evaluate(code))).hexdigest()
 
 
-def changed(pictures: dict[str, Locator], before: dict[str, str]) -> dict[str, str]:
-    """Waits until all pictures have changed; their new digests."""
-    now, end = before, time.monotonic() + SECONDS / 4
-    while time.monotonic() < end:
-        now = {name: digest(picture) for name, picture in pictures.items()}
-        if all(now[name] != before[name] for name in now):
-            return now
-        time.sleep(0.1)
-    pytest.fail(f"still as before: {', '.join(name for name in now if now[name] == before[name])}")
-
-
 def slide(page: Page, explorer: Locator) -> None:
     """Moves the frequency explorer's slider by mouse and by keyboard; pictures and masks must follow."""
-    names = ("spectrum", "filtered-picture", "prediction")
-    pictures = {name: explorer.locator(f".panel-{name} img") for name in names}
-    for picture in pictures.values():
+    pictures = [explorer.locator(f".panel-{name} img") for name in ("spectrum", "filtered-picture", "prediction")]
+    for picture in pictures:
         expect(picture).to_be_visible()
-    states = [{name: digest(picture) for name, picture in pictures.items()}]
+    states = [[digest(picture) for picture in pictures]]
+
+    def all_changed() -> bool:
+        now = [digest(picture) for picture in pictures]
+        done = all(new != old for new, old in zip(now, states[-1], strict=True))
+        states.extend([now] * done)
+        return done
+
     upper = explorer.locator(".noUi-handle-upper")
     upper.scroll_into_view_if_needed()
     track, handle = explorer.locator(".noUi-base").bounding_box(), upper.bounding_box()
@@ -187,17 +174,12 @@ def slide(page: Page, explorer: Locator) -> None:
     page.mouse.down()
     page.mouse.move(track["x"] + 0.6 * track["width"], handle["y"], steps=5)
     page.mouse.up()
-    states.append(changed(pictures, states[-1]))
+    wait_until(all_changed, "the mouse moves the slider and not all pictures")
     explorer.locator(".noUi-handle-lower").focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")
-    states.append(changed(pictures, states[-1]))
-    assert len({state["prediction"] for state in states}) == 3
-
-
-def keep(shown: Locator | Page, name: str) -> None:
-    ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    shown.screenshot(path=ARTEFACTS / f"{name}.png")
+    wait_until(all_changed, "the keys move the slider and not all pictures")
+    assert len({masks for *_, masks in states}) == 3
 
 
 def test_the_slider_of_the_first_notebook_moves_picture_and_masks(page: Page, lab: tuple[str, Path]) -> None:
@@ -205,42 +187,28 @@ def test_the_slider_of_the_first_notebook_moves_picture_and_masks(page: Page, la
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source += "\nquick = True"
     run_all(page, lab, notebook, "01_spectral_analysis.ipynb")
-    explorer = page.locator(".FrequencyExplorer")
-    slide(page, explorer)
-    keep(explorer, "01_spectral_analysis")
+    slide(page, page.locator(".FrequencyExplorer"))
+    page.locator(".FrequencyExplorer").screenshot(path=ARTEFACTS / "01_spectral_analysis.png")
 
 
 def test_every_widget_shows_its_pictures(page: Page, lab: tuple[str, Path]) -> None:
     cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, *WIDGETS.values())]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    run_all(page, lab, notebook, "widgets.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    run_all(page, lab, nbformat.v4.new_notebook(cells=cells, metadata=kernel), "widgets.ipynb")
     for name in WIDGETS:
         widget = page.locator(f".{name}")
         expect(widget.locator("img").first).to_be_visible()
         expect(widget.get_by_text("javascript error")).to_have_count(0)
-        widths = [
-            picture.evaluate("e => e.decode().then(() => e.naturalWidth)") for picture in widget.locator("img").all()
-        ]
+        pictures = widget.locator("img").all()
+        widths = [picture.evaluate("e => e.decode().then(() => e.naturalWidth)") for picture in pictures]
         assert len(widths) >= 3 and min(widths) > 100
-        keep(widget, name)
+        widget.screenshot(path=ARTEFACTS / f"{name}.png")
     playground = page.locator(".PromptPlayground")
-    words = playground.locator("input[type=text]")
-    words.fill("sky, zebra")
-    words.press("Enter")
+    playground.locator("input[type=text]").fill("sky, zebra")
+    page.keyboard.press("Enter")
     expect(playground.get_by_role("status")).to_contain_text("does not know 'zebra'")
-    keep(playground, "PromptPlayground-refusal")
+    playground.screenshot(path=ARTEFACTS / "PromptPlayground-refusal.png")
     assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
-
-
-def status(url: str) -> int:
-    """The server's answer, after redirections."""
-    try:
-        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
-            return 401 if "/login" in answer.url else answer.status
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
 
 
 def test_the_app_serves_the_explorer_and_nothing_else(page: Page, tmp_path: Path) -> None:
@@ -252,12 +220,11 @@ def test_the_app_serves_the_explorer_and_nothing_else(page: Page, tmp_path: Path
         assert url is not None, "the app ended without an address"
         page.goto(url)
         slide(page, page.locator(".FrequencyExplorer"))
-        keep(page, "explore")
+        page.screenshot(path=ARTEFACTS / "explore.png")
         assert "load_model" not in page.content() and "sptseg.explore" not in page.content()
         address, token = url.split("?")
-        assert status(address) == 401
+        assert answer(address) == 401
         for path in ("voila/files/explore.ipynb", "voila/files/open.html", "voila/tree", "api/contents", "lab"):
-            assert status(f"{address}{path}?{token}") in (403, 404), path
+            assert answer(f"{address}{path}?{token}") in (403, 404), path
         assert len(list(tmp_path.glob("sptseg-explore-*"))) == 1
-    assert not list(tmp_path.glob("sptseg-explore-*"))
-    assert process.returncode == 0
+    assert process.returncode == 0 and not list(tmp_path.glob("sptseg-explore-*"))

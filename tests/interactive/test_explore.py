@@ -16,48 +16,25 @@ from sptseg.datasets import images, splits
 from sptseg.interactive import app as module
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Apps that were started, and the notebook that each would serve; none of them serves."""
-    apps = []
-    monkeypatch.setattr(Voila, "start", lambda app: apps.append((app, Path(app.notebook_path).read_text())))
-    return apps
+def test_the_server_is_for_this_computer_and_notebook_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apps: list[tuple[Any, Any]] = []
 
+    def start(app: Voila) -> None:
+        apps.append((app, nbformat.read(app.notebook_path, as_version=4)))
+        raise OSError("no more sockets")
 
-def test_the_server_is_for_this_computer_and_this_notebook_only(
-    started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.setattr(Voila, "start", start)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "voila.json").write_text('{"Voila": {"ip": "0.0.0.0", "token": ""}}')
-    main(["explore", "--no-browser", "--port", "0"])
-    ((app, notebook),) = started
+    with pytest.raises(OSError, match="no more sockets"):
+        module.explore(port=0, browser=False)
+    ((app, notebook),) = apps
     assert app.ip == "127.0.0.1" and len(app.token) >= 32
     assert app.voila_configuration.file_allowlist == [] and app.voila_configuration.strip_sources
     assert app.config.MappingKernelManager.cull_idle_timeout > 0
     assert "'self'" in app.tornado_settings["headers"]["Content-Security-Policy"]
-    code = nbformat.reads(notebook, as_version=4).cells[1].source
-    assert code.endswith("explorer('', 'embedded', '', 7)")
-    assert not Path(app.notebook_path).parent.exists()  # removed
-
-
-def test_the_folder_goes_also_when_the_server_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = []
-
-    def fail(app: Voila) -> None:
-        folders.append(Path(app.notebook_path).parent)
-        raise OSError("no more sockets")
-
-    monkeypatch.setattr(Voila, "start", fail)
-    with pytest.raises(OSError, match="no more sockets"):
-        module.explore(port=0, browser=False)
-    assert not folders[0].exists()
-
-
-def test_an_address_beyond_this_computer_is_refused(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOPBACK", "0.0.0.0")
-    with pytest.raises(RuntimeError, match=r"would listen on 0\.0\.0\.0"):
-        module.explore(port=0, browser=False)
-    assert not started
+    assert notebook.cells[1].source.endswith("explorer('', 'embedded', '', 7)")
+    assert not Path(app.notebook_path).parent.exists(), "removed, though the server failed"
 
 
 def test_bad_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,9 +55,7 @@ def test_bad_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_page_shows_the_scene_with_its_truth_or_the_picture_given(tmp_path: Path) -> None:
     drawn = module.explorer("", "embedded", "", 7)
-    assert drawn.label is not None and drawn.classes == splits.scenes().classes
-    assert drawn.picture.shape == (384, 384, 3)
+    assert drawn.label is not None and drawn.classes == splits.scenes().classes and drawn.picture.shape == (384, 384, 3)
     (tmp_path / "picture.png").write_bytes(images.png(scenes.draw(3)[0]))
     given = module.explorer(str(tmp_path / "picture.png"), "embedded", "tree, sky", 7)
-    assert given.label is None and given.classes == ("tree", "sky")
-    assert (given.picture == scenes.draw(3)[0]).all()
+    assert given.label is None and given.classes == ("tree", "sky") and (given.picture == scenes.draw(3)[0]).all()

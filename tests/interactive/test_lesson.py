@@ -26,34 +26,23 @@ def test_a_figure_has_its_sentence_under_it_and_as_alternative_text(shown: list[
     lesson.show(Plot(2, 1, "noise"), "A white page.")
     picture, text = shown
     data, metadata = picture._repr_mimebundle_()
-    assert data["image/png"]
-    assert metadata["image/png"]["alt"] == "A white page."
+    assert data["image/png"] and metadata["image/png"]["alt"] == "A white page."
     assert text.data == "*A white page.*"
 
 
 @pytest.mark.parametrize(
     ("answer", "expected", "verdict"),
     [
-        (..., 3, "Not yet"),
-        (3.01, 3, "Right"),
-        (3.1, 3, "Not quite"),
-        (0, 0.0, "Right"),
-        ([1, 2], np.array([1.0, 2.0]), "Right"),
-        ([1, 2, 3], np.array([1.0, 2.0]), "Not quite"),
-        ("tree", "tree", "Right"),
-        ("car", "tree", "Not quite"),
-        (1, True, "Not quite"),
-        (True, True, "Right"),
-        (None, 3, "Not quite"),
-        ("three", 3, "Not quite"),
-        ({"a"}, {"a"}, "Right"),
+        (..., 3, "Not yet"), (3.01, 3, "Right"), (3.1, 3, "Not quite"), (0, 0.0, "Right"),
+        ([1, 2], np.array([1.0, 2.0]), "Right"), ([1, 2, 3], np.array([1.0, 2.0]), "Not quite"),
+        ("tree", "tree", "Right"), ("car", "tree", "Not quite"), (1, True, "Not quite"), (True, True, "Right"),
+        (None, 3, "Not quite"), ("three", 3, "Not quite"), ({"a"}, {"a"}, "Right"),
     ],
-)
+)  # fmt: skip
 def test_answers_are_checked(shown: list[Any], answer: object, expected: object, verdict: str) -> None:
     lesson.check(answer, expected, "Count again.")
     (text,) = shown
-    assert verdict in text.data
-    assert ("Count again." in text.data) == (verdict == "Not quite")
+    assert verdict in text.data and ("Count again." in text.data) == (verdict == "Not quite")
 
 
 def test_metrics_are_written_and_shown(shown: list[Any], tmp_path: Path) -> None:
@@ -65,14 +54,12 @@ def test_metrics_are_written_and_shown(shown: list[Any], tmp_path: Path) -> None
 
 
 def test_the_small_patches_of_a_legend_keep_their_colours(shown: list[Any]) -> None:
-    figure = Plot(4, 4)
+    figure, colours = Plot(4, 4), [(0, 158, 115), (240, 228, 66), (0, 114, 178)]
     figure.set_layout_engine("none")
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     figure.add_axes((0, 0.1, 1, 0.9)).imshow(noise)
-    colours = [(0, 158, 115), (240, 228, 66), (0, 114, 178)]
     for i, colour in enumerate(colours):
         figure.add_artist(Rectangle((0.1 * i, 0), 0.04, 0.03, color=np.array(colour) / 255))
     lesson.show(figure, "Noise, and three patches.")
     picture = np.asarray(Image.open(io.BytesIO(shown[0].data)).convert("RGB")).astype(int)
-    for i, colour in enumerate(colours):
-        assert np.abs(picture[-5, 40 * i + 8] - colour).max() < 12
+    assert np.abs(picture[-5, 8:128:40] - colours).max() < 12

@@ -13,24 +13,30 @@ import numpy as np
 from ipywidgets import HTML, Box, HBox, Layout, VBox
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from sptseg.datasets import IGNORE, Colour, enlarge, luminance, plots, png
+from sptseg.datasets import Colour, enlarge, luminance, plots, png
 
 Array = np.ndarray
 Map = tuple[str, Array, float, float, str]  # title, values (h, w), their lowest and highest, colour map
-LONGEST = 512  # pixels of the longer side: larger pictures are shrunk, for a quick answer
-PANEL = 256  # pixels on the page: the width of a picture
+LONGEST = 512  # pixels of the longer side: larger pictures are made smaller, for a quick answer
+WIDTH = 256  # pixels on the page: of a picture
 WIDE: dict[str, Any] = {"style": {"description_width": "initial"}}  # as wide as it needs
 PAUSE = 0.1  # seconds without a new value before what takes longer follows
 
 
 class Explorer(VBox):
-    """A box of controls and pictures, shown by a notebook as a cell's last expression."""
+    """Controls, a sentence, pictures by title and a table, shown by a notebook as a cell's last expression."""
 
-    def __init__(self, parts: Sequence[ipywidgets.Widget]) -> None:
-        super().__init__(parts)
+    def __init__(self, controls: Sequence[Sequence[ipywidgets.Widget]], *titles: str) -> None:
+        self.note, self.table = HTML(), HTML()
+        self.panels = {title: TitledPicture(title) for title in titles}
+        pictures, half = list(self.panels.values()), (len(titles) + 1) // 2  # where the page is narrow: in two rows
+        rows = [*controls, [self.note], [HBox(pictures[:half]), HBox(pictures[half:]), self.table]]
+        layout = Layout(flex_flow="row wrap", align_items="flex-start")
+        super().__init__([Box(row, layout=layout) for row in rows])
         self.add_class(type(self).__name__)  # a handle for style sheets and tests
 
     def __repr__(self) -> str:  # stands where no kernel runs
@@ -53,20 +59,18 @@ class AfterPause:
             self.function()
 
 
-class Panel(VBox):
+class TitledPicture(VBox):
     """A title over a picture, whose place on the page stays the same while the picture changes."""
 
     def __init__(self, title: str) -> None:
         self.name, self.title = title, HTML(f"<b>{escape(title)}</b>")
-        self.image = ipywidgets.Image(layout=Layout(width=f"{PANEL}px", flex="0 0 auto"))  # no tooltip: 8.1.9 breaks
-        super().__init__([self.title, self.image], layout=Layout(width=f"{PANEL + 14}px"))
+        self.image = ipywidgets.Image(layout=Layout(width=f"{WIDTH}px", flex="0 0 auto"))  # no tooltip: 8.1.9 breaks
+        super().__init__([self.title, self.image], layout=Layout(width=f"{WIDTH + 14}px"))
         self.add_class("panel-" + title.split(":")[0].replace(" ", "-"))
 
     def show(self, picture: Array, remark: str = "") -> None:
         """Shows (h, w, 3) uint8, enlarged if it is small; the remark goes beside the title."""
-        height = f"{round(PANEL * picture.shape[0] / picture.shape[1])}px"
-        if self.image.layout.height != height:
-            self.image.layout.height = height
+        self.image.layout.height = f"{round(WIDTH * picture.shape[0] / picture.shape[1])}px"
         self.image.value = png(enlarge(picture, _factor(picture)))
         self.title.value = f"<b>{escape(self.name)}</b> {escape(remark)}"
 
@@ -77,27 +81,32 @@ class Panel(VBox):
         self.show(colours.repeat(factor, axis=0).repeat(factor, axis=1), f"({low:.3g} to {high:.3g})")
 
 
-class Maps(plots.Plot):
+def picture_row(
+    pictures: Mapping[str, Array], sentence: str, size: tuple[float, float], further: Sequence[float] = ()
+) -> tuple[Figure, list[Axes]]:
+    """Pictures by title, side by side under a sentence, and axes beside them, so many times as wide as a picture."""
+    figure = plots.Plot(*size)
+    figure.suptitle(fill(sentence, round(11.4 * size[0])), fontsize=10, color=plots.INK)  # as wide as the figure
+    axes = figure.subplots(1, len(pictures) + len(further), width_ratios=[*[1] * len(pictures), *further])
+    for ax, (name, picture) in zip(axes, pictures.items(), strict=False):
+        plots.show_image(ax, picture, name)
+    return figure, list(axes[len(pictures) :])
+
+
+def map_row(pictures: Mapping[str, Array], maps: Sequence[Map], sentence: str) -> Figure:
     """Pictures by title, then maps with colour bars."""
-
-    def __init__(self, pictures: Mapping[str, Array], maps: Sequence[Map], title: str) -> None:
-        count = len(pictures) + len(maps)
-        super().__init__(2.1 * count, 3.1)
-        self.suptitle(fill(title, 24 * count), fontsize=10, color=plots.INK)  # as wide as the figure
-        axes = self.subplots(1, count)
-        for ax, (name, picture) in zip(axes[: len(pictures)], pictures.items(), strict=True):
-            plots.show_image(ax, picture, name)
-        for ax, (name, values, low, high, colour_map) in zip(axes[len(pictures) :], maps, strict=True):
-            shown = plots.show_image(ax, values, name, colour_map)
-            shown.set_clim(low, high)
-            bar = self.colorbar(shown, ax=ax, orientation="horizontal", fraction=0.06, pad=0.03)
-            bar.ax.tick_params(labelsize=8)
-            bar.ax.locator_params(nbins=4)
+    size = 2.1 * (len(pictures) + len(maps)), 3.1
+    figure, axes = picture_row(pictures, sentence, size, [1] * len(maps))
+    for ax, (name, values, low, high, colour_map) in zip(axes, maps, strict=True):
+        shown = plots.show_image(ax, values, name, colour_map)
+        shown.set_clim(low, high)
+        bar = figure.colorbar(shown, ax=ax, orientation="horizontal", fraction=0.06, pad=0.03)
+        bar.ax.tick_params(labelsize=8)
+        bar.ax.locator_params(nbins=4)
+    return figure
 
 
-def before_and_after(
-    ax: Axes, rows: Sequence[tuple[str, Colour, float, float]], xlabel: str, before: str, after: str
-) -> None:
+def before_and_after(ax: Axes, rows: Sequence[tuple[str, Colour, float, float]], xlabel: str) -> None:
     """Shares 0..1 before and after, a row per class, in percent; the marks differ by shape."""
     for y, (_, colour, first, second) in enumerate(rows):
         ax.plot([100 * first, 100 * second], [y, y], color=plots.INK, lw=1, zorder=1)
@@ -106,39 +115,23 @@ def before_and_after(
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
     ax.set(xlim=(-4, 104), ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel)
     ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
-    plots.tidy(ax, f"○ {before}  ■ {after}")
+    plots.tidy(ax, "○ before  ■ after")
 
 
-def _factor(picture: Array, width: float = PANEL) -> int:
+def _factor(picture: Array, width: float = WIDTH) -> int:
     """How many times a picture is enlarged to be about as wide as that, if it is smaller."""
     return max(1, round(width / picture.shape[1]))
 
 
-def row(parts: Iterable[ipywidgets.Widget]) -> Box:
-    """Side by side while there is room, else below each other."""
-    return Box(list(parts), layout=Layout(flex_flow="row wrap", align_items="flex-start"))
-
-
-def pairs(panels: Iterable[Panel]) -> Box:
-    """Four pictures side by side, or two above two where the page is narrow."""
-    first, second, third, fourth = panels
-    return row([HBox([first, second]), HBox([third, fourth])])
-
-
 def table(head: Sequence[str], rows: Iterable[tuple[Colour, Sequence[str]]], note: str = "") -> str:
     """An HTML table; a row begins with a patch of colour, its first cell is a name, the others are figures."""
-    patch = '<span style="display:inline-block;width:1em;height:1em;border:1px solid;vertical-align:-.15em;{}"></span>'
-
-    def line(cells: Sequence[str]) -> str:
-        style = ' style="padding:1px 14px 1px 0;text-align:{}"'
-        return "".join(f"<td{style.format('right' if i else 'left')}>{cell}</td>" for i, cell in enumerate(cells))
-
-    lines = [line([f"<b>{escape(title)}</b>" for title in head])]
-    for colour, (name, *figures) in rows:
-        swatch = patch.format("background:#{:02x}{:02x}{:02x}".format(*colour))
-        lines.append(line([f"{swatch} {escape(name)}", *map(escape, figures)]))
-    table = "".join(f"<tr>{cells}</tr>" for cells in lines)
-    return f'<div style="line-height:1.35;margin-right:24px"><table>{table}</table>{escape(note)}</div>'
+    patch = '<span style="display:inline-block;width:1em;height:1em;border:1px solid;background:#{:02x}{:02x}{:02x}">'
+    lines = [[f"<b>{escape(title)}</b>" for title in head]]
+    lines += [[f"{patch.format(*colour)}</span> {escape(name)}", *map(escape, rest)] for colour, (name, *rest) in rows]
+    cell = '<td style="padding:1px 14px 1px 0;text-align:{}">{}</td>'
+    cells = ("".join(cell.format("right" if i else "left", text) for i, text in enumerate(line)) for line in lines)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div style="line-height:1.35;margin-right:24px"><table>{body}</table>{escape(note)}</div>'
 
 
 def message(text: str, warning: bool = False) -> str:
@@ -159,50 +152,37 @@ def points(change: float) -> str:
     return "–" if change != change else f"{100 * change:+.1f} points"
 
 
-def _bold(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(findfont("DejaVu Sans:bold"), size)
-
-
 def named_overlay(image: Array, labels: Array, names: Sequence[str], palette: Sequence[Colour]) -> Array:
     """`plots.overlay`, enlarged if small, with names in the regions that have room for them: (h, w, 3) uint8.
 
     The twin of `plots.show_image` with `plots.write_names`, without matplotlib: a tenth of the time.
     """
-    factor, coarse = _factor(image, 1.5 * PANEL), max(1, min(labels.shape) // 128)
-    shown = plots.overlay(enlarge(image, factor), enlarge(labels, factor), palette)
-    picture = Image.fromarray(shown)
+    factor, coarse = _factor(image, 1.5 * WIDTH), max(1, min(labels.shape) // 128)
+    picture = Image.fromarray(plots.overlay(enlarge(image, factor), enlarge(labels, factor), palette))
     draw, size = ImageDraw.Draw(picture), max(10, round(0.05 * picture.width))
+    style: Any = {"anchor": "mm", "stroke_width": max(1, size // 8), "stroke_fill": "black"}
+    style["font"] = ImageFont.truetype(findfont("DejaVu Sans:bold"), size)
     for name, x, y in plots.label_spots(labels[::coarse, ::coarse], names, letter=0.034):
-        where = (x * picture.width, y * picture.height)
-        draw.text(where, name, "white", _bold(size), anchor="mm", stroke_width=max(1, size // 8), stroke_fill="black")
+        draw.text((x * picture.width, y * picture.height), name, "white", **style)
     return np.asarray(picture)
 
 
-def shrunk(image: Array, label: Array | None, classes: int) -> tuple[Array, Array | None]:
-    """A picture and its labels (H, W), of at most `LONGEST` pixels a side."""
-    if label is not None:
-        if label.shape != image.shape[:2]:
-            raise ValueError(f"the label is {label.shape} and the image {image.shape[:2]}; wanted equal sizes")
-        highest = label[label != IGNORE].max(initial=0)
-        if highest >= classes:
-            raise ValueError(f"the label holds {highest}; {classes} classes have the labels 0 to {classes - 1}")
-        label = label.astype(np.uint8)
-    share = LONGEST / max(image.shape[:2])
-    if share >= 1:
-        return image, label
-    size = (round(share * image.shape[1]), round(share * image.shape[0]))
-    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-    return small, None if label is None else np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+def made_smaller(array: Array) -> Array:
+    """A picture (H, W, 3) uint8, or labels (H, W) int32, of at most `LONGEST` pixels a side."""
+    share = min(1, LONGEST / max(array.shape[:2]))
+    size = round(share * array.shape[1]), round(share * array.shape[0])  # its own size gives the same pixels
+    resample = Image.Resampling.LANCZOS if array.ndim == 3 else Image.Resampling.NEAREST
+    return np.array(Image.fromarray(array).resize(size, resample))
 
 
 def spectrum_picture(image: Array) -> tuple[Array, Array]:
     """Log amplitude of a picture's brightness, frequency 0 in the middle: colours (h, w, 3) uint8, and radii (h, w).
 
-    Radii are in cycles per pixel. At most `PANEL` values a side: neighbours are averaged.
+    Radii are in cycles per pixel. At most `WIDTH` values a side: neighbours are averaged.
     """
     grey = luminance(image)
     amplitude = np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(grey - grey.mean()))))
-    height, width = (min(PANEL, n) for n in grey.shape)
+    height, width = (min(WIDTH, n) for n in grey.shape)
     small = np.asarray(Image.fromarray(amplitude.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
     lowest, highest = np.quantile(small, 0.02), max(float(small.max()), 1e-9)
     colours = colormaps["cividis"]((small - lowest) / (highest - lowest), bytes=True)[..., :3]

@@ -5,6 +5,7 @@ Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -32,24 +33,37 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     """Scaled dot-product attention of query (..., N, d), key (..., M, d) and value (..., M, d): (..., N, d).
 
     `bias` (N, M), of the query's type, is added to the logits of all heads.
+    """
+    return attend_by([(query, key)], value, bias)
+
+
+def attend_by(pairs: Sequence[tuple[Tensor, Tensor]], value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The sum of `attend(query, key, value, bias)` over several pairs of query and key.
 
     Torch's fused kernel is slow on x86 CPUs, most of all in bf16 and in the backward pass. There all heads at once, or
-    one after the other if their weights would not stay in the cache, take down to half of its time. Under autograd
-    this keeps all attention weights (in float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the
-    fused kernel.
+    one after the other if their weights would not stay in the cache, take down to half of its time; and of several
+    pairs the weights are added, for one product with the values. Under autograd this keeps all attention weights (in
+    float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the fused kernel.
     """
-    keys = key.shape[-2]
-    if not on_x86(query) or (keys > 1200 and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(query, key, value, bias)
-    query = query * query.shape[-1] ** -0.5
+    keys, scale = value.shape[-2], value.shape[-1] ** -0.5
+    if not on_x86(value) or (keys > 1200 and torch.is_grad_enabled()):
+        return total([F.scaled_dot_product_attention(q, k, value, bias) for q, k in pairs])
 
     def weights(logits: Tensor) -> Tensor:
         return (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
 
     if keys < 512:
-        return weights(query @ key.mT) @ value
-    heads = zip(*(part.flatten(0, -3).unbind(0) for part in (query, key, value.mT)), strict=True)
-    return torch.stack([linear(weights(linear(q, k)), v) for q, k, v in heads]).view_as(query)
+        return total([weights((q * scale) @ k.mT) for q, k in pairs]) @ value
+    queries, by_head = pairs[0][0], [part.flatten(0, -3).unbind(0) for q, k in pairs for part in (q * scale, k)]
+    mixed = []
+    for v, *head in zip(value.mT.flatten(0, -3).unbind(0), *by_head, strict=True):
+        summed = total([weights(linear(q, k)) for q, k in zip(head[::2], head[1::2], strict=True)])
+        mixed.append(linear(summed, v))
+    return torch.stack(mixed).view_as(queries)
+
+
+def total(parts: Sequence[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
 
 
 def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:

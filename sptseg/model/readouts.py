@@ -29,7 +29,7 @@ from sptseg.model.clip import (
     project,
     run_block,
 )
-from sptseg.model.ops import Grid, attend
+from sptseg.model.ops import Grid, attend, attend_by
 
 ReadOut = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "gem"]
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults
@@ -114,19 +114,19 @@ def read_block(
     query, key, value = project(block, x if context is None else torch.cat([x, context], dim=1))
     patches = slice(1, x.shape[1])
 
-    def among(a: Tensor, bias: Tensor | None = None) -> Tensor:
-        """softmax(S(a) + bias) v at the patches: (B, h, N, d)."""
-        return attend(a[:, :, patches], a, value, bias)
+    def among(*alike: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The sum of softmax(S(a) + bias) v over a, at the patches: (B, h, N, d)."""
+        return attend_by([(a[:, :, patches], a) for a in alike], value, bias)
 
     match name:
         case "maskclip":
             mixed = value[:, :, patches]
         case "sclip":
-            mixed = among(query) + among(key)
+            mixed = among(query, key)
         case "clearclip":
             mixed = among(query)
         case _:
-            mixed = among(key, spatial_bias(grid, key, sigma))
+            mixed = among(key, bias=spatial_bias(grid, key, sigma))
     output = attention_output(block, torch.cat([attend(query[:, :, :1], key, value), mixed], dim=2))
     if not bare:
         return feed_forward(block, x + output)
@@ -169,16 +169,14 @@ def gem(resblocks: nn.ModuleList, x: Tensor, blocks: int | None = None) -> Tenso
     for i, block in enumerate(resblocks[-count:], start=1):
         query, key, value = project(block, x)
         length = cast(Any, block).ln_1(x).norm(dim=-1).mean(dim=1)[:, None, None, None]
-        of_value, of_key, of_query = (self_self(a, value, length) for a in (value, key, query))
-        second = second + attention_output(block, (of_value + of_key + of_query) / 3)
+        units = [unit(a) for a in (value, key, query)]
+        clustered = [unit(attend(a * length, a, a)) for a in units]
+        second = second + attention_output(block, attend_by([(a * length, a) for a in clustered], value) / 3)
         if i == count:  # of the last block's own path, only the class token is read
             x, query = x[:, :1], query[:, :, :1]
         x = feed_forward(block, x + attention_output(block, attend(query, key, value)))
     return torch.cat([x, second[:, 1:]], dim=1)
 
 
-def self_self(a: Tensor, value: Tensor, length: Tensor) -> Tensor:
-    """GEM's attention of a (B, h, M, d) to itself after one step of clustering, applied to the values."""
-    a = F.normalize(a.float(), dim=-1).to(a.dtype)
-    a = F.normalize(attend(a * length, a, a).float(), dim=-1).to(a.dtype)
-    return attend(a * length, a, value)
+def unit(a: Tensor) -> Tensor:
+    return F.normalize(a.float(), dim=-1).to(a.dtype)

@@ -55,6 +55,18 @@ def test_attention_equals_plain_attention_in_value_and_gradient(tokens: int, dty
         assert_close(gradient.double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("tokens", [3, 600, 1300])
+def test_attention_by_several_pairs_is_the_sum(tokens: int) -> None:
+    first, second, value = (torch.randn(2, 3, tokens, 8).requires_grad_() for _ in range(3))
+    ours = ops.attend_by([(first, first), (second, second)], value)
+    plain = F.scaled_dot_product_attention(first, first, value) + F.scaled_dot_product_attention(second, second, value)
+    assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    cotangent = torch.randn_like(plain)
+    gradients = (torch.autograd.grad(mixed, (first, second, value), cotangent) for mixed in (ours, plain))
+    for gradient, expected in zip(*gradients, strict=True):
+        assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
+
+
 def random_filter(grid: ops.Grid, channels: int = 2) -> Tensor:
     return torch.randn(grid[0], grid[1] // 2 + 1, channels, dtype=torch.complex64)
 

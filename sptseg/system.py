@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+
+
+def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
+    """The file (or the folder) that results will go to, tried before the work for them begins; leaves nothing there.
+
+    Raises OSError with one sentence if nothing can be written there. Of several processes, the main one looks.
+    """
+    path = Path(path)
+    try:
+        if is_device(path) or not is_main_process():
+            return path
+        if folder != path.is_dir() and path.exists():
+            raise OSError(f"it is a {'file' if folder else 'folder'}, wanted a {'folder' if folder else 'file'}")
+        place = path.resolve() if folder else path.resolve().parent
+        missing = [each for each in (place, *place.parents) if not each.exists()]
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+        with suppress(OSError):  # another program may have put something there
+            for made in missing:
+                made.rmdir()
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise OSError(f"nothing can be written to {path} ({said}); name another place for the results") from error
+    return path
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is there and neither file nor folder, such as a pipe: nothing to replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write(path: str | os.PathLike[str], content: bytes | str, *, keep: Path | None = None) -> Path:
@@ -15,12 +52,13 @@ def write(path: str | os.PathLike[str], content: bytes | str, *, keep: Path | No
     path, data = Path(path), content.encode(errors="backslashreplace") if isinstance(content, str) else content
     part: Path | None = None
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe: nothing to replace
+        if is_device(path):
             path.write_bytes(data)
             return path
         place = path.resolve()  # a link stays a link
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name[:200]}.part")
+        rank = "" if is_main_process() else f".{os.environ['RANK']}"  # each its own, should several write
+        part = place.with_name(f".{place.name[:200]}{rank}.part")
         with part.open("wb") as file:
             file.write(data)
             file.flush()
@@ -50,3 +88,48 @@ def sync_folder(folder: Path) -> None:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes() -> int:
+    """Of how many processes this one is, as torchrun and accelerate launch start them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Of several processes the main one speaks, and another of its failure only if that has not ended the main one too.
+
+    A launcher ends all of them as soon as one has failed; so those whose failure may follow from another's wait a bit.
+    """
+    main, said = is_main_process(), io.StringIO()
+    try:
+        if main:
+            yield
+        else:
+            with redirect_stdout(io.StringIO()), redirect_stderr(said):
+                yield
+    except (Exception, SystemExit) as error:
+        failed = error.code in (1, 2) and not main if isinstance(error, SystemExit) else processes() > 1
+        if failed:
+            time.sleep(3 if main else 10)
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def usable_workers(workers: int, place: str = "/dev/shm") -> int:
+    """So many processes that read ahead, or 0, with a warning, where they could not hand over what they read.
+
+    They do it through shared memory, of which plain containers have 64 MB: less than a batch of photographs, and
+    PyTorch waits for a lost batch for ever.
+    """
+    if workers and os.path.isdir(place) and shutil.disk_usage(place).free < 2**28:
+        free = shutil.disk_usage(place).free / 2**20
+        text = f"{place} has {free:.0f} MiB free, too few for {workers} workers: pictures are read in this process"
+        warnings.warn(f"{text}; give the container more, such as docker run --shm-size=2g", stacklevel=3)
+        return 0
+    return workers

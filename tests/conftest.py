@@ -116,7 +116,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
     said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if not BARS.fullmatch(line)]
+    lines = [line for line in said.splitlines() if not BARS.fullmatch(line) and not line.startswith("note: ")]
     assert stopped.value.code == 2, said
     assert len(lines) == 1 and lines[0].startswith("sptseg: ") and 15 < len(lines[0]) < 2500, said
     return lines[0].removeprefix("sptseg: ")

@@ -35,7 +35,7 @@ from sptseg.datasets import (
 from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
-from sptseg.system import write
+from sptseg.system import is_main_process, one_voice, output_place, write
 from sptseg.training import PretrainConfig, pretrain
 
 UNTRAINED = {"dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
@@ -112,6 +112,8 @@ def evaluate_command(
         workers: processes that read ahead.
         json_file: write the scores there, each class's IoU too.
     """
+    if json_file is not None:
+        output_place(json_file)
     dataset, split = data.load("evaluation")
     model = which.load()
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
@@ -133,7 +135,7 @@ def evaluate_command(
         )
     if model.config.clip == TINY and data.data != "scenes":
         print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
-    if json_file is not None:
+    if json_file is not None and is_main_process():
         write(json_file, json.dumps(report, indent=1) + "\n")
 
 
@@ -166,8 +168,10 @@ def segment_command(
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     if out.suffix and len(files) != 1:
         raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
+            f"{shlex.quote(str(out.with_suffix('')))}"
         )
+    output_place(out, folder=not out.suffix)
     model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
     if out.suffix:
         pixels = as_array(files[0], max_pixels)
@@ -176,11 +180,6 @@ def segment_command(
         print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
         print(f"wrote {out}")
         return
-    if out.suffix:
-        raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
-            f"{shlex.quote(str(out.with_suffix('')))}"
-        )
     table, unread = io.StringIO(), []
     writer = csv.writer(table)
     writer.writerow(["picture", *names(classes)])
@@ -215,6 +214,8 @@ def check_command(
         limit: look at that many pictures only, spread evenly.
         json_file: write the report there.
     """
+    if json_file is not None:
+        output_place(json_file)
     report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
     print(report.table())
     if json_file is not None:
@@ -340,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given[:1] in (["data"], ["notebooks"]):
         given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
     Outlet.failure = None
-    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), notes_told_once():
+    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), one_voice(), notes_told_once():
         try:
             if given[:1] in (["train"], ["ablate"]):
                 with_preset(given[0], given[1:]).run()

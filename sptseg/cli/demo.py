@@ -291,7 +291,7 @@ def render_page(results: Results, charts: Mapping[str, bytes], folder: Path) -> 
             ),
             f"Bars: {first}. Markers: {', '.join(others)}. With so few scenes, a class may hang on a single picture.",
         ),
-        commands=escape("\n".join(COMMANDS).format(picture=shlex.quote(str(picture)), next_seed=results.seed + 1)),
+        commands=escape("\n".join(COMMANDS).format(picture=picture, next_seed=results.seed + 1)),
         seconds=f"{results.seconds:.0f}",
         seed=results.seed,
     )

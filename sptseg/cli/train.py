@@ -15,6 +15,7 @@ from accelerate import PartialState
 from sptseg.checkpoints import load_model
 from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
 from sptseg.model import EMBEDDED_CONFIG, ModelConfig, build_model, load_clip
+from sptseg.system import output_place
 from sptseg.training import (
     CONFIGURATIONS,
     EMBEDDED_TRAINING,
@@ -61,6 +62,7 @@ class Train:
     train: TrainConfig = EMBEDDED_TRAINING
 
     def run(self) -> None:
+        output_place(self.output, folder=True)
         dataset, split = self.data.load("training")
         validation = replace(self.data, subset="").load("evaluation")[0] if self.train.validate_every else None
         torch.manual_seed(self.train.seed)
@@ -135,6 +137,7 @@ class Ablate:
     train: TrainConfig = EMBEDDED_TRAINING
 
     def run(self) -> None:
+        output_place(self.output, folder=True)
         preset = PRESETS[self.preset]
         default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else LADDER
         chosen = names(self.configurations) or list(default)

@@ -24,6 +24,7 @@ from sptseg.datasets import Sample, Split, test_transform
 from sptseg.inference.metrics import Scores, SegmentationMetrics, confusion_matrix
 from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
 from sptseg.model import SptSeg
+from sptseg.system import usable_workers
 
 
 def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
@@ -98,7 +99,7 @@ def predictions(
     offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
     prepare = test_transform(augmentation(model.config))
     indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
-    reading = {"num_workers": workers, "collate_fn": list, "pin_memory": model.device.type == "cuda"}
+    reading = {"num_workers": usable_workers(workers), "collate_fn": list, "pin_memory": model.device.type == "cuda"}
     loader = DataLoader(Prepared(dataset, prepare), batch_size, sampler=indices, **reading)
     for batch in loader:
         samples, images = [], []

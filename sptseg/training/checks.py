@@ -124,7 +124,9 @@ def preflight(
     """
     with untouched(model):
         length: int = len(dataset)  # pyright: ignore[reportArgumentType]
-        report = PreflightReport(config.setting, survey(dataset, split, evenly(length, sample), progress=False))
+        report = PreflightReport(
+            config.setting, survey(dataset, split, evenly(length, sample), False, config.skip_unreadable)
+        )
         report.faults += report.data.faults
         report.warnings += report.data.warnings
         check_names(getattr(dataset, "split", split), split, report)

@@ -28,7 +28,7 @@ from sptseg import scenes
 from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model import Clip, from_windows, new_tiny_clip, resize_positions, run_block, save_tiny_clip, to_windows
 from sptseg.scenes import COLOURS
-from sptseg.system import cores
+from sptseg.system import cores, output_place
 from sptseg.training.state import read_sealed, write_sealed
 
 MODIFIERS = {"a", "an", "big", "small", "bright", "dark", *COLOURS}
@@ -262,7 +262,8 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     Every 500 steps the state goes to `output` + ".state"; a run of the same settings, perhaps with further stages, that
     finds one there goes on from it, with pictures in another order.
     """
-    output = Path(output)
+    output = output_place(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     state_file, history_file = output.with_suffix(".state"), output.with_suffix(".jsonl")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

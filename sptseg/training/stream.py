@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sptseg.datasets import IGNORE, Augmentation, Sample, Split, train_transform
+from sptseg.system import usable_workers
 
 Setting = Literal["inductive", "transductive", "supervised"]
 UNSEEN_PIXEL = -1
@@ -112,7 +113,12 @@ def set_apart(_worker: int) -> None:
 
 def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> DataLoader[Any]:
     """The batches of a training stream, read by `workers` processes."""
-    reading = {"num_workers": workers, "pin_memory": pin_memory, "collate_fn": collate, "worker_init_fn": set_apart}
+    reading = {
+        "num_workers": usable_workers(workers),
+        "pin_memory": pin_memory,
+        "collate_fn": collate,
+        "worker_init_fn": set_apart,
+    }
     return DataLoader(stream, batch_sampler=positions, **reading)
 
 

@@ -270,7 +270,7 @@ def test_a_folder_named_like_a_picture(here: Path, model: SptSeg, capsys: pytest
     Path("photos/a.png").mkdir(parents=True)
     assert "holds no pictures" in refused(capsys, "segment", "photos/a.png", "--classes", "grass")
     said = refused(capsys, "segment", "photos", "--classes", "grass", "--out", "out")
-    assert "a.png is a folder; wanted an image file" in said
+    assert "holds no pictures, but 1 entries that are no pictures Pillow reads: a.png" in said
 
 
 @pytest.mark.slow

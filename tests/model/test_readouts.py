@@ -214,7 +214,7 @@ def test_gem_with_prompts_is_refused(changes: dict[str, Any]) -> None:
 
 
 def test_an_unknown_read_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="readout is 'x'; choose one of plain, maskclip, sclip"):
+    with pytest.raises(ValueError, match="readout is 'x'; wanted one of plain, maskclip, sclip"):
         ModelConfig(readout="x")  # type: ignore[arg-type]
 
 

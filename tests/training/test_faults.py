@@ -219,7 +219,6 @@ def test_the_commands_list_what_they_left_out(folder: Path, capsys: pytest.Captu
     (folder / "classes.txt").write_text("grass\nwater\nboat\ntree\nhouse\n")
     commands = {
         "evaluate": ["--model", "dense-clip", "--data", str(folder), "--json", str(folder / "new" / "scores.json")],
-        "segment": [str(folder / "images"), "--classes", "grass,water", "--out", str(folder / "out")],
     }
     for command, options in commands.items():
         with pytest.raises(SystemExit) as stopped:
@@ -229,8 +228,6 @@ def test_the_commands_list_what_they_left_out(folder: Path, capsys: pytest.Captu
         said = capsys.readouterr().out
         assert "left out 2 pictures that cannot be read:\n- " in said and "i.png is not an image" in said
     assert broken_files(json.loads((folder / "new" / "scores.json").read_text())["left_out"]) == ["d.png", "i.png"]
-    assert len((folder / "out" / "areas.csv").read_text().splitlines()) == 11
-    assert not list((folder / "out").glob("[di]*"))
 
 
 # Losses that are no numbers: see also test_training.py

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -23,29 +23,15 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from sptseg import scenes
+from sptseg import scenes, training
 from sptseg.checkpoints import load_model
-from sptseg.cli.measure import HEADER, Clock, Row, Stopwatch, Work, line, machine, peak_memory, utilisation
+from sptseg.cli.measure import HEADER, Row, Stopwatch, Work, machine, peak_memory
 from sptseg.datasets import ImageMaskFolder, Split
 from sptseg.datasets import scenes as scenes_split
 from sptseg.inference import Precision, at_precision, new_accelerator, segment, window_logits
 from sptseg.model import TINY, ModelConfig, SptSeg, build_model, read_out, readouts, resize_positions
 from sptseg.system import cores, write
-from sptseg.training import (
-    VOC,
-    Positions,
-    TrainConfig,
-    Trainee,
-    TrainingStream,
-    label_table,
-    loading,
-    parameter_groups,
-    segmentation_loss,
-    step,
-    training_augmentation,
-)
 
 Suite = Literal["inference", "training", "loss", "data", "widgets"]
 PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
@@ -53,21 +39,28 @@ PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: the window's side, class counts, the large picture's side, the loss's and the step's batch."""
+    """What is measured: a window's side, how many at once, class counts, the large picture's side, batches, turns."""
 
     clip: str = "ViT-B-16-quickgelu"
     side: int = 512
-    few: int = 20
-    many: int = 171
+    windows: int = 1
+    few: int = 20  # VOC
+    many: int = 171  # COCO-Stuff
     large: int = 2048
     loss_batch: int = 1
     loss_classes: int = 156
     batch: int = 4
-    repeats: int = 5
-    pictures: int = 64
+    trained: tuple[int, ...] = (20,)
+    steps: int = 6
+    turns: int = 3
+    pictures: int = 32
 
 
-QUICK = Sizes(TINY, side=64, few=3, many=5, large=160, loss_classes=6, batch=2, repeats=2, pictures=4)
+SIZES = {"cpu": Sizes(), "cuda": Sizes(windows=64, batch=16, trained=(20, 171), steps=40)}
+QUICK = Sizes(
+    TINY, side=64, few=3, many=5, large=160, loss_classes=6, batch=2, trained=(3, 5), steps=2, turns=2, pictures=4
+)
+PRESETS = (("voc", "context"), ("coco-stuff",))  # with about so many classes as `trained` says
 
 
 def plain_twins() -> ModuleType:
@@ -108,53 +101,44 @@ def to_labels(model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
 def large_picture(sizes: Sizes, device: torch.device) -> Work:
     model = new_model(sizes, device)
     text = unit(sizes.many, model.encoder.visual.output_dim).to(device)
-    images = torch.randn(1, 3, sizes.large, sizes.large)
-    return lambda: to_labels(model, images, text)
+    return partial(to_labels, model, torch.randn(1, 3, sizes.large, sizes.large), text)
 
 
 def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     """A window to labels (on a GPU 64), few classes and many; read-outs; float32, bf16; memory of a large picture."""
     device = watch.device
-    images = torch.randn(64 if device.type == "cuda" else 1, 3, sizes.side, sizes.side, device=device)
+    images = torch.randn(sizes.windows, 3, sizes.side, sizes.side, device=device)
     model = new_model(sizes, device).requires_grad_(False)
     text = {count: unit(count, model.encoder.visual.output_dim).to(device) for count in (sizes.few, sizes.many)}
     cases: dict[str, Work] = {}
-    against: dict[str, str] = {}
-    counted: dict[str, torch.dtype] = {}  # what is compiled, or fused into one kernel, is no countable product
-    widths: dict[str, tuple[Precision, torch.dtype]] = {
-        "float32": ("no", torch.float32),
-        "bf16": ("bf16", torch.bfloat16),
-    }
-    for width, (precision, dtype) in widths.items():
+    against = {"bare encoder, bf16": "bare encoder, float32"}
+    widths: dict[Precision, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16}
+    for precision, dtype in widths.items():
+        width = str(dtype).removeprefix("torch.").replace("bfloat", "bf")
         narrow, bare = at_precision(model, precision), bare_encoder(model, sizes, dtype)
         cases[f"bare encoder, {width}"] = torch.inference_mode()(lambda bare=bare, dtype=dtype: bare(images.to(dtype)))
         for count, embeddings in text.items():
-            cases[name := f"{count} classes, {width}"] = lambda m=narrow, e=embeddings: to_labels(m, images, e)
-            against[name], counted[name] = f"bare encoder, {width}", dtype
+            cases[name := f"{count} classes, {width}"] = partial(to_labels, narrow, images, embeddings)
+            against[name] = f"bare encoder, {width}"
         for name in readouts.OPTIONS:
             read = torch.inference_mode()(partial(read_out, narrow.encoder.visual, images, name))
             cases[f"read-out {name}, {width}"] = read
             if name != "plain":
                 against[f"read-out {name}, {width}"] = f"read-out plain, {width}"
-    against["bare encoder, bf16"] = "bare encoder, float32"
-    if device.type == "cuda":  # on a CPU it takes minutes to compile, and gains little
-        compiled = at_precision(model, "bf16")
-        compiled.compile(dynamic=True)
-        cases["compiled, bf16"] = lambda: to_labels(compiled, images, text[sizes.few])
-        against["compiled, bf16"] = "bare encoder, bf16"
-    if PLAIN.is_file():
+    for count, embeddings in text.items() if PLAIN.is_file() else ():
         plain = torch.inference_mode()(plain_twins().labels)
-        for count, embeddings in text.items():
-            cases[name := f"plain PyTorch, {count} classes, float32"] = lambda e=embeddings: plain(model, images, e)
-            against[name] = "bare encoder, float32"
+        cases[name := f"plain PyTorch, {count} classes, float32"] = partial(plain, model, images, embeddings)
+        against[name] = "bare encoder, float32"
     for row in watch.compare("inference", cases, against):
-        assert row.seconds is not None
-        dtype = counted.get(row.case)
-        used = {} if dtype is None else utilisation(watch, cases[row.case], row.seconds, dtype)
-        yield replace(row, extra={"windows_per_second": len(images) / row.seconds, **used})
+        yield with_rate(row, "windows_per_second", len(images))
     yield Row("inference", "labels that are equal in bf16 and float32", extra={"share": equal_labels(sizes, device)})
     name = f"{sizes.many} classes, picture of {sizes.large} x {sizes.large}, float32, above the weights"
     yield Row("inference", name, peak_gib=peak_memory(large_picture, sizes, device, device=device))
+
+
+def with_rate(row: Row, name: str, count: int) -> Row:
+    assert row.seconds is not None
+    return replace(row, extra={name: count / row.seconds})
 
 
 def equal_labels(sizes: Sizes, device: torch.device) -> float:
@@ -162,24 +146,16 @@ def equal_labels(sizes: Sizes, device: torch.device) -> float:
 
     The trained model counts: with random weights scores are near ties, and rounding decides.
     """
-    model = load_model().to(device)
-    narrow = at_precision(model, "bf16")
-    names = scenes_split().classes
-    equal = []
-    for seed in range(sizes.pictures):
-        wide, short = (segment(each, scenes.draw(seed)[0], names).labels for each in (model, narrow))
-        equal.append(float((wide == short).mean()))
-    return statistics.mean(equal)
+    wide, classes = load_model().to(device), scenes_split().classes
+    models = (wide, at_precision(wide, "bf16"))
+    pairs = ([segment(each, scenes.draw(seed)[0], classes).labels for each in models] for seed in range(sizes.pictures))
+    return statistics.mean(float((one == other).mean()) for one, other in pairs)
 
 
 def drawn_labels(batch: int, side: int, values: list[int]) -> Tensor:
-    """Label maps (B, S, S) of blocks, in each of which every value occurs."""
-    cells = torch.tensor(values).repeat(-(-256 // len(values)))[:256].view(16, 16)
-    return (
-        cells.repeat_interleave(-(-side // 16), 0)
-        .repeat_interleave(-(-side // 16), 1)[:side, :side]
-        .repeat(batch, 1, 1)
-    )
+    """Label maps (B, S, S) of 16 x 16 blocks, in which every value occurs."""
+    cells = torch.tensor(values).repeat(-(-256 // len(values)))[:256].view(1, 1, 16, 16)
+    return F.interpolate(cells.float(), size=(side, side), mode="nearest")[0].long().repeat(batch, 1, 1)
 
 
 def loss_case(sizes: Sizes, present: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -191,51 +167,51 @@ def loss_case(sizes: Sizes, present: int, device: torch.device) -> tuple[Tensor,
     return logits.requires_grad_(), drawn_labels(sizes.loss_batch, sizes.side, values).to(device)
 
 
-def our_loss(sizes: Sizes, present: int, device: torch.device) -> Work:
+def loss_and_gradient(who: str, sizes: Sizes, present: int, device: torch.device) -> Work:
+    """The work that returns both, ours or the plain twin's."""
+    segmentation_loss = training.segmentation_loss if who == "our" else plain_twins().segmentation_loss
     logits, labels = loss_case(sizes, present, device)
-    return lambda: torch.autograd.grad(segmentation_loss(logits, labels, "spt")["total"], logits)[0]
 
+    def work() -> tuple[Tensor, Tensor]:
+        total = segmentation_loss(logits, labels, "spt")["total"]
+        return total.detach(), torch.autograd.grad(total, logits)[0]
 
-def plain_loss(sizes: Sizes, present: int, device: torch.device) -> Work:
-    (logits, labels), plain = loss_case(sizes, present, device), plain_twins()
-    return lambda: torch.autograd.grad(plain.segmentation_loss(logits, labels, "spt")["total"], logits)[0]
+    return work
 
 
 def loss(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     """Loss and gradient against the plain twin: time, peak memory, and by how much they differ."""
-    plain, device = plain_twins(), watch.device
     for present in (min(8, sizes.loss_classes // 2), sizes.loss_classes):
-        ours, twin = our_loss(sizes, present, device), plain_loss(sizes, present, device)
-        names = [f"{who}, {sizes.loss_classes} classes, {present} present" for who in ("our loss", "plain loss")]
-        rows = watch.compare("loss", dict(zip(names, (ours, twin), strict=True)), {names[0]: names[1]})
-        peaks = [peak_memory(make, sizes, present, device, device=device) for make in (our_loss, plain_loss)]
-        case = loss_case(sizes, present, device)
-        value, wanted = (f(*case, "spt")["total"].item() for f in (segmentation_loss, plain.segmentation_loss))
-        gradient, expected = cast(Tensor, ours()), cast(Tensor, twin())
-        apart = {"value": abs(value / wanted - 1), "gradient": float((gradient - expected).norm() / expected.norm())}
-        yield replace(rows[0], peak_gib=peaks[0], extra={"memory_ratio": peaks[0] / peaks[1], **apart})
-        yield replace(rows[1], peak_gib=peaks[1])
+        case = (sizes, present, watch.device)
+        works = {who: loss_and_gradient(who, *case) for who in ("our", "plain")}
+        peaks = [peak_memory(loss_and_gradient, who, *case, device=watch.device) for who in works]
+        ours, plain = (cast(tuple[Tensor, Tensor], work()) for work in works.values())
+        apart = [float((one - other).norm() / other.norm()) for one, other in zip(ours, plain, strict=True)]
+        what = f"loss, {sizes.loss_classes} classes, {present} present"
+        cases = {f"{who} {what}": work for who, work in works.items()}
+        one, other = watch.compare("loss", cases, {f"our {what}": f"plain {what}"})
+        extra = {"memory_ratio": peaks[0] / peaks[1], "value": apart[0], "gradient": apart[1]}
+        yield replace(one, peak_gib=peaks[0], extra=extra)
+        yield replace(other, peak_gib=peaks[1])
 
 
-class Training:
+class Trainer:
     """A model, an optimiser and a batch, ready for steps in the supervised setting."""
 
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.batch = 16 if cuda else sizes.batch
-        self.config = TrainConfig(setting="supervised", batch_size=self.batch, precision="bf16" if cuda else "no")
-        self.split = Split.from_names("benchmark", [f"class {i}" for i in range(sizes.few)])
-        self.accelerator = new_accelerator(self.config.precision, cpu=not cuda)
+    def __init__(self, sizes: Sizes, classes: int, device: torch.device) -> None:
+        self.precision: Precision = "bf16" if device.type == "cuda" else "no"
+        self.config = training.TrainConfig(setting="supervised", batch_size=sizes.batch, precision=self.precision)
+        self.split = Split.from_names("benchmark", [f"class {i}" for i in range(classes)])
+        self.accelerator = new_accelerator(self.precision, cpu=device.type == "cpu")
         self.model = new_model(sizes, device).train()
-        text = unit(sizes.few, self.model.encoder.visual.output_dim).to(device)
-        self.trainee = Trainee(self.model, text)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.01), lr=1e-4, fused=True)
-        self.images = torch.randn(self.batch, 3, sizes.side, sizes.side, device=device)
-        self.labels = drawn_labels(self.batch, sizes.side, list(range(min(8, sizes.few)))).to(device)
+        self.trainee = training.Trainee(self.model, unit(classes, self.model.encoder.visual.output_dim).to(device))
+        self.optimizer = torch.optim.AdamW(training.parameter_groups(self.model, 0.01), lr=1e-4, fused=True)
+        self.images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device)
+        self.labels = drawn_labels(sizes.batch, sizes.side, list(range(min(8, classes)))).to(device)
 
     def step(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
         batch = (self.images, self.labels) if images is None or labels is None else (images, labels)
-        step(self.accelerator, self.trainee, self.optimizer, [batch], self.split, self.config)
+        training.step(self.accelerator, self.trainee, self.optimizer, [batch], self.split, self.config)
 
     def plain_step(self, plain: ModuleType) -> None:
         """The same in plain PyTorch, float32."""
@@ -244,77 +220,72 @@ class Training:
         plain.segmentation_loss(logits, self.labels, "spt")["total"].backward()
         self.optimizer.step()
 
+    def loaded(self, folder: str, pictures: int, workers: int) -> Iterator[Any]:
+        """Augmented training batches from JPEG files of VOC's size, 500 x 375."""
+        for part in ("images", "masks"):
+            Path(folder, part).mkdir()
+        for seed in range(pictures):
+            image, label = scenes.draw(seed, size=128)
+            mask = Image.fromarray((label % len(self.split.classes)).astype("uint8"))
+            Image.fromarray(image).resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
+            mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{folder}/masks/{seed}.png")
+        augmentation = training.training_augmentation(self.model, self.config)
+        _, table = training.label_table(self.split, "supervised")
+        stream = training.TrainingStream(ImageMaskFolder(folder, self.split), augmentation, table, 0)
+        positions = training.Positions(range(10**6), self.config.batch_size, 1, 0, 1)
+        return iter(training.loading(stream, positions, workers, pin_memory=self.accelerator.device.type == "cuda"))
 
-def training_step(sizes: Sizes, device: torch.device) -> Work:
-    return Training(sizes, device).step
+
+def training_step(sizes: Sizes, classes: int, device: torch.device) -> Work:
+    return Trainer(sizes, classes, device).step
 
 
-def training(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
+def training_steps(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     """A step of the optimiser against the bare encoder's forward pass; with loading, and what whole runs would take."""
-    made = Training(sizes, watch.device)
-    dtype = torch.bfloat16 if watch.device.type == "cuda" else torch.float32
-    bare = bare_encoder(made.model, sizes, dtype)
-    forward = torch.inference_mode()(lambda: bare(made.images.to(dtype)))
-    names = (f"bare encoder, forward, batch {made.batch}", f"step, batch {made.batch}, {sizes.few} classes")
-    cases, against = {names[0]: forward, names[1]: made.step}, {names[1]: names[0]}
-    if PLAIN.is_file() and watch.device.type == "cpu":
-        plain, name = plain_twins(), f"plain PyTorch, step, batch {made.batch}, {sizes.few} classes"
-        cases[name], against[name] = lambda: made.plain_step(plain), names[0]
-    rows = watch.compare("training", cases, against)
-    seconds = rows[1].seconds
-    assert seconds is not None
-    yield rows[0]
-    yield from rows[2:]
-    extra = {"images_per_second": made.batch / seconds, **utilisation(watch, made.step, seconds, dtype)}
-    yield replace(rows[1], extra=extra, peak_gib=peak_memory(training_step, sizes, watch.device, device=watch.device))
-    with tempfile.TemporaryDirectory() as folder:
-        loader = iter(stream_loader(Path(folder), made, sizes, workers=VOC.train.workers))
-        steps = 2 * sizes.repeats if watch.device.type == "cpu" else 40
+    device = watch.device
+    trainers = {f"step, batch {sizes.batch}, {n} classes": Trainer(sizes, n, device) for n in sizes.trained}
+    first, *_ = trainers.values()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bare, name = bare_encoder(first.model, sizes, dtype), f"bare encoder, forward, batch {sizes.batch}"
+    cases: dict[str, Work] = {name: torch.inference_mode()(lambda: bare(first.images.to(dtype)))}
+    cases |= {case: trainer.step for case, trainer in trainers.items()}
+    if PLAIN.is_file() and device.type == "cpu":
+        cases["plain PyTorch, " + next(iter(trainers))] = partial(first.plain_step, plain_twins())
+    for row in watch.compare("training", cases, dict.fromkeys([*cases][1:], name)):
+        if trainer := trainers.get(row.case):
+            peak = peak_memory(training_step, sizes, len(trainer.split.classes), device, device=device)
+            row = replace(with_rate(row, "images_per_second", sizes.batch), peak_gib=peak)
+        yield row
+    for trainer, presets in zip(trainers.values(), PRESETS, strict=False):
+        with TemporaryDirectory() as folder:
+            batches = trainer.loaded(folder, sizes.pictures, training.PRESETS["voc"].train.workers)
 
-        def run() -> None:
-            for _ in range(steps):
-                batch = next(loader)
-                made.step(batch.image, batch.target)
+            def run(steps: int, trainer: Trainer = trainer, batches: Iterator[Any] = batches) -> None:
+                for batch in (next(batches) for _ in range(steps)):
+                    trainer.step(batch.image, batch.target)
 
-        run()
-        rate = steps * made.batch / watch.wall(run)
-    hours = {"hours_voc_20k": 20_000 * 16 / rate / 3600, "hours_coco_stuff_80k": 80_000 * 16 / rate / 3600}
-    yield Row("training", "steps, loading included", extra={"images_per_second": rate, **hours})
-
-
-def stream_loader(folder: Path, made: Training, sizes: Sizes, workers: int) -> DataLoader[Any]:
-    """Augmented training batches from JPEG files of VOC's size, 500 x 375."""
-    for name in ("images", "masks"):
-        (folder / name).mkdir(exist_ok=True)
-    for seed in range(sizes.pictures):
-        image, label = scenes.draw(seed, size=128)
-        label = label % len(made.split.classes)
-        Image.fromarray(image).resize((500, 375)).save(folder / "images" / f"{seed}.jpg")
-        Image.fromarray(label.astype("uint8")).resize((500, 375), Image.Resampling.NEAREST).save(
-            folder / "masks" / f"{seed}.png"
-        )
-    _, table = label_table(made.split, "supervised")
-    dataset = ImageMaskFolder(folder, made.split)
-    stream = TrainingStream(dataset, training_augmentation(made.model, made.config), table, 0)
-    positions = Positions(range(10**6), made.batch, 1, 0, 1)
-    return loading(stream, positions, workers, pin_memory=made.accelerator.device.type == "cuda")
+            run(2)  # workers start
+            rate = sizes.steps * sizes.batch / watch.seconds(partial(run, sizes.steps))
+        runs = {preset: training.PRESETS[preset].train for preset in presets}
+        hours = {f"hours_{preset}": each.iterations * each.batch_size / rate / 3600 for preset, each in runs.items()}
+        name = "steps, loading included" + (f", {len(trainer.split.classes)} classes" if trainer is not first else "")
+        yield Row("training", name, extra={"images_per_second": rate, **hours})
 
 
 def data(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     """Augmented training pictures a second: from files in one process and in several; drawn scenes."""
-    made = Training(replace(sizes, clip=TINY), torch.device("cpu"))
-    made.model.config = replace(made.model.config, image_size=(sizes.side, sizes.side))
+    trainer = Trainer(replace(sizes, clip=TINY), sizes.few, torch.device("cpu"))
+    count = max(2, sizes.pictures // sizes.batch)
     for workers in (0, cores()):
-        with tempfile.TemporaryDirectory() as folder:
-            loader = iter(stream_loader(Path(folder), made, sizes, workers))
-            batches = max(2, sizes.pictures // made.batch)
-            next(loader)
-            taken = watch.wall(lambda loader=loader, batches=batches: [next(loader) for _ in range(batches)])
-            rate = batches * made.batch / taken
-            yield Row("data", f"crops of {sizes.side}, {workers} workers", extra={"images_per_second": rate})
-            del loader
-    taken = watch.wall(lambda: [scenes.draw(seed) for seed in range(sizes.pictures)])
-    yield Row("data", "drawn scenes of 128", extra={"images_per_second": sizes.pictures / taken})
+        with TemporaryDirectory() as folder:
+            batches = trainer.loaded(folder, sizes.pictures, workers)
+            next(batches)
+            seconds = watch.seconds(lambda batches=batches: [next(batches) for _ in range(count)])
+            rate = {"images_per_second": count * sizes.batch / seconds}
+            yield Row("data", f"crops of {sizes.side}, {workers} workers", extra=rate)
+            del batches
+    seconds = watch.seconds(lambda: [scenes.draw(seed) for seed in range(sizes.pictures)])
+    yield Row("data", "drawn scenes of 128", extra={"images_per_second": sizes.pictures / seconds})
 
 
 def widgets(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
@@ -325,14 +296,13 @@ def widgets(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
         raise ValueError("the widgets suite needs ipywidgets: pip install 'sptseg[notebooks]'") from error
     image, _ = scenes.draw(7, size=sizes.side)
     explorer = FrequencyExplorer(load_model(), image, ["tree", "sky", "grass", "house"])
-    yield from watch.compare(
-        "widgets", {"filter and show": explorer.update, "masks of the filtered picture": explorer.predict}, {}
-    )
+    cases = {"filter and show": explorer.update, "masks of the filtered picture": explorer.predict}
+    yield from watch.compare("widgets", cases, {})
 
 
 SUITES: dict[str, Callable[[Sizes, Stopwatch], Iterator[Row]]] = {
     "inference": inference,
-    "training": training,
+    "training": training_steps,
     "loss": loss,
     "data": data,
     "widgets": widgets,
@@ -343,7 +313,6 @@ def benchmark(
     suites: tyro.conf.Positional[tuple[Suite, ...]] = (),
     quick: bool = False,
     threads: int | None = None,
-    clock: Clock = "wall",
     loss_batch: int | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -353,26 +322,21 @@ def benchmark(
         suites: inference, training, loss, data, widgets; all by default.
         quick: tiny sizes, in seconds: whether it runs, not how fast.
         threads: of torch on the CPU.
-        clock: "cpu" counts the process's CPU time, for machines that other programs use at the same time.
         loss_batch: pictures in the loss suite; the plain twin needs about 4 GiB for each.
         json_file: write the figures there.
     """
-    sizes = QUICK if quick else Sizes()
-    sizes = sizes if loss_batch is None else replace(sizes, loss_batch=loss_batch)
-    if min(sizes.loss_batch, 1 if threads is None else threads) < 1:
-        raise ValueError(f"threads is {threads} and loss_batch {loss_batch}; wanted at least 1")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    for name, value in {"threads": threads, "loss_batch": loss_batch}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; wanted at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = machine(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(HEADER)
-    rows: list[Row] = []
+    sizes = QUICK if quick else SIZES[device.type]
+    sizes = replace(sizes, loss_batch=loss_batch or sizes.loss_batch)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    about, rows = machine(device), []
+    print(", ".join(f"{name} {value}" for name, value in about.items()), HEADER, sep="\n")
     for suite in suites or get_args(Suite):
-        for row in SUITES[suite](sizes, Stopwatch(device, sizes.repeats, clock)):
-            rows.append(row)
-            print(line(row), flush=True)
+        for row in SUITES[suite](sizes, Stopwatch(device, sizes.turns)):
+            rows.append(asdict(row))
+            print(row.line(), flush=True)
     if json_file is not None:
-        write(
-            json_file, json.dumps({"machine": about, "clock": clock, "rows": [asdict(row) for row in rows]}, indent=1)
-        )
+        write(json_file, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")

@@ -1,7 +1,4 @@
-"""The job of `make demo`: segment, train and score in the picture-book world, and put it all on one page.
-
-`run` computes, `render_page` writes HTML from what it computed, `demo` does both and fills a folder.
-"""
+"""The job of `make demo`: segment, train and score in the picture-book world, and put it all on one page."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import base64
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
@@ -23,9 +20,9 @@ import torch
 from sptseg import scenes
 from sptseg.analysis import class_iou_bars, training_curves
 from sptseg.checkpoints import load_model
-from sptseg.datasets import IGNORE, Colour, Scenes, enlarge, plots, png
+from sptseg.datasets import Scenes, enlarge, plots, png
 from sptseg.inference import Scores, evaluate, segment
-from sptseg.model import EMBEDDED_CONFIG, build_model
+from sptseg.model import EMBEDDED_CONFIG, SptSeg, build_model
 from sptseg.system import write
 from sptseg.training import EMBEDDED_TRAINING, fit
 
@@ -40,10 +37,6 @@ HONESTY = (
     "These are figures of {scenes} scenes (seed {seed}), with one training run per model: a few points are chance. "
     "Means and standard deviations over training seeds, on more scenes, are in README.md and data/README.md."
 )
-TRAINING = (
-    "{iterations} steps of {batch} pictures, with masks of the {seen} seen classes only. The model begins as dense "
-    "CLIP. This is a first taste: the embedded model was trained for longer."
-)
 COMMANDS = (
     'sptseg segment {picture} --classes "a boat,a tree,water,mountain" --out masks.png',
     "sptseg evaluate --model embedded --data scenes --seed {next_seed} --json scores.json",
@@ -52,41 +45,22 @@ COMMANDS = (
 
 
 @dataclass(frozen=True)
-class Plate:
-    """A segmented picture: image (H,W,3) uint8, labels and truth (H,W), which index `names` and `palette`."""
+class Picture:
+    """A PNG file, what it shows, and what is said below it."""
 
-    title: str
-    image: np.ndarray
-    labels: np.ndarray
-    truth: np.ndarray | None
-    names: tuple[str, ...]
-    palette: tuple[Colour, ...]
-    unseen: tuple[str, ...]
+    png: bytes
+    alt: str
+    caption: str = ""
 
-    @property
-    def accuracy(self) -> float | None:
-        """Share of labelled pixels with the right class."""
-        if self.truth is None:
-            return None
-        known = self.truth != IGNORE
-        return float((self.labels == self.truth)[known].mean())
+    @classmethod
+    def of(cls, figure: plots.Figure, alt: str, caption: str = "") -> Picture:
+        return cls(plots.png_bytes(figure, dpi=150), alt, caption)
 
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that the page shows; `scores` begins with the embedded SPT-SEG."""
-
-    seed: int
-    scenes: int
-    iterations: int
-    classes: tuple[str, ...]
-    unseen: tuple[str, ...]
-    gallery: tuple[Plate, ...]
-    free: Plate
-    score_maps: Mapping[str, np.ndarray]
-    history: Sequence[Mapping[str, Any]]
-    scores: Mapping[str, Scores]
-    seconds: float
+    def html(self) -> str:
+        """The picture on the page, which needs no other file."""
+        data = base64.b64encode(self.png).decode()
+        below = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
+        return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(self.alt)}">{below}</figure>'
 
 
 def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, iterations: int = 60) -> Path:
@@ -103,83 +77,95 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
             raise ValueError(f"{name} is {value}; wanted at least 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    page = save(run(seed, scenes, iterations), folder)
-    print(f"\nOpen {page.resolve().as_uri()} in a browser")
+    started = time.perf_counter()
+    data = Scenes(scenes, seed)
+    models = {title: load_model(name) for name, title in MODELS.items()}
+
+    print(f"1/3  Segmenting {min(GALLERY, scenes) + 1} scenes with the embedded model")
+    pictures = segmented(models[MODELS["embedded"]], data)
+    print(f"2/3  Training for {iterations} steps, on masks of the {len(data.split.seen)} seen classes only")
+    models[TRAINED], history = trained(seed, iterations)
+    print(f"3/3  Scoring {len(models)} models on {scenes} fresh scenes")
+    scores = {title: evaluate(model, data, data.split, progress=False) for title, model in models.items()}
+
+    pictures |= charts(scores, history, data)
+    for name, each in pictures.items():
+        write(folder / f"{name}.png", each.png)
+    texts = {"seed": seed, "scenes": scenes, "iterations": iterations, "seconds": round(time.perf_counter() - started)}
+    honesty, table = HONESTY.format(**texts), markdown_table(scores)
+    print(f"\n{table}\n\n{honesty}\n")
+    write(folder / "table.md", f"{table}\n\n{honesty}\n")
+    results = {**texts, "scores": {name: of.as_dict() for name, of in scores.items()}, "history": history}
+    write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    place = shlex.quote((folder / "picture.png").as_posix())
+    texts |= {"honesty": honesty, "commands": "\n".join(COMMANDS).format(picture=place, next_seed=seed + 1)}
+    page = write(folder / "index.html", render_page(pictures, scores, data, texts))
+    print(f"Open {page.resolve().as_uri()} in a browser")
     return page
 
 
-def run(seed: int, count: int, iterations: int) -> Results:
-    """Segments the gallery, trains a model and scores all four on `count` scenes."""
-    started = time.perf_counter()
-    data = Scenes(count, seed)
-    split = data.split
-    unseen = split.names(split.unseen)
-    models = {title: load_model(name) for name, title in MODELS.items()}
-    embedded = models[MODELS["embedded"]]
-
-    print(f"1/3  Segmenting {min(GALLERY, count) + 1} scenes with the embedded model")
-    gallery = []
-    for i in range(min(GALLERY, count)):
+def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:
+    """The first scenes with their truth; a scene cut up by free phrases, and each phrase's scores."""
+    classes, palette, unseen = data.split.classes, data.split.palette, data.split.names(data.split.unseen)
+    made = {}
+    for i in range(min(GALLERY, len(data))):
         image, truth = data[i]["image"].permute(1, 2, 0).numpy(), data[i]["label"].numpy()
-        found = segment(embedded, image, split.classes, palette=split.palette)
-        gallery.append(Plate(f"Scene {i + 1}", image, found.labels, truth, split.classes, split.palette, unseen))
-    picture, _ = scenes.draw(FREE_SEED)
-    found = segment(embedded, picture, FREE_CLASSES)
-    marked = tuple(phrase for phrase in FREE_CLASSES if phrase.endswith(unseen))
-    free = Plate("Free phrases", picture, found.labels, None, FREE_CLASSES, found.palette, marked)
+        labels, title = segment(model, image, classes).labels, f"Scene {i + 1}"
+        figure = plots.show_segmentation(image, labels, classes, palette, unseen, truth, title)
+        found = f"truth: {shares(truth, classes, unseen)}; prediction: {shares(labels, classes, unseen)}"
+        right = f"{(labels == truth).mean():.1%} of the pixels right"
+        made[f"scene-{i + 1}"] = Picture.of(figure, f"{title}, {found}", right)
 
-    print(f"2/3  Training for {iterations} steps, on masks of the {len(split.seen)} seen classes only")
-    every = max(1, iterations // 4)
-    short = {"iterations": iterations, "warmup": iterations // 10, "validate_every": every, "validation_images": 12}
-    config = replace(EMBEDDED_TRAINING, **short, batch_size=BATCH, seed=seed)
+    image, _ = scenes.draw(FREE_SEED)
+    free, marked = segment(model, image, FREE_CLASSES), [name for name in FREE_CLASSES if name.endswith(unseen)]
+    found = shares(free.labels, FREE_CLASSES, marked)
+    figure = plots.show_segmentation(image, free.labels, FREE_CLASSES, free.palette, marked)
+    made["free-phrases"] = Picture.of(figure, f"A scene and its mask by free phrases: {found}")
+    maps, figure = {name: free.scores(name) for name in FREE_CLASSES}, plots.Plot(10, 4.6)
+    best, axes = {name: float(each.max()) for name, each in maps.items()}, iter(figure.subplots(2, 4).flat)
+    plots.show_image(next(axes), image, "picture")
+    for ax, (name, each) in zip(axes, maps.items(), strict=True):
+        plots.score_map(ax, each, plots.marked(name, marked), max(best.values()))
+    highest = ", ".join(f"{name} {score:.2f}" for name, score in best.items())
+    below = "How much each pixel looks like each phrase. Every pixel goes to the phrase that scores highest there."
+    made["scores"] = Picture.of(figure, f"Score of each phrase at each pixel; highest: {highest}", below)
+
+    large = enlarge(image, 4)
+    split, (y, x) = plots.overlay(large, enlarge(free.labels, 4), free.palette, alpha=0.8), np.indices(large.shape[:2])
+    split[x + y < len(large)] = large[x + y < len(large)]
+    split[abs(x + y - len(large)) < 4] = 255
+    made["halves"] = Picture(png(split), f"A drawn scene, half as it is, half cut up into {found}")
+    return {**made, "picture": Picture(png(enlarge(image, 2)), "The drawn scene")}
+
+
+def trained(seed: int, iterations: int) -> tuple[SptSeg, list[dict[str, Any]]]:
+    """A model after a few steps of training, and their history."""
+    looking = {"validate_every": max(1, iterations // 4), "validation_images": 12}
+    short = {"iterations": iterations, "warmup": iterations // 10, "batch_size": BATCH, "seed": seed, **looking}
     torch.manual_seed(seed)
-    trained = build_model(EMBEDDED_CONFIG)
-    history = fit(trained, Scenes(10_000, seed, "training"), split, config, validation=Scenes(12, seed + 1)).history
-
-    print(f"3/3  Scoring {len(models) + 1} models on {count} fresh scenes")
-    scores = {
-        title: evaluate(model, data, split, progress=False) for title, model in {**models, TRAINED: trained}.items()
-    }
-    maps = {name: found.scores(name) for name in FREE_CLASSES}
-    seconds = time.perf_counter() - started
-    return Results(seed, count, iterations, split.classes, unseen, tuple(gallery), free, maps, history, scores, seconds)
+    model, data = build_model(EMBEDDED_CONFIG), Scenes(10_000, seed, "training")
+    config = replace(EMBEDDED_TRAINING, **short)
+    return model, list(fit(model, data, data.split, config, validation=Scenes(12, seed + 1)).history)
 
 
-def save(results: Results, folder: Path) -> Path:
-    """Writes the page, its pictures, the table and the numbers; returns the page's path."""
-    charts = figures(results)
-    pictures = charts | {"picture": png(enlarge(results.free.image, 2))}
-    for plate in (*results.gallery, results.free):
-        shown = plots.show_segmentation(
-            plate.image, plate.labels, plate.names, plate.palette, plate.unseen, plate.truth, plate.title
-        )
-        pictures[plate.title.lower().replace(" ", "-")] = plots.png_bytes(shown)
-    for name, data in pictures.items():
-        write(folder / f"{name}.png", data)
-    text = f"{markdown_table(results.scores)}\n\n{HONESTY.format(scenes=results.scenes, seed=results.seed)}\n"
-    write(folder / "table.md", text)
-    print(f"\n{text}")
-    numbers = {name: getattr(results, name) for name in ("seed", "scenes", "iterations", "seconds")}
-    numbers["scores"] = {name: scores.as_dict() for name, scores in results.scores.items()}
-    numbers["history"] = list(results.history)
-    write(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
-    return write(folder / "index.html", render_page(results, charts, folder))
+def charts(scores: Mapping[str, Scores], history: list[dict[str, Any]], data: Scenes) -> dict[str, Picture]:
+    """The training's curves and the classes' IoU."""
+    losses, unseen = [row["total"] for row in history], data.split.names(data.split.unseen)
+    falls = f"Training curves over {len(losses)} steps: the loss goes from {losses[0]:.2f} to {losses[-1]:.2f}"
+    below = "Loss and learning rate at every step; validation on a few other scenes, hence rough."
+    curves = Picture.of(training_curves(history), falls, below)
+    first, *others = scores
+    title = f"IoU per class: {len(data)} scenes, seed {data.seed}"
+    bars = class_iou_bars(scores[first].iou, unseen, title, first, {name: scores[name].iou for name in others})
+    found = ", ".join(f"{plots.marked(name, unseen)} {percent(iou)}" for name, iou in scores[first].iou.items())
+    below = f"Bars: {first}. Markers: {', '.join(others)}. With so few scenes, a class may hang on a single picture."
+    return {"training": curves, "class-iou": Picture.of(bars, f"IoU of {first} per class: {found}", below)}
 
 
-def figures(results: Results) -> dict[str, bytes]:
-    """The page's diagrams as PNG files, by name."""
-    first, *others = results.scores
-    title = f"IoU per class: {results.scenes} scenes, seed {results.seed}"
-    bars = class_iou_bars(
-        results.scores[first].iou, results.unseen, title, first, {name: results.scores[name].iou for name in others}
-    )
-    maps = plots.Plot(10, 4.6)
-    axes, highest = iter(maps.subplots(2, 4).flat), max(float(scores.max()) for scores in results.score_maps.values())
-    plots.show_image(next(axes), results.free.image, "picture")
-    for ax, (name, scores) in zip(axes, results.score_maps.items(), strict=True):
-        plots.score_map(ax, scores, plots.marked(name, results.free.unseen), highest)
-    made = {"class-iou": bars, "scores": maps, "training": training_curves(results.history)}
-    return {name: plots.png_bytes(figure, dpi=150) for name, figure in made.items()}
+def shares(labels: np.ndarray, names: tuple[str, ...], unseen: list[str] | tuple[str, ...]) -> str:
+    """Such as "water* 40 %, tree* 12 %": in words what a mask shows."""
+    part = {i: 100 * float((labels == i).mean()) for i in plots.present(labels)}
+    return ", ".join(f"{plots.marked(names[i], unseen)} {value:.0f} %" for i, value in part.items())
 
 
 def percent(value: float) -> str:
@@ -188,110 +174,26 @@ def percent(value: float) -> str:
 
 def markdown_table(scores: Mapping[str, Scores]) -> str:
     """The summary figures of all models in percent."""
-    rows = [["model (%)", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
-    rows += [[name, *(percent(getattr(of, key)) for key in COLUMNS)] for name, of in scores.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = [["model (%)", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
+    lines += [[name, *(percent(getattr(of, key)) for key in COLUMNS)] for name, of in scores.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def html_table(scores: Mapping[str, Scores], caption: str) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("model", *COLUMNS.values()))
-    body = ""
-    for name, of in scores.items():
-        cells = "".join(f"<td>{percent(getattr(of, key))}</td>" for key in COLUMNS)
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>\n'
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
-
-
-def html_image(png: bytes, alt: str) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
-
-
-def shares(plate: Plate, labels: np.ndarray) -> str:
-    """Such as "water* 40 %, tree* 12 %": in words what a mask shows."""
-    part = {i: 100 * float((labels == i).mean()) for i in plots.present(labels)}
-    return ", ".join(f"{plots.marked(plate.names[i], plate.unseen)} {value:.0f} %" for i, value in part.items())
-
-
-def html_plate(plate: Plate) -> str:
-    """Picture, truth and prediction side by side, names in the regions, and the colours' key."""
-    large = enlarge(plate.image, 2)
-    picture = html_image(png(large), f"{plate.title}: the picture")
-    panels = f"<figure>{picture}<figcaption>picture</figcaption></figure>\n"
-    for kind, labels in (("truth", plate.truth), ("prediction", plate.labels)):
-        if labels is None:
-            continue
-        tinted = png(plots.overlay(large, enlarge(labels, 2), plate.palette))
-        mask = html_image(tinted, f"{plate.title}, {kind}: {shares(plate, labels)}")
-        spots = "".join(
-            f'<span aria-hidden="true" style="left:{100 * x:.1f}%;top:{100 * y:.1f}%">'
-            f"{escape(plots.marked(name, plate.unseen))}</span>"
-            for name, x, y in plots.label_spots(labels, plate.names, letter=0.027)
-        )
-        panels += f'<figure><div class="picture">{mask}{spots}</div><figcaption>{kind}</figcaption></figure>\n'
-    key = "".join(
-        f'<li><i style="background:rgb{plate.palette[i]}"></i>{escape(plots.marked(plate.names[i], plate.unseen))} '
-        f"<small>{100 * float((plate.labels == i).mean()):.1f} %</small></li>"
-        for i in plots.present(plate.labels, plate.truth)
+def render_page(
+    pictures: Mapping[str, Picture], scores: Mapping[str, Scores], data: Scenes, texts: Mapping[str, Any]
+) -> str:
+    """The page as HTML that needs no other file and asks for nothing over the network."""
+    _, _, *lines = (line.strip("| ").split(" | ") for line in markdown_table(scores).splitlines())
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{each}</td>" for each in figures)}</tr>\n'
+        for name, *figures in lines
     )
-    right = "" if plate.accuracy is None else f"<p>{percent(plate.accuracy)} % of the pixels right</p>"
-    return (
-        f'<article class="plate"><div class="title"><h3>{escape(plate.title)}</h3>{right}</div>\n'
-        f'<div class="panels">{panels}</div>\n<ul class="key" aria-label="colours and shares">{key}</ul></article>'
-    )
-
-
-def html_chart(png: bytes, alt: str, caption: str) -> str:
-    return f'<figure class="chart">{html_image(png, alt)}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def hero(plate: Plate) -> str:
-    """The picture above the diagonal, its mask below."""
-    large = enlarge(plate.image, 4)
-    mask = plots.overlay(large, enlarge(plate.labels, 4), plate.palette, alpha=0.8)
-    y, x = np.indices(large.shape[:2])
-    split = np.where((x + y < large.shape[0])[..., None], large, mask)
-    split[abs(x + y - large.shape[0]) < 4] = 255
-    return html_image(png(split), f"A drawn scene, half as it is, half cut up into {shares(plate, plate.labels)}")
-
-
-def render_page(results: Results, charts: Mapping[str, bytes], folder: Path) -> str:
-    """The page as HTML that needs no other file and asks for nothing over the network; `charts` are its `figures`."""
-    picture = shlex.quote((folder / "picture.png").as_posix())
-    best = {name: float(scores.max()) for name, scores in results.score_maps.items()}
-    losses = [row["total"] for row in results.history if row.get("total") is not None]
-    first, *others = results.scores
-    seen = len(results.classes) - len(results.unseen)
-    template = Template(files("sptseg.cli").joinpath("demo.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        unseen_count=len(results.unseen),
-        class_count=len(results.classes),
-        hero=hero(results.free),
-        gallery_count=len(results.gallery),
-        gallery="\n".join(html_plate(plate) for plate in results.gallery),
-        absent=escape(ABSENT),
-        free=html_plate(results.free),
-        score_maps=html_chart(
-            charts["scores"],
-            "Score of each phrase at each pixel; highest: " + ", ".join(f"{n} {v:.2f}" for n, v in best.items()),
-            "How much each pixel looks like each phrase. Every pixel goes to the phrase that scores highest there.",
-        ),
-        training_text=TRAINING.format(iterations=results.iterations, batch=BATCH, seen=seen),
-        curves=html_chart(
-            charts["training"],
-            f"Training curves over {results.iterations} steps: the loss goes from {losses[0]:.2f} to {losses[-1]:.2f}",
-            "Loss and learning rate at every step; validation on a few other scenes, hence rough.",
-        ),
-        table=html_table(results.scores, f"Percent, over the same {results.scenes} scenes"),
-        honesty=HONESTY.format(scenes=results.scenes, seed=results.seed),
-        bars=html_chart(
-            charts["class-iou"],
-            f"IoU of {first} per class: "
-            + ", ".join(
-                f"{plots.marked(n, results.unseen)} {percent(v)}" for n, v in results.scores[first].iou.items()
-            ),
-            f"Bars: {first}. Markers: {', '.join(others)}. With so few scenes, a class may hang on a single picture.",
-        ),
-        commands=escape("\n".join(COMMANDS).format(picture=picture, next_seed=results.seed + 1)),
-        seconds=f"{results.seconds:.0f}",
-        seed=results.seed,
+    gallery = [each.html() for name, each in pictures.items() if name.startswith("scene-")]
+    counts = {"classes": len(data.split.classes), "unseen": len(data.split.unseen), "seen": len(data.split.seen)}
+    return Template(files("sptseg.cli").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
+        {name: escape(str(text)) for name, text in texts.items()},
+        **{name.replace("-", "_") + "_picture": each.html() for name, each in pictures.items()},
+        **{**counts, "gallery": "\n".join(gallery), "gallery_count": len(gallery), "batch": BATCH, "absent": ABSENT},
+        head="".join(f'<th scope="col">{name}</th>' for name in ("model", *COLUMNS.values())),
+        body=body,
     )

@@ -68,6 +68,7 @@ def power_spectra(
             ax.loglog(x, y, color="#999999", lw=1, label=f"frequency$^{{{law:g}}}$")
         describe(ax, name, xlabel=f"frequency (cycles per {unit})")
         ax.set_xscale("log", base=2)
+        ax.xaxis.get_major_locator().set_params(numticks=7)
         ax.xaxis.set_major_formatter(lambda frequency, _: f"1/{1 / frequency:.0f}")
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=8.5)
@@ -143,7 +144,7 @@ def prompt_energy(effects: pd.DataFrame, title: str) -> Figure:
     styles: tuple[Any, ...] = ({"facecolor": "white", "edgecolor": BLUE, "hatch": "///"}, {"color": BLUE})
     for used, style in enumerate(styles):
         energy = 100 * effects.energy[effects.used == used]
-        ax.bar_label(ax.bar(energy.index, energy, width=0.6, **style), fmt="{:.1f} %", fontsize=9)
+        ax.bar_label(ax.bar(energy.index, energy, width=0.6, **style), fmt="{:.1f} %", fontsize=9, padding=2)
     title = "filled: added there; hatched: would be added, if it were used there"
     describe(ax, title, "y", xlabel="block", ylabel="energy added (% of the tokens')", xticks=effects.index)
     ax.margins(y=0.1)

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
     """The file (or the folder) that results will go to, tried before the work for them begins; leaves nothing there.
@@ -133,3 +138,20 @@ def usable_workers(workers: int, place: str = "/dev/shm") -> int:
         warnings.warn(f"{text}; give the container more, such as docker run --shm-size=2g", stacklevel=3)
         return 0
     return workers
+
+
+@contextmanager
+def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does.
+
+    By the locks of the system; where there are none (Windows), every process is told that it holds the file.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

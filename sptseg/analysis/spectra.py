@@ -251,3 +251,23 @@ def filter_radial(response: Array) -> pd.DataFrame:
         rings = pd.Series(values.ravel()).groupby(ring)
         columns |= {name: rings.mean(), f"{name}_low": rings.quantile(0.1), f"{name}_high": rings.quantile(0.9)}
     return pd.DataFrame(columns).rename_axis("frequency").rename(index=lambda k: k / min(grid))
+
+
+def spectral_summary(model: SptSeg, dataset: Dataset[Sample], count: int = 16) -> dict[str, float]:
+    """What a trained spectral prompt does, in few numbers; none for a model without one.
+
+    Of F below half of the band (radius < 0.25 cycles per token) and above it, the mean `gain` and `phase`, see
+    `filter_radial`; of what it adds before the blocks that use it, `energy` and `alignment`, see `prompt_effects`, on
+    the first `count` pictures.
+    """
+    if model.encoder.spectral_prompt is None:
+        return {}
+    response = filter_response(model.encoder.spectral_prompt)
+    radius = np.hypot(np.fft.fftfreq(response.shape[0])[:, None], np.fft.fftfreq(response.shape[1]))
+    found: dict[str, float] = {}
+    for band, inside in (("low", radius < 0.25), ("high", radius >= 0.25)):
+        values = response[inside]
+        found |= {f"gain_{band}": np.abs(values).mean(), f"phase_{band}": np.abs(np.angle(values, deg=True)).mean()}
+    effects = prompt_effects(model.encoder, model_inputs(model, dataset, count)).query("used")
+    found |= {f"{name}_block_{block}": row[name] for block, row in effects.iterrows() for name in ("energy", "alignment")}
+    return {name: float(value) for name, value in found.items()}

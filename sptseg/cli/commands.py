@@ -34,7 +34,7 @@ from sptseg.datasets import (
 )
 from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
+from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
 from sptseg.system import is_main_process, one_voice, output_place, write
 from sptseg.training import PretrainConfig, pretrain
 
@@ -49,8 +49,8 @@ class Which:
         model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "untrained"
             (SPT-SEG with random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or
             "dense-clip" if `clip` is given.
-        clip: for "dense-clip" and "untrained": "tiny" or an open_clip model, such as ViT-B-16-quickgelu; for a
-            checkpoint only if its CLIP's weights are a file.
+        clip: for "dense-clip" and "untrained": "tiny", "tiny-plain" (trained by picture and caption alone) or an
+            open_clip model, such as ViT-B-16-quickgelu; for a checkpoint only if its CLIP's weights are a file.
         clip_weights: its weights: an open_clip tag such as openai (downloaded once), a file, or "none" for random ones.
         readout: for "dense-clip" and "untrained", how CLIP's last block is read: plain, maskclip, sclip, clearclip,
             naclip or gem (sptseg.read_out says what they are). Default: for "dense-clip" naclip, which has the highest
@@ -74,7 +74,7 @@ class Which:
         if name in UNTRAINED:
             clip, weights = self.clip or TINY, clip_weights(self.clip or TINY, self.clip_weights)
             readout: Any = self.readout or (default_readout(clip) if name == "dense-clip" else "plain")
-            size = (128, 128) if clip == TINY else (512, 512)
+            size = (128, 128) if clip in EMBEDDED_CLIPS else (512, 512)
             chosen = {"clip": clip, "clip_weights": weights, "readout": readout, "image_size": size}
             return build_model(replace(UNTRAINED[name], **chosen)).eval()
         if self.readout:
@@ -133,7 +133,7 @@ def evaluate_command(
             f"trained on {found['split']}: mIoU {all_of_them} of all classes, {old} of the {len(found['shown'])} whose "
             f"names training showed masks of, {others} of the others"
         )
-    if model.config.clip == TINY and data.data != "scenes":
+    if model.config.clip in EMBEDDED_CLIPS and data.data != "scenes":
         print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
     if json_file is not None and is_main_process():
         write(json_file, json.dumps(report, indent=1) + "\n")

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from sptseg.checkpoints import load_model
 from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
-from sptseg.model import EMBEDDED_CONFIG, ModelConfig, build_model, load_clip
+from sptseg.model import EMBEDDED_CLIPS, EMBEDDED_CONFIG, ModelConfig, build_model, load_clip
 from sptseg.system import output_place
 from sptseg.training import (
     CONFIGURATIONS,
@@ -176,7 +176,7 @@ def with_preset(command: str, arguments: Sequence[str]) -> Train | Ablate:
 
 def clip_weights(clip: str, weights: str) -> str | None:
     """The weights asked for; a real CLIP must name them, so that nobody trains on random ones unawares."""
-    if clip != "tiny" and not weights:
+    if clip not in EMBEDDED_CLIPS and not weights:
         raise ValueError(
             f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights"
         )

@@ -42,7 +42,10 @@ def _sample(image: tv_tensors.Image, label: np.ndarray, name: str, transform: Tr
 
 
 class Scenes(Dataset[Sample]):
-    """`length` scenes of `sptseg.scenes`, size x size; evaluation and training streams never share a picture."""
+    """`length` scenes of `sptseg.scenes`, size x size; evaluation and training streams never share a picture.
+
+    `one_colour`: the same scenes, but all stuff is gray and differs in texture only.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Scenes(Dataset[Sample]):
         stream: Literal["evaluation", "training"] = "evaluation",
         size: int = 128,
         transform: Transform | None = None,
+        one_colour: bool = False,
     ) -> None:
         if length < 1:
             raise ValueError(f"Scenes: length is {length}; wanted at least 1")
@@ -58,7 +62,9 @@ class Scenes(Dataset[Sample]):
             raise ValueError(f"Scenes: stream is {stream!r}; wanted one of {', '.join(map(repr, _STREAMS))}")
         self.split, self.transform = splits.scenes(), transform
         self.length, self.seed, self.stream, self.size = length, seed, stream, size
-        self.names = tuple(f"{stream}-{seed}-{index}" for index in range(length))
+        self.one_colour = one_colour
+        kind = f"{stream}-one-colour" if one_colour else stream
+        self.names = tuple(f"{kind}-{seed}-{index}" for index in range(length))
 
     def __len__(self) -> int:
         return self.length
@@ -66,7 +72,8 @@ class Scenes(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(f"Scenes: index is {index}; wanted 0 to {self.length - 1}")
-        image, label = scenes.draw(seed=(_STREAMS.index(self.stream), self.seed, index), size=self.size)
+        seed = _STREAMS.index(self.stream), self.seed, index
+        image, label = scenes.draw(seed, self.size, self.one_colour)
         channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return _sample(tv_tensors.Image(channels_first), label, self.names[index], self.transform)
 

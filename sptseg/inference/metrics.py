@@ -76,26 +76,45 @@ def check_labels(values: Tensor, split: Split, name: str) -> None:
         )
 
 
+def tallies(confusion: Tensor) -> Tensor:
+    """Confusion (..., C, C), rows true, columns predicted -> pixels right, labelled and predicted of each class, all that
+    the ratios are made of: (..., 3, C)."""
+    return torch.stack([confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)], dim=-2)
+
+
 def iou_per_class(confusion: Tensor) -> Tensor:
     """Confusion (..., C, C), rows true, columns predicted -> IoU (..., C), nan for classes in neither."""
-    confusion = confusion.double()
-    hits = confusion.diagonal(dim1=-2, dim2=-1)
-    return hits / (confusion.sum(-1) + confusion.sum(-2) - hits)
+    return _iou(tallies(confusion.double()))
+
+
+def _iou(counts: Tensor) -> Tensor:
+    hits, labelled, predicted = counts.unbind(-2)
+    return hits / (labelled + predicted - hits)
 
 
 def ratios(confusion: Tensor, split: Split) -> Tensor:
     """Confusion (..., C, C) -> the figures of `SUMMARY`, then each class's IoU: (..., 4 + C), float64; see `Scores`."""
-    confusion = confusion.double()
-    iou = iou_per_class(confusion)
+    return ratios_of_tallies(tallies(confusion.double()), split)
+
+
+def ratios_of_tallies(counts: Tensor, split: Split) -> Tensor:
+    """As `ratios`, of (..., 3, C); see `tallies`."""
+    counts = counts.double()
+    iou = _iou(counts)
     seen, unseen = (iou[..., list(labels)].nanmean(-1) for labels in (split.seen, split.unseen))
-    accuracy = confusion.diagonal(dim1=-2, dim2=-1).sum(-1) / confusion.sum((-2, -1))
+    accuracy = counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
     hiou = torch.where(seen + unseen == 0, 0.0, 2 * seen * unseen / (seen + unseen))
     return torch.cat([torch.stack([accuracy, seen, unseen, hiou], dim=-1), iou], dim=-1)
 
 
 def scores(confusion: Tensor, split: Split) -> Scores:
     """All ratios of a confusion matrix (C, C), rows true, columns predicted."""
-    return _named(ratios(confusion.cpu(), split), split)
+    return scores_of_tallies(tallies(confusion.cpu()), split)
+
+
+def scores_of_tallies(counts: Tensor, split: Split) -> Scores:
+    """All ratios of (3, C); see `tallies`."""
+    return _named(ratios_of_tallies(counts, split), split)
 
 
 def _named(values: Tensor, split: Split) -> Scores:

@@ -1,4 +1,4 @@
-"""CLIP models by (name, weights): open_clip's, and the tiny one that the package embeds; their text embeddings."""
+"""CLIP models by (name, weights): open_clip's, and the tiny ones that the package embeds; their text embeddings."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from sptseg.model.weights import load_weights
 from sptseg.system import write
 
 TINY = "tiny"
+EMBEDDED_CLIPS = {TINY: "tiny_clip.safetensors", "tiny-plain": "tiny_clip_plain.safetensors"}
 TEMPLATES = ("a photo of a {}",)
 OLD_FINGERPRINT = 16  # digits
 TINY_CONFIG: dict[str, Any] = {
@@ -150,7 +151,7 @@ def save_tiny_clip(clip: Clip, path: str | Path) -> None:
     write(path, save(tensors, metadata={"words": json.dumps(clip.tokenizer.words)}))
 
 
-def load_tiny_clip(path: str | Path) -> Clip:
+def load_tiny_clip(path: str | Path, name: str = TINY) -> Clip:
     try:
         with safe_open(path, "pt") as file:
             clip = new_tiny_clip(json.loads(file.metadata()["words"]))
@@ -158,12 +159,13 @@ def load_tiny_clip(path: str | Path) -> Clip:
     except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is no tiny CLIP ({reason}); wanted a file that sptseg pretrain wrote") from error
-    return Clip(TINY, str(path), clip.model.eval().requires_grad_(False), clip.tokenizer)
+    return Clip(name, str(path), clip.model.eval().requires_grad_(False), clip.tokenizer)
 
 
 def check_public(name: str, weights: str | None) -> None:
     """Refuses CLIP weights that not everybody can load: files (no path in a checkpoint is opened) and random ones."""
-    if weights not in open_clip.list_pretrained_tags_by_model(name) and (name, weights) != (TINY, None):
+    embedded = weights is None and name in EMBEDDED_CLIPS
+    if not embedded and weights not in open_clip.list_pretrained_tags_by_model(name):
         raise ValueError(
             f"its CLIP, {name!r} with weights {weights!r}, is not public, and no path in a checkpoint is opened; give "
             f"one of yours: load_model(..., clip=load_clip(NAME, FILE)), or --clip NAME --clip-weights FILE"
@@ -173,15 +175,16 @@ def check_public(name: str, weights: str | None) -> None:
 def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """A frozen CLIP in evaluation mode.
 
-    `name`: "tiny" (embedded; `weights` is None or a file made by `sptseg pretrain`) or an open_clip model name with a
-    standard VisionTransformer. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as
+    `name`: "tiny" or "tiny-plain" (embedded; trained to be dense, and by the contrast of picture and caption alone;
+    `weights` is None or a file made by `sptseg pretrain`), or an open_clip model name with a standard
+    VisionTransformer. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as
     OpenAI's own ViT-B-16.pt, or None for random weights (from torch's global seed).
     """
     file = None if weights is None else Path(weights).expanduser()
-    if name == TINY:
-        return load_tiny_clip(file or data_file("tiny_clip.safetensors"))
+    if name in EMBEDDED_CLIPS:
+        return load_tiny_clip(file or data_file(EMBEDDED_CLIPS[name]), name)
     if name not in usable_models():
-        usable = ", ".join((TINY, *usable_models()))
+        usable = ", ".join((*EMBEDDED_CLIPS, *usable_models()))
         raise ValueError(f"{name!r} is no open_clip model with a standard VisionTransformer; use {usable}")
     tag = open_clip.get_pretrained_cfg(name, weights or "")
     if tag:

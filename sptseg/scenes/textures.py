@@ -284,6 +284,21 @@ def tiles(name: str) -> Array:
 
 
 @cache
+def gray_tiles(name: str) -> Array:
+    """The tiles with one mean, 1, and one contrast, a standard deviation of 0.2, so that they differ in texture only.
+
+    Of the brightness that the second colour would give, half as much again; there is none: its share (index 1) is 0.
+    """
+    bank = np.zeros((VARIANTS, 2, TILE, TILE), np.float32)
+    for tile, (value, mix) in zip(bank, tiles(name), strict=True):
+        rough = value * (1 + np.float32(0.5) * mix)
+        mean = round(float(rough.mean(dtype=np.float64)), 6)  # rounded, as sums depend on the machine's order
+        spread = round(float(rough.std(dtype=np.float64)), 6)
+        tile[0] = 1 + (rough - np.float32(mean)) * np.float32(0.2 / spread)
+    return bank
+
+
+@cache
 def rough_paper() -> Array:
     """A tile (T,T) of 1/f-like noise, about [-1, 1]: octaves of value noise, the finer the weaker."""
     cloth, paper = Cloth([99], 1.0, 0.0), np.zeros((TILE, TILE), np.float32)

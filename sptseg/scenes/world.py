@@ -15,7 +15,7 @@ import numpy as np
 
 from sptseg.scenes.drawings import THINGS
 from sptseg.scenes.pen import COLOURS, Pen
-from sptseg.scenes.textures import STUFF, VARIANTS, between, piece, rough_paper, tiles
+from sptseg.scenes.textures import STUFF, VARIANTS, between, gray_tiles, piece, rough_paper, tiles
 
 Array = np.ndarray
 Kind = Literal["scene", "closeup", "thumbnail"]
@@ -76,18 +76,19 @@ class Scene:
         return f"{', '.join(first)} and {last}" if first else last
 
 
-def draw(seed: int | Sequence[int], size: int = 128) -> tuple[Array, Array]:
+def draw(seed: int | Sequence[int], size: int = 128, one_colour: bool = False) -> tuple[Array, Array]:
     """A scene's picture (S,S,3) and labels (S,S), both uint8; labels index `splits.scenes().classes`."""
-    scene = compose(seed, size)
+    scene = compose(seed, size, one_colour=one_colour)
     return scene.image, scene.label
 
 
-def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene") -> Scene:
+def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene", one_colour: bool = False) -> Scene:
     """Draw one scene.
 
     `kind`: "scene", two or three kinds of stuff and one to four things; "closeup", one thing that fills the picture;
     "thumbnail", one thing on one stuff, or now and then only stuff, as large in
     pixels as in a scene of 128: meant for a small `size`.
+    `one_colour`: all stuff is gray, of one mean and contrast, and differs in texture only; all else is as without.
     """
     if not isinstance(size, Integral) or isinstance(size, bool) or size < 32:
         raise ValueError(f"size is {size!r}; wanted a whole number of pixels, 32 or more, such as size=128")
@@ -96,7 +97,7 @@ def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene") ->
     rng, size = np.random.default_rng(seed), int(size)
     chance = rng.random()
     count = {"scene": 2 + (chance < 0.2), "closeup": 1 + (chance < 0.4), "thumbnail": 1 + (chance < 0.07)}[kind]
-    picture, label, words = _ground(rng, size, _pick(rng, list(STUFF), count))
+    picture, label, words = _ground(rng, size, _pick(rng, list(STUFF), count), one_colour)
     wanted = {"scene": 1 + int(rng.random() * 4), "closeup": 1, "thumbnail": int(chance >= 0.15)}[kind]
     for name in _pick(rng, list(THINGS), wanted):
         scale = 1.0 if kind == "thumbnail" else size / 128
@@ -112,7 +113,9 @@ def _pick(rng: np.random.Generator, names: list[str], count: int) -> list[str]:
     return [names[i] for i in rng.permutation(len(names))[:count]]
 
 
-def _ground(rng: np.random.Generator, size: int, names: list[str]) -> tuple[Array, Array, dict[str, tuple[str, ...]]]:
+def _ground(
+    rng: np.random.Generator, size: int, names: list[str], one_colour: bool
+) -> tuple[Array, Array, dict[str, tuple[str, ...]]]:
     """Stuff only: colours (3,S,S), labels (S,S) and each stuff's true adjectives."""
     if rng.random() < 0.6:
         names = sorted(names, key=lambda name: HEIGHT.get(name, 3))  # as in nature: the sky above, the meadow below
@@ -120,17 +123,17 @@ def _ground(rng: np.random.Generator, size: int, names: list[str]) -> tuple[Arra
     picture, label = np.empty((3, size, size), np.float32), np.empty((size, size), np.uint8)
     words: dict[str, tuple[str, ...]] = {}
     start = between(rng, 0.3, 0.7) if len(names) < 3 else between(rng, 0.25, 0.4)
-    picture[:], words[names[0]] = _textured(rng, names[0], size, size)
+    picture[:], words[names[0]] = _textured(rng, names[0], size, size, one_colour)
     label[:] = INDEX[names[0]]
     if upright:
         picture, label = picture.transpose(0, 2, 1), label.T  # what was below is now to the right
     for i, name in enumerate(names[1:]):
         first, inside = _beyond(rng, size, (start + 0.33 * i) * size, None if upright else name)
         if upright:
-            colours, words[name] = _textured(rng, name, size, size - first)
+            colours, words[name] = _textured(rng, name, size, size - first, one_colour)
             colours = colours.transpose(0, 2, 1)
         else:
-            colours, words[name] = _textured(rng, name, size - first, size)
+            colours, words[name] = _textured(rng, name, size - first, size, one_colour)
         picture[:, first:] += inside * (colours - picture[:, first:])
         label[first:][inside >= 0.5] = INDEX[name]
     return (picture.transpose(0, 2, 1).copy(), label.T.copy(), words) if upright else (picture, label, words)
@@ -152,12 +155,17 @@ def _beyond(rng: np.random.Generator, size: int, at: float, name: str | None) ->
     return first, np.minimum(np.maximum(x[first:, None] - height[None, :] + 0.5, 0), 1)
 
 
-def _textured(rng: np.random.Generator, name: str, height: int, width: int) -> tuple[Array, tuple[str, ...]]:
+def _textured(
+    rng: np.random.Generator, name: str, height: int, width: int, one_colour: bool
+) -> tuple[Array, tuple[str, ...]]:
     """A piece of stuff, colours (3,height,width), and the adjectives that are true of it."""
-    value, mix = piece(rng, tiles(name)[int(rng.integers(VARIANTS))], height, width)
-    colour = _pick(rng, list(STUFF[name].colours), 1)[0]
+    bank = gray_tiles(name) if one_colour else tiles(name)
+    value, mix = piece(rng, bank[int(rng.integers(VARIANTS))], height, width)
+    colour, shades = list(STUFF[name].colours.items())[rng.permutation(len(STUFF[name].colours))[0]]
+    if one_colour:
+        colour, shades = "gray", (COLOURS["gray"],) * 2
     bright = between(rng, 0.86 if colour == "white" else 0.66, 1.16)  # a white thing in the dark would be gray
-    base, second = (shade * (_jitter(rng) * np.float32(bright)) for shade in STUFF[name].colours[colour])
+    base, second = (shade * (_jitter(rng) * np.float32(bright)) for shade in shades)
     colours = (second - base) * mix
     colours += base
     colours *= value

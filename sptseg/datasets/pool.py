@@ -1,0 +1,119 @@
+"""Pictures kept in one file that many processes share, and pictures spoilt on purpose."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from sptseg.datasets.folders import Sample
+from sptseg.system import claimed, cores, write
+
+Array = np.ndarray
+Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
+CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
+STRENGTHS = {  # weak, middle, strong
+    "blur": (0.7, 1.2, 2.0),  # standard deviation of a Gaussian, pixels
+    "noise": (8, 16, 32),  # standard deviation of Gaussian noise, of 255
+    "jpeg": (50, 25, 10),  # quality
+    "contrast": (0.7, 0.5, 0.3),  # share that is left of the distance from the picture's mean colour
+    "colour": (15, 30, 60),  # length of the shift of all pixels, of 255 a channel, in a random direction
+}
+
+
+def corrupt(image: Array, kind: Corruption, strength: int, seed: int | Sequence[int] = 0) -> Array:
+    """A picture (H, W, 3) uint8, spoilt: "blur", "noise", "jpeg", less "contrast" or shifted "colour"; strength 1 to 3.
+
+    Noise and the direction of the shift come from `seed`; values that leave 0..255 are cut off.
+    """
+    if kind not in CORRUPTIONS or strength not in (1, 2, 3):
+        raise ValueError(f"corruption {kind!r} of strength {strength}; wanted {', '.join(CORRUPTIONS)}, strength 1 to 3")
+    amount, rng = STRENGTHS[kind][strength - 1], np.random.default_rng(seed)
+    if kind == "blur":
+        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
+    if kind == "jpeg":
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=amount)
+        return np.asarray(Image.open(buffer))
+    values = image.astype(np.float32)
+    if kind == "noise":
+        values += np.float32(amount) * rng.standard_normal(image.shape, np.float32)
+    elif kind == "contrast":
+        mean = values.mean((0, 1))
+        values = mean + np.float32(amount) * (values - mean)
+    else:
+        direction = rng.standard_normal(3)
+        values += (amount * direction / np.linalg.norm(direction)).astype(np.float32)
+    return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Corrupted(Dataset[Sample]):
+    """A data set whose pictures are spoilt, picture by picture from its own seed."""
+
+    dataset: Dataset[Sample]
+    kind: Corruption
+    strength: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{name}-{self.kind}-{self.strength}" for name in self.dataset.names)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        image = corrupt(sample["image"].permute(1, 2, 0).numpy(), self.kind, self.strength, seed=index)
+        return {**sample, "image": tv_tensors.Image(torch.from_numpy(image.copy()).permute(2, 0, 1))}
+
+
+class Pool(Dataset[Sample]):
+    """A data set of pictures of one size, equal to the bit, read from one file (N, 4, H, W) uint8: colours and label.
+
+    The first process that asks for the file makes it, on all cores; others wait for it.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
+        self.names: tuple[str, ...] = dataset.names  # pyright: ignore[reportAttributeAccessIssue]
+        with claimed(file.with_suffix(".lock"), wait=True):
+            if not file.is_file():
+                buffer = io.BytesIO()
+                np.save(buffer, np.concatenate(list(_parts(dataset, len(self.names)))))
+                write(file, buffer.getvalue())
+        self.pixels = np.load(file, mmap_mode="r")
+        if len(self.pixels) != len(self.names):
+            raise ValueError(f"{file} holds {len(self.pixels)} pictures; wanted {len(self.names)}: delete it")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = torch.from_numpy(np.array(self.pixels[index]))
+        return {
+            "image": tv_tensors.Image(pixels[:3]), "label": tv_tensors.Mask(pixels[3].long()), "name": self.names[index]
+        }  # fmt: skip
+
+
+def _parts(dataset: Dataset[Sample], length: int) -> list[Array]:
+    if length < 1000:  # to start processes takes longer
+        return [_pixels(dataset, range(length))]
+    chunk = -(-length // cores())
+    parts = [range(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_pixels, [dataset] * len(parts), parts))
+
+
+def _pixels(dataset: Dataset[Sample], indices: Sequence[int]) -> Array:
+    samples = [dataset[i] for i in indices]
+    return np.stack([np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples])

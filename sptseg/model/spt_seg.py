@@ -35,8 +35,9 @@ class SptSeg(nn.Module):
         patches, image = self.encoder(images)
         if self.decoder is not None:
             return self.decoder(patches, image, text)
-        similarity = torch.einsum("behw,ce->bchw", patches.float(), text.float())
-        return (self.clip.model.logit_scale.exp() * similarity).softmax(dim=1).logit(eps=1e-6)
+        with torch.autocast(patches.device.type, enabled=False):  # 1 - 1e-6 is 1 in half precision
+            similarity = torch.einsum("behw,ce->bchw", patches.float(), text.float())
+            return (self.clip.model.logit_scale.exp() * similarity).softmax(dim=1).logit(eps=1e-6)
 
     def class_embeddings(self, names: list[str] | tuple[str, ...]) -> Tensor:
         """Unit text embeddings (C, E) of class names, on the model's device."""

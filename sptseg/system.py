@@ -1,32 +1,68 @@
-"""What is asked of the operating system: files written whole or not at all, the cores that may be used."""
+"""What is asked of the operating system: files written whole or not at all, other processes, the cores to be used."""
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 
-def write(path: str | os.PathLike[str], content: bytes | str, *, keep: Path | None = None) -> Path:
+def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
+    """The file (or the folder) that results will go to, tried before the work for them begins; leaves nothing there.
+
+    Raises OSError with one sentence if nothing can be written there. Of several processes, the main one looks.
+    """
+    path = Path(path)
+    try:
+        if is_device(path) or not is_main_process():
+            return path
+        if folder != path.is_dir() and path.exists():
+            raise OSError(f"it is a {'file' if folder else 'folder'}, wanted a {'folder' if folder else 'file'}")
+        place = path.resolve() if folder else path.resolve().parent
+        missing = [each for each in (place, *place.parents) if not each.exists()]
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+        with suppress(OSError):  # another program may have put something there
+            for made in missing:
+                made.rmdir()
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise OSError(f"nothing can be written to {path} ({said}); name another place for the results") from error
+    return path
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is there and neither file nor folder, such as a pipe: nothing to replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder.
 
-    A process killed at any moment leaves the old file or the new one. `keep`: what the old one is renamed to.
+    A process killed at any moment leaves the old file or the new one.
     Raises OSError with one sentence, the old file in place and nothing beside it, where the disk is full or refuses.
     """
     path, data = Path(path), content.encode() if isinstance(content, str) else content
     part: Path | None = None
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe: nothing to replace
+        if is_device(path):
             path.write_bytes(data)
             return path
         place = path.resolve()  # a link stays a link
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name[:200]}.part")
+        rank = "" if is_main_process() else f".{os.environ['RANK']}"  # each its own, should several write
+        part = place.with_name(f".{place.name[:200]}{rank}.part")
         with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and place.is_file():
-            place.replace(keep)
         part.replace(place)
         sync_folder(place.parent)
     except OSError as error:
@@ -50,3 +86,53 @@ def sync_folder(folder: Path) -> None:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes() -> int:
+    """Of how many processes this one is, as torchrun and accelerate launch start them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Of several processes the main one speaks, and another of its failure only if that has not ended the main one too.
+
+    A launcher ends all of them as soon as one has failed; so those whose failure may follow from another's wait a bit.
+    """
+    main, said = is_main_process(), io.StringIO()
+    try:
+        if main:
+            yield
+        else:
+            with redirect_stdout(io.StringIO()), redirect_stderr(said):
+                yield
+    except (Exception, SystemExit) as error:
+        failed = error.code in (1, 2) and not main if isinstance(error, SystemExit) else processes() > 1
+        if failed:
+            time.sleep(3 if main else 10)
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def ended_helpers(remedy: str) -> Iterator[None]:
+    """Raises OSError with one sentence where the system ended a process that works for this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, BrokenExecutor) and not str(error).startswith("DataLoader worker"):
+            raise
+        guard = (
+            ""
+            if multiprocessing.get_start_method() == "fork"
+            else ("; and a script that starts processes needs its main guard, if __name__ == '__main__':")
+        )
+        raise OSError(
+            f"a helping process ended before its time, as when memory runs out ({' '.join(str(error).split())}); "
+            f"{remedy}{guard}"
+        ) from error

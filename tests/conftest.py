@@ -1,8 +1,9 @@
-"""Reference tensors of the released code, and a CLIP small enough for tests."""
+"""Reference tensors of the released code, a CLIP small enough for tests, and what commands refuse."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from sptseg.checkpoints.research import Imported, import_research
 from sptseg.model.clip import Clip, WordTokenizer
 
+BARS = re.compile(r"(evaluating|training|checking)?(: .*)?")  # what progress bars leave on standard error
 REFERENCE = Path(__file__).parent / "reference"
 WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")
 
@@ -78,3 +80,16 @@ def small_clip(**vision: object) -> Clip:
 @pytest.fixture
 def clip() -> Clip:
     return small_clip()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence on standard error with which a command refuses its input; its exit code is 2."""
+    from sptseg.cli import main  # takes a second
+
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if not BARS.fullmatch(line)]
+    assert stopped.value.code == 2, said
+    assert len(lines) == 1 and lines[0].startswith("sptseg: ") and 15 < len(lines[0]) < 2500, said
+    return lines[0].removeprefix("sptseg: ")

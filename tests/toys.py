@@ -1,12 +1,17 @@
-"""Pictures of noisy colour blocks, and a model small enough to train on them in a second."""
+"""Pictures of noisy colour blocks, folders of pictures, and a model small enough to train on them in a second."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conftest import small_clip
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -43,6 +48,25 @@ class Toys(Dataset[Sample]):
         return {"image": tv_tensors.Image(image), "label": tv_tensors.Mask(label), "name": str(index)}
 
 
+PARK = Split.from_names("park", ["grass", "water", "tree", "boat"], unseen=["tree"])
+
+
+class Bands(Dataset[Sample]):
+    """Noise pictures (40, 48) whose masks are upright bands of label values."""
+
+    def __init__(self, bands: tuple[int, ...] = (0, 1, 2, 3), length: int = 5, split: Split = PARK) -> None:
+        self.bands, self.length, self.split = bands, length, split
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = np.random.default_rng(index).integers(0, 256, (3, 40, 48), dtype=np.uint8)
+        label = torch.tensor(self.bands).repeat_interleave(48 // len(self.bands)).expand(40, 48)
+        image = tv_tensors.Image(torch.from_numpy(pixels))
+        return {"image": image, "label": tv_tensors.Mask(label), "name": f"noise-{index}"}
+
+
 def toy_model(clip: Clip | None = None, **changes: Any) -> SptSeg:
     """SPT-SEG without dropout on the small CLIP; always the same weights."""
     config = {"clip": "small", "image_size": (32, 32), "prompt_tokens": 2, "dropout": 0.0, **changes}
@@ -55,3 +79,32 @@ def toy_config(**changes: Any) -> TrainConfig:
     """A few steps in float32 in this process, without progress bars."""
     few = {"iterations": 5, "batch_size": 4, "warmup": 0, "learning_rate": 1e-3, "save_every": 0, "workers": 0}
     return TrainConfig(**{**asdict(TrainConfig()), **few, "precision": "no", "progress": False, **changes})
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    values = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def data_folder(
+    root: Path,
+    masks: Mapping[str, Any],
+    classes: Sequence[str] = ("grass", "water", "tree"),
+    unseen: Sequence[str] = (),
+) -> Path:
+    """A data set of noisy pictures: for every name a mask, values (H,W), as PNG files; classes.txt and unseen.txt."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for name, values in masks.items():
+        mask = Image.fromarray(np.asarray(values, np.uint8))
+        mask.save(root / "masks" / f"{name}.png")
+        noise(size=mask.size).save(root / "images" / f"{name}.png")
+    for file, names in {"classes.txt": classes, "unseen.txt": unseen}.items():
+        if names:
+            (root / file).write_text("\n".join(names), encoding="utf-8")
+    return root
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states have the same names and bits."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

@@ -15,14 +15,13 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sptseg import scenes
 from sptseg.checkpoints import load_model
@@ -31,9 +30,10 @@ from sptseg.datasets import ImageMaskFolder, Split
 from sptseg.datasets import scenes as scenes_split
 from sptseg.inference import Precision, at_precision, new_accelerator, segment, window_logits
 from sptseg.model import TINY, ModelConfig, SptSeg, build_model, resize_positions
-from sptseg.system import cores, write
+from sptseg.system import cores, output_place, write
 from sptseg.training import (
     VOC,
+    Example,
     Positions,
     TrainConfig,
     Trainee,
@@ -276,7 +276,7 @@ def training(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     yield Row("training", "steps, loading included", extra={"images_per_second": rate, **hours})
 
 
-def stream_loader(folder: Path, made: Training, sizes: Sizes, workers: int) -> DataLoader[Any]:
+def stream_loader(folder: Path, made: Training, sizes: Sizes, workers: int) -> Iterator[Example]:
     """Augmented training batches from JPEG files of VOC's size, 500 x 375."""
     for name in ("images", "masks"):
         (folder / name).mkdir(exist_ok=True)
@@ -351,6 +351,8 @@ def benchmark(
         loss_batch: pictures in the loss suite; the plain twin needs about 4 GiB for each.
         json_file: write the figures there.
     """
+    if json_file is not None:
+        output_place(json_file)
     sizes = QUICK if quick else Sizes()
     sizes = sizes if loss_batch is None else replace(sizes, loss_batch=loss_batch)
     if min(sizes.loss_batch, 1 if threads is None else threads) < 1:

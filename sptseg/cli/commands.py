@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from accelerate import PartialState
 
 from sptseg.checkpoints import import_research, load_model, save_model
 from sptseg.cli import benchmark
@@ -23,7 +22,6 @@ from sptseg.datasets import (
     SCENES_TO_SCORE,
     SCENES_TO_TRAIN,
     Data,
-    Unreadable,
     check_dataset,
     contact_sheet,
     names,
@@ -33,7 +31,7 @@ from sptseg.datasets import (
 from sptseg.inference import by_training, evaluate, read_ahead, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import EMBEDDED_CONFIG, TINY, ModelConfig, build_model, load_clip
-from sptseg.system import write
+from sptseg.system import is_main_process, one_voice, output_place, processes, write
 from sptseg.training import (
     CONFIGURATIONS,
     EMBEDDED_TRAINING,
@@ -56,7 +54,6 @@ def evaluate_command(
     which: Annotated[Which, tyro.conf.arg(name="")],
     seen_offset: float | None = None,
     limit: int | None = None,
-    skip_unreadable: bool = False,
     workers: int = 2,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -70,20 +67,19 @@ def evaluate_command(
         which: the model.
         seen_offset: what the scores of seen classes are lowered by; by default the model's own, 0 across data sets.
         limit: look at the first pictures only.
-        skip_unreadable: leave out pictures that cannot be read, and list them, instead of stopping at the first.
         workers: processes that read ahead.
         json_file: write the scores there, each class's IoU too.
     """
+    if json_file is not None:
+        output_place(json_file)
     dataset, split = data.load("evaluation")
     model = which.load()
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
     across = bool(shown) and {*shown, *new} != set(split.classes)
     seen_offset = 0.0 if across and seen_offset is None else seen_offset
-    options = {"limit": limit, "skip_unreadable": skip_unreadable, "workers": workers}
-    scores = evaluate(model, dataset, split, seen_offset=seen_offset, **options)
-    report = scores.as_dict() | ({"left_out": list(scores.left_out)} if skip_unreadable else {})
+    scores = evaluate(model, dataset, split, seen_offset=seen_offset, limit=limit, workers=workers)
+    report = scores.as_dict()
     print(scores.table())
-    print_left_out(scores.left_out)
     if across or set(shown) & set(split.names(split.unseen)):
         found = report["training"] = {"split": model.about["split"], **by_training(scores, shown)}
         all_of_them, old, others = (
@@ -95,7 +91,7 @@ def evaluate_command(
         )
     if model.config.clip == TINY and data.data != "scenes":
         print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
-    if json_file is not None:
+    if json_file is not None and is_main_process():
         write(json_file, json.dumps(report, indent=1) + "\n")
 
 
@@ -130,6 +126,7 @@ class Train:
     train: TrainConfig = EMBEDDED_TRAINING
 
     def run(self) -> None:
+        output_place(self.output, folder=True)
         dataset, split = self.data.load("training")
         validation = replace(self.data, subset="").load("evaluation")[0] if self.train.validate_every else None
         torch.manual_seed(self.train.seed)
@@ -147,23 +144,19 @@ class Train:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
         report = preflight(model, dataset, split, self.train, folder=self.output)
-        main = PartialState().is_main_process
-        if main:
-            print(report.text())
+        print(report.text())
         report.raise_on_fault()
         if self.preflight_only:
             return
         data = asdict(self.data.resolved("training"))
         about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
-        result = fit(
+        fit(
             model, dataset, split, self.train,
             output=self.output, validation=validation, resume=self.resume, about=about,
         )  # fmt: skip
-        if main:
-            print_left_out(result.left_out)
-            where = f" --data {self.data.data} --layout {self.data.layout}" if self.data.data != "scenes" else ""
-            own = f" --clip {self.model.clip} --clip-weights {self.model.clip_weights}" if self.clip_file else ""
-            print(f"the trained model is in {self.output}; score it: sptseg evaluate --model {self.output}{where}{own}")
+        where = f" --data {self.data.data} --layout {self.data.layout}" if self.data.data != "scenes" else ""
+        own = f" --clip {self.model.clip} --clip-weights {self.model.clip_weights}" if self.clip_file else ""
+        print(f"the trained model is in {self.output}; score it: sptseg evaluate --model {self.output}{where}{own}")
 
     @property
     def clip_file(self) -> bool:
@@ -196,6 +189,7 @@ class Ablate:
     train: TrainConfig = EMBEDDED_TRAINING
 
     def run(self) -> None:
+        output_place(self.output, folder=True)
         preset = PRESETS[self.preset]
         default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else LADDER
         chosen = names(self.configurations) or list(default)
@@ -205,9 +199,7 @@ class Ablate:
         configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
         dataset, _ = self.data.load("training")
         scored, split = self.validation.load("evaluation")
-        table = ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output)
-        if PartialState().is_main_process:
-            print(table)
+        print(ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output))
 
 
 @dataclass(frozen=True)
@@ -238,7 +230,6 @@ def segment_command(
     which: Annotated[Which, tyro.conf.arg(name="")],
     out: Path = Path("segmentation.png"),
     full_resolution: bool = False,
-    skip_unreadable: bool = False,
 ) -> None:
     """Segments photographs into classes given by name.
 
@@ -248,13 +239,16 @@ def segment_command(
         which: the model.
         out: the picture to write; for several pictures a folder, which gets overlays, label PNGs and areas.csv.
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
-        skip_unreadable: leave out pictures of a folder that cannot be read, and list them, instead of stopping there.
     """
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
     results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
     taken = [path.resolve() for path in (*files, *results)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
+    if out.suffix:
+        plots.picture_place(out)
+    else:
+        output_place(out, folder=True)
     model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
     if len(files) == 1 and out.suffix:
         result = segment(model, files[0], names(classes), full_resolution=full_resolution)
@@ -266,29 +260,16 @@ def segment_command(
         raise ValueError(
             f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {out.with_suffix('')}"
         )
-    table, left_out = io.StringIO(), []
+    table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["picture", *names(classes)])
     for file, picture in zip(files, read_ahead(files), strict=True):
-        try:
-            result = segment(model, picture.result(), names(classes), full_resolution=full_resolution)
-        except Unreadable as error:
-            if not skip_unreadable:
-                raise
-            left_out.append(str(error))
-            continue
+        result = segment(model, picture.result(), names(classes), full_resolution=full_resolution)
         result.save(out / f"{file.stem}.png")
         result.save_labels(out / f"{file.stem}-labels.png")
         writer.writerow([file.name, *(f"{share:.4f}" for share in result.areas().values())])
         print(f"wrote {out / file.stem}.png")
     write(out / "areas.csv", table.getvalue())
-    print_left_out(left_out)
-
-
-def print_left_out(sentences: Sequence[str]) -> None:
-    """Lists what was said of pictures that could not be read."""
-    if sentences:
-        print(f"left out {len(sentences)} pictures that cannot be read:", *sentences, sep="\n- ")
 
 
 def check_command(
@@ -305,6 +286,8 @@ def check_command(
         limit: look at the first pictures only.
         json_file: write the report there.
     """
+    if json_file is not None:
+        output_place(json_file)
     dataset, _ = replace(data, data=root).load("evaluation")
     report = check_dataset(dataset, limit=limit)
     print(report.table())
@@ -328,23 +311,29 @@ def show_command(
         out: the picture to write.
         count: how many pictures.
     """
+    plots.picture_place(out)
     dataset, _ = replace(data, data=root).load("evaluation")
     plots.save_figure(contact_sheet(dataset, count, data.seed), out)
     print(f"wrote {out}")
 
 
 def pretrain_command(
-    output: Path = Path("tiny_clip.safetensors"), seed: int = 0, dense_losses: bool = True, images: int | None = None
+    output: Path = Path("tiny_clip.safetensors"),
+    seed: int = 0,
+    dense_losses: bool = True,
+    images: int | None = None,
+    device: str = "cpu",
 ) -> None:
-    """Pre-trains the tiny CLIP on drawn pictures and their captions, on the CPU; goes on where a run stopped.
+    """Pre-trains the tiny CLIP on drawn pictures and their captions; goes on where a run stopped.
 
     Args:
         output: the file to write; the state and the history go beside it.
         seed: of the weights and the pictures.
         dense_losses: with the losses that make patches speak; without them CLIP's own contrast only, as a control.
         images: about how many pictures in all; by default as the embedded file was made.
+        device: what computes: cpu or cuda.
     """
-    config = PretrainConfig(seed=seed, dense_losses=dense_losses)
+    config = replace(PretrainConfig(seed) if dense_losses else PretrainConfig.plain(seed), device=device)
     if images is not None:
         config = config.scaled(images)
     pretrain(config, output)
@@ -363,6 +352,7 @@ def import_command(
         heads: attention heads of the image encoder.
         decoder_heads: attention heads of the decoder.
     """
+    output_place(output, folder=output.suffix != ".safetensors")
     imported = import_research(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
     print(f"{imported.report()}\nwrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")
 
@@ -382,6 +372,10 @@ COMMANDS = {
 }
 
 
+IN_SEVERAL_PROCESSES = ("train", "ablate", "evaluate")  # what torchrun and accelerate launch may start
+
+
+@one_voice()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -395,8 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 commands = {name: deferred(command) for name, command in COMMANDS.items()}
                 commands |= {"train": Train, "ablate": Ablate}
                 run = tyro.extras.subcommand_cli_from_dict(commands, args=given, prog="sptseg", description=__doc__)
+        if processes() > 1 and given[0] not in IN_SEVERAL_PROCESSES:
+            raise ValueError(f"sptseg {given[0]} works in one process; start it without torchrun or accelerate launch")
         run()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from sptseg.checkpoints import load_model
 from sptseg.datasets import IGNORE, Colour, Scenes, enlarge, plots, png
 from sptseg.inference import Scores, evaluate, segment
 from sptseg.model import EMBEDDED_CONFIG, build_model
-from sptseg.system import write
+from sptseg.system import output_place, write
 from sptseg.training import EMBEDDED_TRAINING, fit
 
 MODELS = {"embedded": "SPT-SEG", "embedded-zegclip": "ZegCLIP", "dense-clip": "dense CLIP"}
@@ -101,8 +101,7 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
     for name, value in {"scenes": scenes, "iterations": iterations}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_place(output, folder=True)
     page = save(run(seed, scenes, iterations), folder)
     print(f"\nOpen {page.resolve().as_uri()} in a browser")
     return page

@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.functional import center_crop
 
 from sptseg.datasets import IGNORE, Sample, Split, test_transform
-from sptseg.inference import augmentation, first, predictions
+from sptseg.inference import augmentation, first_indices, predictions
 from sptseg.model import (
     Grid,
     HighLowAttention,
@@ -144,7 +144,9 @@ def class_counts(
 ) -> Array:
     """Pixels per picture and class, (P, 3, C): hits, true, predicted; all that IoU needs, and it adds up."""
     rows = []
-    for sample, logits in predictions(model, dataset, split, indices=first(dataset, limit), batch_size=batch_size):
+    for sample, logits in predictions(
+        model, dataset, split, indices=first_indices(dataset, limit), batch_size=batch_size
+    ):
         label = torch.as_tensor(sample["label"])
         predicted = logits.labels((label.shape[0], label.shape[1])).cpu()[label != IGNORE]
         label = label[label != IGNORE].long()

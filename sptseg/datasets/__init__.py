@@ -9,6 +9,7 @@ from sptseg.datasets.folders import (
     ImageMaskFolder, Sample, Scenes, ade20k, camvid, coco_stuff, context, folder_split, voc2012,
 )
 from sptseg.datasets.images import Unreadable, as_array, enlarge, luminance, open_image, png, sorted_images
+from sptseg.datasets.loading import read_batches
 from sptseg.datasets.named import Data, SCENES_TO_SCORE, SCENES_TO_TRAIN
 from sptseg.datasets.plots import (
     BLUE, DOT, FAINT, GREEN, INK, LEGEND, MARK, MARKERS, ORANGE, OUTLINED, Plot, UNSEEN_NOTE, VERMILION, colourise,

@@ -38,7 +38,6 @@ class DataReport:
         pixels, images: per class, its pixels and the images that hold it.
         ignored: share of pixels that no class has.
         all_ignored: names of images without a labelled pixel.
-        unreadable: those of the faults that are files nobody can read.
     """
 
     split: Split
@@ -51,7 +50,6 @@ class DataReport:
     all_ignored: list[str]
     faults: list[str]
     warnings: list[str]
-    unreadable: list[str]
 
     @property
     def never_seen(self) -> tuple[str, ...]:
@@ -136,7 +134,7 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
     """The report on some items, whose label values are those of `split`."""
     counts = np.zeros(split.ignore + 1, np.int64)
     images = np.zeros(len(split.classes), np.int64)
-    sizes, all_ignored, faults, unreadable = [], [], [], []
+    sizes, all_ignored, faults = [], [], []
     palettes: dict[int, dict[Colour, str]] = defaultdict(dict)
     strays: set[int] = set()
     folder = dataset if isinstance(dataset, ImageMaskFolder) else None
@@ -148,7 +146,6 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
         except Exception as error:  # whatever one file does, the next one is looked at
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             faults.append(f"image {index}: {kind}{error}")
-            unreadable += faults[-1:] if isinstance(error, OSError) else []
             if folder and mask:
                 values, _ = mask_values(mask, ("L", "P"))
                 strays |= {v for v in values if len(split.classes) <= folder._labels[v] < split.ignore}
@@ -176,7 +173,7 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
     pixels = counts[: len(split.classes)].tolist()
     ignored = float(counts[split.ignore] / max(1, counts.sum()))
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
-    found = (sizes, pixels, images.tolist(), ignored, all_ignored, faults, notes, unreadable)
+    found = (sizes, pixels, images.tolist(), ignored, all_ignored, faults, notes)
     return DataReport(split, length, len(indices), *found)
 
 

@@ -27,7 +27,8 @@ from sptseg.model import (
     load_clip,
 )
 from sptseg.system import write
-from sptseg.training.loop import TrainConfig, fit
+from sptseg.training.config import TrainConfig
+from sptseg.training.loop import fit
 from sptseg.training.presets import in_setting
 from sptseg.training.state import HALFWAY, identity
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from toys import SPLIT, Toys, toy_config, toy_model
+from toys import SPLIT, Toys, same, toy_config, toy_model
 
 from sptseg.checkpoints.checkpoint import load_model, read_header
 from sptseg.datasets.folders import Scenes
@@ -40,9 +40,10 @@ from sptseg.model.config import DENSE_CLIP
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training import loop as training
 from sptseg.training import losses, stream
-from sptseg.training.loop import TrainConfig, fit, learning_rate, parameter_groups, pseudo_labels
+from sptseg.training.config import TrainConfig, learning_rate, training_augmentation
+from sptseg.training.loop import fit, parameter_groups, pseudo_labels
 from sptseg.training.losses import segmentation_loss
-from sptseg.training.state import identity, read_sealed
+from sptseg.training.state import identity, read_tensors
 
 ALL_SEEN = SPLIT.with_unseen([])
 PLAIN = Augmentation(crop=32, resize_base=(128, 32), scale=(1, 1), largest_share=1, distortion=0)
@@ -61,15 +62,14 @@ class StopsAt(Toys):
         return super().__getitem__(index)
 
 
-def equal_states(one: SptSeg, other: SptSeg) -> bool:
-    ours, theirs = one.trained_state(), other.trained_state()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def logits_of(model: SptSeg) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         return model.eval()(torch.randn(2, 3, 32, 32, generator=generator), model.class_embeddings(SPLIT.classes))
+
+
+def dense_clip() -> SptSeg:
+    return build_model(replace(DENSE_CLIP, clip="small", image_size=(32, 32)), small_clip())
 
 
 # Schedule, groups, pseudo labels
@@ -159,18 +159,13 @@ def test_settings_that_do_not_go_are_refused(changes: dict, message: str) -> Non
         ({"config": toy_config(validate_every=1)}, "validate_every is set but there is no validation data"),
         ({"config": toy_config(batch_size=5, accumulation=2)}, "batch_size 5 cannot be shared"),
         ({"split": ALL_SEEN}, "split 'toys' has no unseen classes; use setting='supervised'"),
+        ({"model": dense_clip()}, "nothing to train"),
     ],
 )
 def test_runs_that_do_not_go_are_refused(options: dict, message: str) -> None:
-    options = {"split": SPLIT, "config": toy_config(), **options}
+    options = {"model": toy_model(), "split": SPLIT, "config": toy_config(), **options}
     with pytest.raises(ValueError, match=message):
-        fit(toy_model(), Toys(), **options)
-
-
-def test_a_model_without_anything_to_train_is_refused() -> None:
-    model = build_model(replace(DENSE_CLIP, clip="small", image_size=(32, 32)), small_clip())
-    with pytest.raises(ValueError, match="nothing to train"):
-        fit(model, Toys(), SPLIT, toy_config())
+        fit(dataset=Toys(), **options)
 
 
 def test_training_learns_and_leaves_clip_alone() -> None:
@@ -244,7 +239,7 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
         fit(model, Toys(), SPLIT, toy_config(batch_size=8, accumulation=accumulation))
     for name, value in models[0].trained_state().items():
         assert_close(models[1].trained_state()[name], value, atol=1e-5, rtol=0, msg=name)
-    assert not equal_states(models[0], toy_model())
+    assert not same(models[0].trained_state(), toy_model().trained_state())
 
 
 def test_a_seed_gives_the_same_run_and_another_one_does_not() -> None:
@@ -253,8 +248,8 @@ def test_a_seed_gives_the_same_run_and_another_one_does_not() -> None:
     for seed in (0, 0, 1):
         torch.randn(len(models) + 1)
         models.append(fit(toy_model(dropout=0.1), Toys(), SPLIT, toy_config(seed=seed, iterations=3)).model)
-    assert equal_states(models[0], models[1])
-    assert not equal_states(models[0], models[2])
+    assert same(models[0].trained_state(), models[1].trained_state())
+    assert not same(models[0].trained_state(), models[2].trained_state())
 
 
 def test_half_precision_runs() -> None:
@@ -272,9 +267,8 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
     config = toy_config(save_every=2)
     result = fit(toy_model(clip), Toys(), SPLIT, config, output=tmp_path / "a" / "run")
     folder = tmp_path / "a" / "run"
-    states = {"state.pt", "state.previous.pt"}
-    kept = {"model.safetensors", "halfway.safetensors", "history.json", "config.json"}
-    assert {file.name for file in folder.iterdir()} == kept | states
+    kept = {"model.safetensors", "halfway.safetensors", "history.json", "config.json", "state.pt"}
+    assert {file.name for file in folder.iterdir()} == kept
     assert json.loads((folder / "history.json").read_text()) == result.history
     stored = json.loads((folder / "config.json").read_text())
     assert stored["train"]["iterations"] == 5 and stored["model"]["prompt_tokens"] == 2
@@ -299,7 +293,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path, accumulation: 
     dataset = Toys()
     resumed = fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=tmp_path, resume=True)
     assert len(dataset.read) == 4 * 4
-    assert equal_states(resumed.model, whole.model)
+    assert same(resumed.model.trained_state(), whole.model.trained_state())
     strip = [{k: v for k, v in row.items() if k != "images_per_second"} for row in whole.history]
     assert [{k: v for k, v in row.items() if k != "images_per_second"} for row in resumed.history] == strip
 
@@ -310,7 +304,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     dataset = Toys()
     again = fit(toy_model(), dataset, SPLIT, config, output=tmp_path, resume=True)
     assert dataset.read == []
-    assert equal_states(first.model, again.model) and again.history == first.history
+    assert same(first.model.trained_state(), again.model.trained_state()) and again.history == first.history
 
 
 def test_resuming_without_a_state_starts(tmp_path: Path) -> None:
@@ -367,13 +361,13 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(training, "segmentation_loss", broken)
     output = None if save_every is None else tmp_path
-    examples = stream.TrainingStream(Toys(), training.training_augmentation(model, toy_config()), torch.arange(256), 0)
+    examples = stream.TrainingStream(Toys(), training_augmentation(model, toy_config()), torch.arange(256), 0)
     names = ", ".join(examples[position].name for position in range(4, 8))
     said = f"the loss is nan at iteration 1, on {names}; lower learning_rate, .*{remark}"
     with pytest.raises(FloatingPointError, match=said):
         fit(model, Toys(), SPLIT, toy_config(save_every=save_every or 1), output=output)
     if save_every == 1:
-        state = read_sealed(tmp_path / "state.pt")
+        state = read_tensors(tmp_path / "state.pt")
         assert state["iteration"] == 1 and all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -391,13 +385,13 @@ def test_validation_rows(tmp_path: Path) -> None:
     scores = evaluate(result.model, Toys(3), SPLIT, progress=False)
     assert [result.history[-1][name] for name in figures] == [getattr(scores, name) for name in figures]
     plain = fit(toy_model(dropout=0.1), Toys(), SPLIT, toy_config(iterations=5))
-    assert equal_states(plain.model, result.model), "looking on changes no weight"
+    assert same(plain.model.trained_state(), result.model.trained_state()), "looking on changes no weight"
 
 
 def test_the_validation_rhythm_is_not_the_historys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long run keeps about 200 rows; validation has its own rhythm."""
     monkeypatch.setattr(training, "step", lambda *_: {"total": 1.0})
-    example = stream.Example(torch.zeros(1), torch.zeros(1), "name", "")
+    example = stream.Example(torch.zeros(1), torch.zeros(1), "name")
     monkeypatch.setattr(training, "TrainingStream", lambda *_: [example] * 450)
     config = toy_config(iterations=450, batch_size=1, validate_every=225, validation_images=1)
     history = fit(toy_model(), Toys(), SPLIT, config, validation=Toys()).history
@@ -517,7 +511,7 @@ def test_sigterm_at_any_moment_costs_no_bit(read: int, save_every: int, accumula
         rest = Toys()
         resumed = fit(toy_model(dropout=0.1), rest, SPLIT, config, output=folder, resume=True)
         assert len(rest.read) == 4 * (8 - done) or (done == 8 and not save_every and len(rest.read) == 32)
-        assert equal_states(resumed.model, whole.model)
+        assert same(resumed.model.trained_state(), whole.model.trained_state())
         assert [row["total"] for row in resumed.history] == [row["total"] for row in whole.history]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
@@ -537,9 +531,12 @@ def test_the_first_interrupt_saves_and_the_second_does_not_wait(
 
 
 def test_without_a_folder_signals_act_as_ever() -> None:
-    dataset = SignalledAt(signal.SIGINT, 5)
-    with pytest.raises(KeyboardInterrupt):
-        fit(toy_model(), dataset, SPLIT, toy_config())
+    dataset, before = SignalledAt(signal.SIGINT, 5), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(toy_model(), dataset, SPLIT, toy_config())
+    finally:
+        signal.signal(signal.SIGINT, before)  # background jobs of a shell script inherit that it is ignored
     assert len(dataset.read) == 5
 
 
@@ -572,8 +569,8 @@ def test_the_half_way_checkpoint_is_the_model_of_that_iteration(tmp_path: Path) 
     with pytest.raises(SystemExit):
         fit(toy_model(clip), SignalledAt(signal.SIGTERM, 7), SPLIT, toy_config(iterations=5), output=tmp_path / "b")
     halfway, stopped = (load_model(folder / "halfway.safetensors", clip) for folder in (tmp_path, tmp_path / "b"))
-    assert halfway.about["iteration"] == 2 and equal_states(halfway, stopped)
-    assert not equal_states(halfway, load_model(tmp_path, clip))
+    assert halfway.about["iteration"] == 2 and same(halfway.trained_state(), stopped.trained_state())
+    assert not same(halfway.trained_state(), load_model(tmp_path, clip).trained_state())
     fit(halfway, Toys(), SPLIT, toy_config(setting="transductive", iterations=2), output=tmp_path / "c")
     assert not (tmp_path / "c" / "halfway.safetensors").exists()
 

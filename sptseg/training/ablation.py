@@ -26,7 +26,7 @@ from sptseg.model import (
     fingerprint,
     load_clip,
 )
-from sptseg.system import write
+from sptseg.system import is_main_process, write
 from sptseg.training.config import TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import in_setting
@@ -82,9 +82,9 @@ def run(
     torch.manual_seed(train.seed)  # for all that is random from here on: making a CLIP draws numbers too
     clip = load_clip(config.clip, config.clip_weights)
     result_file = place / "result.json"
-    asked = {"model": asdict(config), "train": asdict(train), "split": asdict(split), "clip": fingerprint(clip)}
-    asked |= {"data": identity(dataset), "validation": identity(validation)}
-    asked = json.loads(json.dumps(asked))
+    parts = {"model": asdict(config), "train": asdict(train), "split": asdict(split), "clip": fingerprint(clip)}
+    data = {"data": identity(dataset), "validation": identity(validation)}
+    asked = json.loads(json.dumps({**parts, **data}))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         other = [part for part in asked if result["asked"].get(part) != asked[part]]
@@ -99,10 +99,9 @@ def run(
         fit(model, dataset, split, train, output=place, resume=True)
     scores = evaluate(model, validation, split, progress=train.progress)
     result = {"name": name, "seed": train.seed, "scores": scores.as_dict(), "asked": asked}
-    processes = PartialState()
-    if processes.is_main_process:
+    if is_main_process():
         write(result_file, json.dumps(result, indent=1) + "\n")
-    processes.wait_for_everyone()  # who comes later must find it
+    PartialState().wait_for_everyone()  # who comes later must find it
     return result
 
 
@@ -125,7 +124,7 @@ def ablate(
     for name, config in configurations.items():
         for seed in seeds if config.trains else seeds[:1]:
             results.append(run(name, config, dataset, validation, split, replace(train, seed=seed), folder))
-            if PartialState().is_main_process:
+            if is_main_process():
                 write(folder / "table.md", table(results))
                 rows = [{key: result[key] for key in ("name", "seed", "scores")} for result in results]
                 write(folder / "ablation.json", json.dumps({"rows": rows}, indent=1) + "\n")
@@ -137,12 +136,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| configuration | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---|" + "---|" * len(FIGURES)]
     for name in dict.fromkeys(result["name"] for result in results):
         own = [result["scores"] for result in results if result["name"] == name]
-        cells = [spread([scores[figure] for scores in own]) for figure in FIGURES]
+        cells = [mean_and_deviation([scores[figure] for scores in own]) for figure in FIGURES]
         lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float | None]) -> str:
+def mean_and_deviation(values: Sequence[float | None]) -> str:
     """Mean ± sample standard deviation in percent."""
     known = [100 * value for value in values if value is not None]
     if not known:

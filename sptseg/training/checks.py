@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -51,7 +51,7 @@ class PreflightReport:
         terms: the loss of the first batch.
         seconds: of one iteration: a step, or reading its pictures if that takes longer.
         hours: of the whole run, validation not counted.
-        memory: peak in bytes: of tensors on the GPU, or of the process so far without one.
+        memory: bytes: the peak of tensors on the GPU, or without one the process's.
         picture: the first batch as PNG.
     """
 
@@ -87,8 +87,8 @@ class PreflightReport:
             lines.append("first loss: " + ", ".join(f"{name} {value:.4g}" for name, value in self.terms.items()))
             lines.append(f"time: {self.seconds:.3g} s an iteration, about {self.hours:.2g} h without validation")
         if self.memory is not None:
-            what = "of the process" if self.device == "cpu" else f"on {self.device}"
-            lines.append(f"memory: {self.memory / 2**30:.2g} GiB at the peak {what}")
+            what = "of the process" if self.device == "cpu" else f"at the peak on {self.device}"
+            lines.append(f"memory: {self.memory / 2**30:.2g} GiB {what}")
         lines += [f"warning: {text}" for text in self.warnings] + [f"fault: {text}" for text in self.faults]
         return "\n".join([*lines, f"preflight: {len(self.faults)} faults, {len(self.warnings)} warnings"])
 
@@ -136,7 +136,8 @@ def preflight(
             report.terms, whole, device = try_out(model, dataset, split, config, augment)
             report.seconds = max(whole - reading, reading / config.workers) if config.workers else whole
             report.hours = report.seconds * config.iterations / 3600
-            report.device, report.memory = device.type, peak_memory(device)
+            cuda, report.device = device.type == "cuda", device.type
+            report.memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         report.faults.append(f"a first step cannot be made: {error}")
     return report
@@ -220,14 +221,3 @@ def try_out(
         first, second = fit(copy, dataset, split, few, augment=augment).history
     terms = {name: first[name] for name in ("focal", "ssim", "dice", "total") if name in first}
     return terms, config.batch_size / second["images_per_second"], copy.device
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak: PyTorch's on a GPU, else the whole process's; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,7 +84,8 @@ def fit(
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
     run = Run(model, dataset, split, config, output, augment, resume, about or {})
     last = config.iterations
-    with ended_helpers("use workers=0 (command line: --train.workers 0)"), run.signals() as noted:
+    noting = nullcontext([]) if run.folder is None else noted_signals()
+    with ended_helpers("use workers=0 (command line: --train.workers 0)"), noting as noted:
         for iteration in range(run.progress.iteration, last):
             terms = run.step(iteration)
 
@@ -210,10 +211,6 @@ class Run:
         if self.folder is not None and self.main:
             save_model(self.model, self.folder / name, {**self.facts, **further})
 
-    def signals(self) -> AbstractContextManager[list[int]]:
-        """Signals that wait for the end of an iteration, where there is a folder for a state."""
-        return nullcontext([]) if self.folder is None else noted_signals()
-
     def close(self) -> None:
         self.bar.close()
         self.model.eval()
@@ -225,12 +222,11 @@ class Run:
         """Ends the program as the signal asks for, once all processes are here."""
         self.close()
         if self.main:
-            done = f"after iteration {self.progress.iteration} of {self.config.iterations}"
-            how = "go on with resume=True (command line: the same command and --resume)"
-            print(
-                f"stopped by {signal.Signals(number).name} {done}; the state is in {self.folder}: {how}",
-                file=sys.stderr,
+            what = (
+                f"{signal.Signals(number).name} after iteration {self.progress.iteration} of {self.config.iterations}"
             )
+            how = "go on with resume=True (command line: the same command and --resume)"
+            print(f"stopped by {what}; the state is in {self.folder}: {how}", file=sys.stderr)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def finish(self) -> None:
@@ -289,14 +285,11 @@ def step(
     config: TrainConfig,
 ) -> dict[str, float]:
     """One optimiser step over micro-batches; returns the loss terms of the whole batch, over all processes."""
-    device = accelerator.device
+    device, transductive = accelerator.device, config.setting == "transductive"
     moved = [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batches]
     model: SptSeg = accelerator.unwrap_model(trainee).model
-    transductive = config.setting == "transductive"
     classes = len(split.classes) if config.setting != "inductive" else len(split.seen)
-    pairs = None
-    if not transductive:
-        pairs = mean_pairs(accelerator, [y for _, y in moved], classes)
+    pairs = None if transductive else mean_pairs(accelerator, [y for _, y in moved], classes)
     sums: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
     for i, (images, labels) in enumerate(moved):

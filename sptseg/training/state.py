@@ -23,6 +23,8 @@ from sptseg.system import write
 
 History = list[dict[str, Any]]
 Settings = dict[str, dict[str, Any]]
+Optimizer = torch.optim.Optimizer
+Scaler = torch.amp.GradScaler | None
 STATE = "state.pt"
 HALFWAY = "halfway.safetensors"  # the inductive checkpoint from which transductive training goes on
 MAY_CHANGE_ON_RESUME = {"workers", "progress", "save_every", "validate_every", "validation_images", "tensorboard"}
@@ -38,12 +40,7 @@ class Progress:
 
 
 def save_state(
-    folder: Path,
-    model: SptSeg,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    progress: Progress,
-    settings: Settings,
+    folder: Path, model: SptSeg, optimizer: Optimizer, scaler: Scaler, progress: Progress, settings: Settings
 ) -> None:
     """Writes `state.pt`, whole or not at all.
 
@@ -66,13 +63,7 @@ def save_state(
     write_tensors(folder / STATE, content)
 
 
-def load_state(
-    folder: Path,
-    model: SptSeg,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    settings: Settings,
-) -> Progress:
+def load_state(folder: Path, model: SptSeg, optimizer: Optimizer, scaler: Scaler, settings: Settings) -> Progress:
     """Puts the folder's state into model and optimiser; without any, the run begins.
 
     Raises ValueError if the state cannot be read, or if it was trained with other settings.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toys import SPLIT, Toys, data_folder, same, toy_config, toy_model
 
@@ -17,8 +18,10 @@ from sptseg.datasets.images import Unreadable
 from sptseg.inference.evaluation import evaluate
 from sptseg.training import loop as training
 from sptseg.training.checks import preflight
+from sptseg.training.config import training_augmentation
 from sptseg.training.loop import fit
 from sptseg.training.state import STATE, read_tensors
+from sptseg.training.stream import TrainingStream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -60,23 +63,23 @@ def test_evaluation_and_preflight_name_them_too(folder: Path) -> None:
     assert "mask value 77" in first and "i.png is not an image" in second
 
 
-def test_a_picture_that_makes_the_loss_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message holds the names of the batch, among them the guilty one, the iteration and the last good state."""
-
-    class Infected(Toys):
-        def __getitem__(self, index: int) -> Any:
-            sample = super().__getitem__(index)
-            return {**sample, "name": "guilty.jpg" if index == 4 else f"{index}.jpg"}
-
+@pytest.mark.parametrize(("save_every", "saved"), [(1, 3), (2, 2), (4, 0)])
+def test_pictures_that_make_the_loss_no_number_are_named(
+    save_every: int, saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message holds the names of the batch, the iteration and the last good state, if there is one."""
     original, steps = training.step, itertools.count()
 
     def step(*arguments: Any) -> dict[str, float]:
         return {**original(*arguments), **({"total": math.nan} if next(steps) == 3 else {})}
 
     monkeypatch.setattr(training, "step", step)
+    model, config, state = toy_model(), toy_config(save_every=save_every), tmp_path / "run" / STATE
+    stream = TrainingStream(Toys(), training_augmentation(model, config), torch.arange(256), 0)
+    names = ", ".join(stream[position].name for position in range(12, 16))
     with pytest.raises(FloatingPointError) as raised:
-        fit(toy_model(), Infected(), SPLIT, toy_config(save_every=1), output=tmp_path / "run")
-    said = str(raised.value)
-    assert said.startswith("the loss is nan at iteration 3, on ") and said.count(".jpg") == 4 and "guilty.jpg" in said
-    assert said.endswith(f"the last good state is {tmp_path / 'run' / STATE}") and "\n" not in said
-    assert read_tensors(tmp_path / "run" / STATE)["iteration"] == 3
+        fit(model, Toys(), SPLIT, config, output=tmp_path / "run")
+    kept = f"the last good state is {state}" if saved else "no state was saved before"
+    advice = "lower learning_rate, or use precision='no'"
+    assert str(raised.value) == f"the loss is nan at iteration 3, on {names}; {advice}; {kept}"
+    assert (read_tensors(state)["iteration"] if state.exists() else 0) == saved

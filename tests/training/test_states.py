@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toys import SPLIT, Toys, same, toy_config, toy_model
+from toys import SPLIT, ActsAt, Toys, interrupt, same, toy_config, toy_model
 
 from sptseg import system as files
 from sptseg.datasets import splits
@@ -54,15 +54,9 @@ def undisturbed() -> dict[str, Tensor]:
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
     """The state of a run killed after five iterations: an exception stands for the signal."""
-
-    class Killed(Toys):
-        def __getitem__(self, index: int) -> Any:
-            if len(self.read) == 4 * 5:
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
-
+    dataset, config = ActsAt(interrupt, 4 * 5), toy_config(iterations=6, save_every=2)
     with pytest.raises(KeyboardInterrupt):
-        fit(toy_model(dropout=0.1), Killed(), SPLIT, toy_config(iterations=6, save_every=2), output=tmp_path)
+        fit(toy_model(dropout=0.1), dataset, SPLIT, config, output=tmp_path)
     return tmp_path / STATE
 
 

@@ -55,7 +55,7 @@ CONFIGURATIONS: dict[str, ModelConfig] = {
 LADDER = ("dense-clip", "zegclip-released", "zegclip-released+spectral-prompts", "spt-released-ssim", "spt-released")
 
 
-def run(
+def run_one(
     name: str,
     config: ModelConfig,
     dataset: Dataset[Sample],
@@ -76,7 +76,7 @@ def run(
     place = folder / f"{name}-seed{train.seed}"
     start = None
     if setting == "transductive":
-        run(base, config, dataset, validation, split, train, folder)
+        run_one(base, config, dataset, validation, split, train, folder)
         start = folder / f"{base}-seed{train.seed}" / HALFWAY
     config, train = in_setting(config, train, setting or "inductive")
     torch.manual_seed(train.seed)  # for all that is random from here on: making a CLIP draws numbers too
@@ -116,14 +116,14 @@ def ablate(
 ) -> str:
     """Runs every configuration with every seed (those without training once) and returns the table as Markdown.
 
-    Results go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run`.
+    Results go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`.
     """
     if train.setting != "inductive":
         raise ValueError(f"the setting {train.setting} goes behind a configuration's name, such as spt@{train.setting}")
     results: list[dict[str, Any]] = []
     for name, config in configurations.items():
         for seed in seeds if config.trains else seeds[:1]:
-            results.append(run(name, config, dataset, validation, split, replace(train, seed=seed), folder))
+            results.append(run_one(name, config, dataset, validation, split, replace(train, seed=seed), folder))
             if is_main_process():
                 write(folder / "table.md", table(results))
                 rows = [{key: result[key] for key in ("name", "seed", "scores")} for result in results]

@@ -41,56 +41,19 @@ SAME_TEXT = 0.999  # cosine of two classes that no mask could tell apart
 
 @dataclass
 class PreflightReport:
-    """What was found before a run. What a fault kept from being measured is None or empty.
+    """What was found before a run: the sample's label values, the first batch's loss, and findings, one a line each."""
 
-    Attributes:
-        data: the sample's label values.
-        closest: the two classes whose text embeddings are closest, and their cosine.
-        queries: the classes that training asks for, in the order of the targets' values.
-        ignored: share of pixels that the first batch's targets ignore.
-        terms: the loss of the first batch.
-        seconds: of one iteration: a step, or reading its pictures if that takes longer.
-        hours: of the whole run, validation not counted.
-        memory: bytes: the peak of tensors on the GPU, or without one the process's.
-        picture: the first batch as PNG.
-    """
-
-    setting: str
     data: DataReport
-    closest: tuple[str, str, float] | None = None
-    queries: tuple[str, ...] = ()
-    ignored: float | None = None
     terms: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    hours: float | None = None
-    memory: int | None = None
-    device: str = "cpu"
-    picture: Path | None = None
-    faults: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """The report, one finding a line."""
-        data, split = self.data, self.data.split
-        found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
-        lines = [f"split {split.name}: {len(split.seen)} seen and {len(split.unseen)} unseen classes, {self.setting}"]
-        lines += [f"label values in {data.looked_at} of {data.total} images: {', '.join(found)}"]
-        if data.never_seen:
-            lines.append(f"classes not in these images: {', '.join(data.never_seen)}")
-        if self.closest:
-            lines.append("closest text embeddings: {!r} and {!r}, cosine {:.3f}".format(*self.closest))
-        if self.ignored is not None:
-            lines.append(f"first batch: {len(self.queries)} queries, {self.ignored:.1%} of the pixels ignored")
-        if self.picture:
-            lines.append(f"first batch drawn: {self.picture}")
-        if self.terms:
-            lines.append("first loss: " + ", ".join(f"{name} {value:.4g}" for name, value in self.terms.items()))
-            lines.append(f"time: {self.seconds:.3g} s an iteration, about {self.hours:.2g} h without validation")
-        if self.memory is not None:
-            what = "of the process" if self.device == "cpu" else f"at the peak on {self.device}"
-            lines.append(f"memory: {self.memory / 2**30:.2g} GiB {what}")
-        lines += [f"warning: {text}" for text in self.warnings] + [f"fault: {text}" for text in self.faults]
-        return "\n".join([*lines, f"preflight: {len(self.faults)} faults, {len(self.warnings)} warnings"])
+        lines = [f"warning: {text}" for text in self.warnings] + [f"fault: {text}" for text in self.faults]
+        count = f"preflight: {len(self.faults)} faults, {len(self.warnings)} warnings"
+        return "\n".join([*self.findings, *lines, count])
 
     def raise_on_fault(self) -> None:
         """Raises one ValueError that names all faults, if there are any."""
@@ -119,7 +82,14 @@ def preflight(
     """
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
     data = survey(dataset, split, spread(length, sample), progress=False)
-    report = PreflightReport(config.setting, data, faults=[*data.faults], warnings=[*data.warnings])
+    report = PreflightReport(data, warnings=[*data.warnings], faults=[*data.faults])
+    found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
+    report.findings = [
+        f"split {split.name}: {len(split.seen)} seen and {len(split.unseen)} unseen classes, {config.setting}",
+        f"label values in {data.looked_at} of {data.total} images: {', '.join(found)}",
+    ]
+    if data.never_seen:
+        report.findings.append(f"classes not in these images: {', '.join(data.never_seen)}")
     check_names(getattr(dataset, "split", split), split, report)
     if model.clip.weights is None and model.clip.name != IMPORTED:
         report.warnings.append(f"CLIP {model.clip.name!r} has random weights: no name means anything to it")
@@ -132,12 +102,9 @@ def preflight(
             reading = time.perf_counter() - start
             if folder is not None and is_main_process():
                 path = Path(folder) / "first-batch.png"
-                report.picture = draw(images, targets, augment, split, config.setting, path)
-            report.terms, whole, device = try_out(model, dataset, split, config, augment)
-            report.seconds = max(whole - reading, reading / config.workers) if config.workers else whole
-            report.hours = report.seconds * config.iterations / 3600
-            cuda, report.device = device.type == "cuda", device.type
-            report.memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+                draw(images, targets, augment, split, config.setting, path)
+                report.findings.append(f"first batch drawn: {path}")
+            try_out(model, dataset, split, config, augment, reading, report)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         report.faults.append(f"a first step cannot be made: {error}")
     return report
@@ -165,7 +132,8 @@ def check_text(model: SptSeg, split: Split, report: PreflightReport) -> None:
     cosine = (text @ text.T).cpu().fill_diagonal_(-2).triu(1)
     if len(names) > 1:
         first, second = divmod(int(cosine.argmax()), len(names))
-        report.closest = (names[first], names[second], float(cosine[first, second]))
+        pair = f"{names[first]!r} and {names[second]!r}, cosine {cosine[first, second]:.3f}"
+        report.findings.append(f"closest text embeddings: {pair}")
     same = [f"{names[i]!r} and {names[j]!r}" for i, j in (cosine > SAME_TEXT).nonzero().tolist()]
     if same:
         report.faults.append(f"CLIP cannot tell apart {listed(same)}; give other words with with_prompts")
@@ -176,13 +144,13 @@ def check_first_batch(
 ) -> tuple[Tensor, Tensor]:
     """This process's pictures (B, 3, S, S') of the first iteration, and their targets (B, S, S')."""
     queries, table = label_table(split, config.setting)
-    report.queries, accelerator = split.names(queries), new_accelerator("no")
+    accelerator = new_accelerator("no")
     share = accelerator.process_index, accelerator.num_processes
     stream = TrainingStream(dataset, augment, table, config.seed)
     positions = Positions(range(1), config.batch_size, config.accumulation, *share)
     images, targets, _ = collate([stream[position] for part in positions for position in part])
     ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)
-    report.ignored = ignored.mean().item()
+    report.findings.append(f"first batch: {len(queries)} queries, {ignored.mean():.1%} of the pixels ignored")
     empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
     if len(empty) == len(targets):
         report.faults.append(
@@ -194,7 +162,7 @@ def check_first_batch(
     return images, targets
 
 
-def draw(images: Tensor, targets: Tensor, augment: Augmentation, split: Split, setting: Setting, path: Path) -> Path:
+def draw(images: Tensor, targets: Tensor, augment: Augmentation, split: Split, setting: Setting, path: Path) -> None:
     """Writes pictures of the first batch, as the model sees them, beside their targets with the queries' names."""
     queries, _ = label_table(split, setting)
     panels: list[Panel] = []
@@ -207,17 +175,29 @@ def draw(images: Tensor, targets: Tensor, augment: Augmentation, split: Split, s
     title = f"First training batch: {len(panels)} of {len(images)} pictures; ignored pixels keep their colours"
     figure = sheet(panels, split.names(queries), palette, split.names(split.unseen), title)
     save_figure(figure, path)
-    return path
 
 
 def try_out(
-    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, augment: Augmentation
-) -> tuple[dict[str, float], float, torch.device]:
-    """Two iterations of `fit` on a copy: loss terms of the first, seconds of the second (the first loads kernels too),
-    and the device."""
+    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, augment: Augmentation, reading: float,
+    report: PreflightReport,
+) -> None:  # fmt: skip
+    """Two iterations of `fit` on a copy: loss of the first, time of the second, as the first loads kernels too.
+
+    `reading`: seconds that a batch takes to read, which the workers share.
+    """
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         first, second = fit(copy, dataset, split, few, augment=augment).history
-    terms = {name: first[name] for name in ("focal", "ssim", "dice", "total") if name in first}
-    return terms, config.batch_size / second["images_per_second"], copy.device
+    report.terms = {name: first[name] for name in ("focal", "ssim", "dice", "total") if name in first}
+    seconds = config.batch_size / second["images_per_second"]
+    if config.workers:
+        seconds = max(seconds - reading, reading / config.workers)
+    memory, what = psutil.Process().memory_info().rss, "of the process"
+    if copy.device.type == "cuda":
+        memory, what = torch.cuda.max_memory_allocated(copy.device), "at the peak on the GPU"
+    report.findings += [
+        "first loss: " + ", ".join(f"{name} {value:.4g}" for name, value in report.terms.items()),
+        f"time: {seconds:.3g} s an iteration, about {seconds * config.iterations / 3600:.2g} h without validation",
+        f"memory: {memory / 2**30:.2g} GiB {what}",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,20 @@ def model(clip: Clip) -> SptSeg:
 def test_a_sound_run(model: SptSeg, tmp_path: Path) -> None:
     report = preflight(model, Bands(), PARK, CONFIG, sample=3, folder=tmp_path / "new")
     report.raise_on_fault()
-    assert report.data.looked_at == 3
-    assert report.queries == ("grass", "water", "boat")
-    assert report.ignored == pytest.approx(0.4, abs=0.2)  # the tree, and what is padded
     assert set(report.terms) == {"focal", "ssim", "total"}
-    assert report.seconds and report.hours == pytest.approx(report.seconds * 1000 / 3600)
-    assert report.memory and report.memory > 2**20
-    assert report.picture == tmp_path / "new/first-batch.png"
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["first-batch.png"]
-    with Image.open(report.picture) as picture:
-        assert picture.width > 1000
     assert report.warnings == ["CLIP 'small' has random weights: no name means anything to it"]
-    text = report.text()
-    seen = "3 seen and 1 unseen classes, inductive"
-    for words in (seen, "0 grass 25.0%", "3 queries", "about", "0 faults, 1 warnings"):
-        assert words in text
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["first-batch.png"]
+    with Image.open(tmp_path / "new/first-batch.png") as picture:
+        assert picture.width > 1000
+    seconds, hours = map(float, re.findall(r"time: (\S+) s an iteration, about (\S+) h", report.text())[0])
+    assert hours == pytest.approx(seconds * 1000 / 3600, rel=0.1) and seconds > 0
+    (ignored,) = map(float, re.findall(r"first batch: 3 queries, (\S+)% of the pixels ignored", report.text()))
+    assert ignored == pytest.approx(40, abs=20), "the tree, and what is padded"
+    for words in (
+        "split park: 3 seen and 1 unseen classes, inductive", "label values in 3 of 5 images: 0 grass 25.0%, 1 water",
+        "GiB of the process\nwarning: CLIP", "closest text embeddings: '", "preflight: 0 faults, 1 warnings",
+    ):  # fmt: skip
+        assert words in report.text()
 
 
 def test_model_and_generators_stay_as_they_are(model: SptSeg) -> None:
@@ -118,12 +118,12 @@ def test_renamed_classes_and_pictures_without_a_target_are_warnings(model: SptSe
 def test_other_settings_ask_for_all_classes(model: SptSeg, setting: str, tmp_path: Path) -> None:
     report = preflight(model, Bands(), PARK, dataclasses.replace(CONFIG, setting=setting), folder=tmp_path)
     report.raise_on_fault()
-    assert report.queries == PARK.classes and report.terms
+    assert "4 queries" in report.text() and report.terms
 
 
 def test_faulty_files_stop_before_the_batch(model: SptSeg) -> None:
     report = preflight(model, Bands((0, 4)), PARK, CONFIG)
-    assert len(report.faults) == 5 and report.ignored is None and "5 faults" in report.text()
+    assert len(report.faults) == 5 and not report.terms and "5 faults" in report.text()
     with pytest.raises(ValueError, match=r"5 faults.*\(1\) image 0.*\(5\) image 4"):
         report.raise_on_fault()
 

@@ -393,7 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"sptseg {given[0]} works in one process; start it without torchrun or accelerate launch")
         run()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
+        said = str(error) or "memory ran out"
+        print(f"sptseg: {' '.join(said.split())[:2000]}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sptseg.system import cores
+from sptseg.system import cores, ended_helpers
 
 Clock = Literal["wall", "cpu"]
 Work = Callable[[], object]
@@ -128,7 +128,7 @@ def peak_memory(make: Callable[..., Work], *arguments: Any, device: torch.device
     Made and run in a process of its own, so `make` must be a function of a module.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ended_helpers("leave this suite out, or make room"), ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak, make, arguments, str(device), torch.get_num_threads()).result()
 
 

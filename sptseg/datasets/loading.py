@@ -90,11 +90,15 @@ def read_batches(
         loader = iter(DataLoader(Batches(dataset, collate), None, sampler=positions, **options))
     except OSError as error:
         raise OSError(f"no process that reads pictures can be started ({error}); read with 0 workers") from error
-    return map(received, loader)
+    return received(loader)
 
 
-def received(batch: Any) -> Any:
-    """What a loading process handed over; raises what it raised."""
-    if isinstance(batch, Exception):
-        raise batch
-    return tree_map_only(np.ndarray, torch.from_numpy, batch)
+def received(loader: Iterator[Any]) -> Iterator[Any]:
+    """What loading processes handed over; raises what they raised."""
+    try:
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield tree_map_only(np.ndarray, torch.from_numpy, batch)
+    finally:
+        del loader  # the error's traceback would keep the processes

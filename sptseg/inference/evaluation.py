@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -88,7 +88,7 @@ def predictions(
     batch_size: int = 16,
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
     workers: int = 0,
-) -> Iterator[tuple[Sample, WindowLogits]]:
+) -> Generator[tuple[Sample, WindowLogits]]:
     """Each picture of a data set (or those at `indices`), in order, with its logits for all classes of the split.
 
     `logits.labels(size)` are the predicted labels. `seen_offset` is subtracted from the scores of the seen classes;
@@ -148,7 +148,7 @@ def evaluate(
         autocast=accelerator.autocast,
         workers=workers,
     )
-    with ended_helpers("use workers=0 (command line: --workers 0)"):
+    with ended_helpers("use workers=0 (command line: --workers 0)"), closing(found):
         for sample, logits in tqdm(found, desc="evaluating", total=len(mine), disable=hidden, mininterval=1):
             label = torch.as_tensor(sample["label"])
             predicted = logits.labels((label.shape[0], label.shape[1]))

@@ -214,6 +214,7 @@ class Run:
     def close(self) -> None:
         self.bar.close()
         self.model.eval()
+        del self.batches  # ends the loading processes
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training() would also end the process group, which evaluate counts with
         self.accelerator.wait_for_everyone()  # until all is written

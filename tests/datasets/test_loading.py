@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -95,7 +96,7 @@ class Faulty(Toys):
 def test_faults_of_pictures_come_without_a_traceback(workers: int, error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         evaluate(toy_model(), Faulty(error), SPLIT, progress=False, workers=workers)
-    assert str(raised.value) == str(error)
+    assert str(raised.value) == str(error) and not multiprocessing.active_children(), "and end with the evaluation"
 
 
 def test_a_loading_process_that_the_system_ends_is_one_sentence_with_the_remedy() -> None:

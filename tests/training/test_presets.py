@@ -228,7 +228,8 @@ def test_readmes_script_where_processes_are_spawned(guarded: bool, clip: list[st
         script = re.sub(r"if __name__ .*", "if True:", script)
     spawned = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
     (tmp_path / "script.py").write_text(spawned + script)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    options: Any = {"env": {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, "timeout": 300}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, **options)
     if guarded:
         assert done.returncode == 0 and done.stdout.count("| pAcc |") == 1, done.stderr
     else:

@@ -1,15 +1,15 @@
-"""What is asked of the operating system: files written whole or not at all, the cores that may be used."""
+"""What is asked of the operating system: files written whole or not at all, other processes, the cores to be used."""
 
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -48,10 +48,10 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def write(path: str | os.PathLike[str], content: bytes | str, *, keep: Path | None = None) -> Path:
+def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder.
 
-    A process killed at any moment leaves the old file or the new one. `keep`: what the old one is renamed to.
+    A process killed at any moment leaves the old file or the new one.
     Raises OSError with one sentence, the old file in place and nothing beside it, where the disk is full or refuses.
     """
     path, data = Path(path), content.encode(errors="backslashreplace") if isinstance(content, str) else content
@@ -68,8 +68,6 @@ def write(path: str | os.PathLike[str], content: bytes | str, *, keep: Path | No
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and place.is_file():
-            place.replace(keep)
         part.replace(place)
         sync_folder(place.parent)
     except OSError as error:
@@ -126,20 +124,6 @@ def one_voice() -> Iterator[None]:
         raise
 
 
-def usable_workers(workers: int, place: str = "/dev/shm") -> int:
-    """So many processes that read ahead, or 0, with a warning, where they could not hand over what they read.
-
-    They do it through shared memory, of which plain containers have 64 MB: less than a batch of photographs, and
-    PyTorch waits for a lost batch for ever.
-    """
-    if workers and os.path.isdir(place) and shutil.disk_usage(place).free < 2**28:
-        free = shutil.disk_usage(place).free / 2**20
-        text = f"{place} has {free:.0f} MiB free, too few for {workers} workers: pictures are read in this process"
-        warnings.warn(f"{text}; give the container more, such as docker run --shm-size=2g", stacklevel=3)
-        return 0
-    return workers
-
-
 @contextmanager
 def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone holds a file, until the block or the process ends; `wait` until it does.
@@ -155,3 +139,19 @@ def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+@contextmanager
+def ended_helpers(remedy: str) -> Iterator[None]:
+    """Raises OSError with one sentence where the system ended a process that works for this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, BrokenExecutor) and not str(error).startswith("DataLoader worker"):
+            raise
+        guard = "; and a script that starts processes needs its main guard, if __name__ == '__main__':"
+        guard = "" if multiprocessing.get_start_method() == "fork" else guard
+        raise OSError(
+            f"a helping process ended before its time, as when memory runs out ({' '.join(str(error).split())}); "
+            f"{remedy}{guard}"
+        ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,43 @@ class Toys(Dataset[Sample]):
         colours = COLOURS[label.clamp(max=4)].permute(2, 0, 1)  # (3, H, W)
         image = (colours + noise).clamp(0, 255).to(torch.uint8)
         return {"image": tv_tensors.Image(image), "label": tv_tensors.Mask(label), "name": str(index)}
+
+
+class ActsAt(Toys):
+    """Does something when its n-th picture is about to be read, for one n or several."""
+
+    def __init__(self, action: Callable[[], object], *reads: int) -> None:
+        super().__init__()
+        self.action, self.reads = action, reads
+
+    def __getitem__(self, index: int) -> Sample:
+        if len(self.read) in self.reads:
+            self.action()
+        return super().__getitem__(index)
+
+
+def interrupt() -> None:
+    """As a machine that goes down would."""
+    raise KeyboardInterrupt
+
+
+PARK = Split.from_names("park", ["grass", "water", "tree", "boat"], unseen=["tree"])
+
+
+class Bands(Dataset[Sample]):
+    """Noise pictures (40, 48) whose masks are upright bands of label values."""
+
+    def __init__(self, bands: tuple[int, ...] = (0, 1, 2, 3), length: int = 5, split: Split = PARK) -> None:
+        self.bands, self.length, self.split = bands, length, split
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = np.random.default_rng(index).integers(0, 256, (3, 40, 48), dtype=np.uint8)
+        label = torch.tensor(self.bands).repeat_interleave(48 // len(self.bands)).expand(40, 48)
+        image = tv_tensors.Image(torch.from_numpy(pixels))
+        return {"image": image, "label": tv_tensors.Mask(label), "name": f"noise-{index}"}
 
 
 def toy_model(clip: Clip | None = None, **changes: Any) -> SptSeg:

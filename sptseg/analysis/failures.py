@@ -93,7 +93,7 @@ def collect(
     memory: a thousand of VOC's take 3 GB.
     """
     offset = model.config.seen_offset if seen_offset is None else seen_offset
-    pictures, looked_at = [], evaluation.first(dataset, limit)
+    pictures, looked_at = [], evaluation.first_indices(dataset, limit)
     for sample, logits in evaluation.predictions(model, dataset, split, seen_offset=0.0, indices=looked_at):
         label = torch.as_tensor(sample["label"])
         metrics.check_labels(label[label != IGNORE], split, f"the label of picture {sample['name']}")

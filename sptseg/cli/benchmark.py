@@ -31,7 +31,7 @@ from sptseg.datasets import ImageMaskFolder, Split
 from sptseg.datasets import scenes as scenes_split
 from sptseg.inference import Precision, at_precision, new_accelerator, segment, window_logits
 from sptseg.model import TINY, ModelConfig, SptSeg, build_model, read_out, readouts, resize_positions
-from sptseg.system import cores, write
+from sptseg.system import cores, output_place, write
 
 Suite = Literal["inference", "training", "loss", "data", "widgets"]
 PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
@@ -328,6 +328,8 @@ def benchmark(
     for name, value in {"threads": threads, "loss_batch": loss_batch}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")
+    if json_file is not None:
+        output_place(json_file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = QUICK if quick else SIZES[device.type]
     sizes = replace(sizes, loss_batch=loss_batch or sizes.loss_batch)

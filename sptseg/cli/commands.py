@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TextIO
 
@@ -20,7 +21,7 @@ import tyro
 from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
 from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
-from sptseg.cli.train import Ablate, Train, clip_weights, print_left_out, with_preset
+from sptseg.cli.train import Ablate, Train, clip_weights, with_preset
 from sptseg.datasets import (
     Data,
     Note,
@@ -35,7 +36,7 @@ from sptseg.datasets import (
 from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
-from sptseg.system import is_main_process, one_voice, output_place, write
+from sptseg.system import is_main_process, one_voice, output_place, processes, write
 from sptseg.training import PretrainConfig, pretrain
 
 UNTRAINED = {"dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
@@ -94,7 +95,6 @@ def evaluate_command(
     which: Annotated[Which, tyro.conf.arg(name="")],
     seen_offset: float | None = None,
     limit: int | None = None,
-    skip_unreadable: bool = False,
     workers: int = 2,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -108,7 +108,6 @@ def evaluate_command(
         which: the model.
         seen_offset: what the scores of seen classes are lowered by; by default the model's own, 0 across data sets.
         limit: look at the first pictures only.
-        skip_unreadable: leave out pictures that cannot be read, and list them, instead of stopping at the first.
         workers: processes that read ahead.
         json_file: write the scores there, each class's IoU too.
     """
@@ -119,11 +118,9 @@ def evaluate_command(
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
     across = bool(shown) and {*shown, *new} != set(split.classes)
     seen_offset = 0.0 if across and seen_offset is None else seen_offset
-    options = {"limit": limit, "skip_unreadable": skip_unreadable, "workers": workers}
-    scores = evaluate(model, dataset, split, seen_offset=seen_offset, **options)
-    report = scores.as_dict() | ({"left_out": list(scores.left_out)} if skip_unreadable else {})
+    scores = evaluate(model, dataset, split, seen_offset=seen_offset, limit=limit, workers=workers)
+    report = scores.as_dict()
     print(scores.table())
-    print_left_out(scores.left_out)
     if across or set(shown) & set(split.names(split.unseen)):
         found = report["training"] = {"split": model.about["split"], **by_training(scores, shown)}
         all_of_them, old, others = (
@@ -171,7 +168,7 @@ def segment_command(
             f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
             f"{shlex.quote(str(out.with_suffix('')))}"
         )
-    output_place(out, folder=not out.suffix)
+    (plots.picture_place if out.suffix else partial(output_place, folder=True))(out)
     model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
     if out.suffix:
         pixels = as_array(files[0], max_pixels)
@@ -238,23 +235,29 @@ def show_command(
         out: the picture to write.
         count: how many pictures.
     """
+    plots.picture_place(out)
     dataset, _ = replace(data, data=root).load("evaluation")
     plots.save_figure(show_samples(dataset, count, data.seed), out)
     print(f"wrote {out}")
 
 
 def pretrain_command(
-    output: Path = Path("tiny_clip.safetensors"), seed: int = 0, dense_losses: bool = True, images: int | None = None
+    output: Path = Path("tiny_clip.safetensors"),
+    seed: int = 0,
+    dense_losses: bool = True,
+    images: int | None = None,
+    device: str = "cpu",
 ) -> None:
-    """Pre-trains the tiny CLIP on drawn pictures and their captions, on the CPU; goes on where a run stopped.
+    """Pre-trains the tiny CLIP on drawn pictures and their captions; goes on where a run stopped.
 
     Args:
         output: the file to write; the state and the history go beside it.
         seed: of the weights and the pictures.
         dense_losses: with the losses that make patches speak; without them CLIP's own contrast only, as a control.
         images: about how many pictures in all; by default as the embedded file was made.
+        device: what computes: cpu or cuda.
     """
-    config = PretrainConfig(seed=seed, dense_losses=dense_losses)
+    config = replace(PretrainConfig(seed) if dense_losses else PretrainConfig.plain(seed), device=device)
     if images is not None:
         config = config.scaled(images)
     pretrain(config, output)
@@ -273,6 +276,7 @@ def import_command(
         heads: attention heads of the image encoder.
         decoder_heads: attention heads of the decoder.
     """
+    output_place(output, folder=output.suffix != ".safetensors")
     imported = import_research(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
     print(f"{imported.report()}\nwrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")
 
@@ -291,6 +295,9 @@ COMMANDS = {
     "notebooks run": notebooks.run,
     "notebooks check": notebooks.check,
 }
+
+
+IN_SEVERAL_PROCESSES = ("train", "ablate", "evaluate")  # what torchrun and accelerate launch may start
 
 
 class Outlet(io.FileIO):
@@ -343,6 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Outlet.failure = None
     with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), one_voice(), notes_told_once():
         try:
+            if processes() > 1 and given[:1] and given[0] not in IN_SEVERAL_PROCESSES:
+                one = "works in one process; start it without torchrun or accelerate launch"
+                raise ValueError(f"sptseg {given[0]} {one}")
             if given[:1] in (["train"], ["ablate"]):
                 with_preset(given[0], given[1:]).run()
             else:
@@ -350,8 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tyro.extras.subcommand_cli_from_dict(listed, args=given, prog="sptseg", description=__doc__)
             if Outlet.failure is not None:
                 raise Outlet.failure
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"sptseg: {' '.join(str(error).split())[:2000]}", file=sys.stderr)
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+            said = str(error) or "memory ran out"
+            print(f"sptseg: {' '.join(said.split())[:2000]}", file=sys.stderr)
             raise SystemExit(2) from error
         except KeyboardInterrupt:
             raise SystemExit(130) from None

@@ -23,7 +23,7 @@ from sptseg.checkpoints import load_model
 from sptseg.datasets import Scenes, enlarge, plots, png
 from sptseg.inference import Scores, evaluate, segment
 from sptseg.model import EMBEDDED_CONFIG, SptSeg, build_model
-from sptseg.system import write
+from sptseg.system import output_place, write
 from sptseg.training import EMBEDDED_TRAINING, fit
 
 MODELS = {"embedded": "SPT-SEG", "embedded-zegclip": "ZegCLIP", "dense-clip": "dense CLIP"}
@@ -75,8 +75,7 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
     for name, value in {"scenes": scenes, "iterations": iterations}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_place(output, folder=True)
     started = time.perf_counter()
     data = Scenes(scenes, seed)
     models = {title: load_model(name) for name, title in MODELS.items()}

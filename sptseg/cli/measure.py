@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from sptseg.system import cores
+from sptseg.system import cores, ended_helpers
 
 Work = Callable[[], object]
 HEADER = "| suite | case | seconds | ratio | peak GiB | |\n|---|---|---|---|---|---|"
@@ -98,7 +98,8 @@ def peak_memory(make: Callable[..., Work], *arguments: Any, device: torch.device
 
     Made and run in a process of its own, so `make` must be a function of a module.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ended_helpers("leave this suite out, or make room"), ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak, make, arguments, device, torch.get_num_threads()).result()
 
 

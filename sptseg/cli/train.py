@@ -10,7 +10,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from accelerate import PartialState
 
 from sptseg.checkpoints import load_model
 from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
@@ -80,21 +79,17 @@ class Train:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
         report = preflight(model, dataset, split, self.train, folder=self.output)
-        main = PartialState().is_main_process
-        if main:
-            print(report.text())
+        print(report.text())
         report.raise_on_fault()
         if self.preflight_only:
             return
         data = asdict(self.data.resolved("training"))
         about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
-        result = fit(
+        fit(
             model, dataset, split, self.train,
             output=self.output, validation=validation, resume=self.resume, about=about,
         )  # fmt: skip
-        if main:
-            print_left_out(result.left_out)
-            print(f"the trained model is in {self.output}; score it: {shlex.join(self.scoring())}")
+        print(f"the trained model is in {self.output}; score it: {shlex.join(self.scoring())}")
 
     def scoring(self) -> Iterator[str]:
         """The words of the command that scores the trained model on pictures like those of the training."""
@@ -147,9 +142,7 @@ class Ablate:
         configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
         dataset, _ = self.data.load("training")
         scored, split = self.validation.load("evaluation")
-        table = ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output)
-        if PartialState().is_main_process:
-            print(table)
+        print(ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output))
 
 
 @dataclass(frozen=True)
@@ -181,9 +174,3 @@ def clip_weights(clip: str, weights: str) -> str | None:
             f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights"
         )
     return None if weights in ("", "none") else weights
-
-
-def print_left_out(sentences: Sequence[str]) -> None:
-    """Lists what was said of pictures that could not be read."""
-    if sentences:
-        print(f"left out {len(sentences)} pictures that cannot be read:", *sentences, sep="\n- ")

@@ -11,6 +11,7 @@ from sptseg.datasets.images import (
     Note, Unreadable, as_array, enlarge, listed, luminance, open_image, png, reduce, sorted_images,
 )
 from sptseg.datasets.layouts import where
+from sptseg.datasets.loading import read_batches
 from sptseg.datasets.named import Data, SCENES_TO_SCORE, SCENES_TO_TRAIN
 from sptseg.datasets.plots import (
     BLUE, DOT, FAINT, GREEN, INK, LEGEND, MARK, MARKERS, ORANGE, OUTLINED, Plot, UNSEEN_NOTE, VERMILION, colourise,

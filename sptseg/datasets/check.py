@@ -112,13 +112,11 @@ def evenly(length: int, limit: int | None) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def survey(
-    dataset: Dataset[Sample], split: Split, indices: Sequence[int], progress: bool, skip_unreadable: bool = False
-) -> DataReport:
-    """The report on some items, whose label values are those of `split`; unreadable files are faults, or warnings."""
+def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progress: bool) -> DataReport:
+    """The report on some items, whose label values are those of `split`; faulty files are faults."""
     counts = np.zeros(split.ignore + 1, np.int64)
     images = np.zeros(len(split.classes), np.int64)
-    sizes, all_ignored, faults, unread = [], [], [], []
+    sizes, all_ignored, faults = [], [], []
     notes: dict[str, list[str]] = defaultdict(list)
     values: set[int] = set()
     for index in tqdm(indices, desc="checking", disable=not progress, mininterval=1):
@@ -131,8 +129,7 @@ def survey(
             image, label = sound(sample, split)
         except Exception as error:  # whatever one file does, the next one is looked at
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            skipped = skip_unreadable and isinstance(error, OSError)
-            (unread if skipped else faults).append(f"image {index}: {kind}{error}")
+            faults.append(f"image {index}: {kind}{error}")
             values.update(error.values if isinstance(error, UnknownValues) else ())
             continue
         found = np.bincount(label.ravel(), minlength=split.ignore + 1)
@@ -145,7 +142,7 @@ def survey(
         notes["no labelled pixel"] = all_ignored
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
     pixels, ignored = counts[: len(split.classes)].tolist(), float(counts[split.ignore] / max(1, counts.sum()))
-    texts = [f"{len(names)} images: {text}: {listed(names)}" for text, names in notes.items()] + unread
+    texts = [f"{len(names)} images: {text}: {listed(names)}" for text, names in notes.items()]
     report = DataReport(
         split, length, len(indices), pixels, images.tolist(), ignored, sizes, all_ignored, faults, texts
     )

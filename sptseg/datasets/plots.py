@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
@@ -22,7 +23,7 @@ from matplotlib.patheffects import withStroke
 
 from sptseg.datasets.images import reduce
 from sptseg.datasets.splits import IGNORE, Colour, ignored_label
-from sptseg.system import write
+from sptseg.system import output_place, write
 
 Array = np.ndarray
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito
@@ -55,6 +56,14 @@ def png_bytes(figure: Figure, dpi: float | None = None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def picture_place(path: str | PathLike[str]) -> Path:
+    """`output_place` of a picture, in a format that figures can be saved in."""
+    kind = Path(path).suffix[1:].lower() or "png"
+    if kind not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"{path} ends in .{kind}, which is no picture that can be written; use .png, .jpg or .pdf")
+    return output_place(path)
 
 
 def save_figure(figure: Figure, path: str | PathLike[str], **options: Any) -> None:

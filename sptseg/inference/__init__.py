@@ -3,7 +3,7 @@
 # fmt: off
 from sptseg.inference import evaluation, metrics
 from sptseg.inference.evaluation import (
-    by_training, confusion_matrices, evaluate, first, new_accelerator, predictions, summary,
+    by_training, confusion_matrices, evaluate, first_indices, new_accelerator, predictions, summary,
 )
 from sptseg.inference.metrics import (
     Change, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class, ratios,

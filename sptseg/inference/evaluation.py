@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs
 from accelerate.utils.dataclasses import KwargsHandler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sptseg.datasets import Sample, Split, test_transform
+from sptseg.datasets import Sample, Split, read_batches, test_transform
 from sptseg.inference.metrics import Scores, SegmentationMetrics, confusion_matrix
 from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
 from sptseg.model import SptSeg
-from sptseg.system import usable_workers
+from sptseg.system import ended_helpers
 
 
 def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
@@ -53,21 +53,24 @@ def summary(scores: Scores) -> dict[str, float | None]:
     return {name: value for name, value in scores.as_dict().items() if name != "iou"}
 
 
-class Prepared(Dataset[tuple[Sample, Tensor] | Exception]):
-    """Pictures as they are and as a model sees them; in place of those that cannot be had, what was raised."""
+class Prepared(Dataset[tuple[Sample, Tensor]]):
+    """Pictures as they are and as a model sees them."""
 
     def __init__(self, dataset: Dataset[Sample], prepare: v2.Transform) -> None:
         self.dataset, self.prepare = dataset, prepare
 
-    def __getitem__(self, index: int) -> tuple[Sample, Tensor] | Exception:
-        try:
-            sample = self.dataset[index]
-        except (OSError, ValueError) as error:  # raised here, a worker's traceback would come along
-            return error
+    def __getitem__(self, index: int) -> tuple[Sample, Tensor]:
+        sample = self.dataset[index]
         return sample, self.prepare(tv_tensors.Image(sample["image"]))
 
 
-def first(dataset: Dataset[Sample], limit: int | None) -> range:
+def only(items: list[Any]) -> Any:
+    """The one item of a list."""
+    (item,) = items
+    return item
+
+
+def first_indices(dataset: Dataset[Sample], limit: int | None) -> range:
     """Positions of the first `limit` pictures of a data set, or of all."""
     length = len(dataset)  # pyright: ignore[reportArgumentType]
     if length < 1 or (limit is not None and limit < 1):
@@ -84,41 +87,30 @@ def predictions(
     indices: Sequence[int] | None = None,
     batch_size: int = 16,
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
-    left_out: list[str] | None = None,
     workers: int = 0,
-) -> Iterator[tuple[Sample, WindowLogits]]:
+) -> Generator[tuple[Sample, WindowLogits]]:
     """Each picture of a data set (or those at `indices`), in order, with its logits for all classes of the split.
 
     `logits.labels(size)` are the predicted labels. `seen_offset` is subtracted from the scores of the seen classes;
-    None takes the model's own. Pictures that cannot be read raise OSError, or are left out, and what was said of each
-    is added to `left_out`, if that is given. `workers` processes read ahead.
+    None takes the model's own. `workers` processes read ahead. A picture that cannot be read raises OSError.
     """
     model.eval()
     text = model.class_embeddings(split.texts())
     offset = torch.zeros(len(split.classes))
     offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
-    prepare = test_transform(augmentation(model.config))
+    prepared = Prepared(dataset, test_transform(augmentation(model.config)))
     indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
-    reading = {"num_workers": usable_workers(workers), "collate_fn": list, "pin_memory": model.device.type == "cuda"}
-    loader = DataLoader(Prepared(dataset, prepare), batch_size, sampler=indices, **reading)
-    for batch in loader:
-        samples, images = [], []
-        for each in batch:
-            if not isinstance(each, Exception):
-                samples.append(each[0])
-                images.append(each[1])
-            elif left_out is not None and isinstance(each, OSError):
-                left_out.append(str(each))
-            else:
-                raise each
+    one_by_one, pin = [[i] for i in indices], model.device.type == "cuda"
+    pictures = read_batches(prepared, one_by_one, only, workers, pin, ahead=2 * batch_size)
+    while batch := list(islice(pictures, batch_size)):
         found: dict[int, WindowLogits] = {}
-        for size in {image.shape for image in images}:
-            same = [i for i, image in enumerate(images) if image.shape == size]
-            stacked = torch.stack([images[i] for i in same])
+        for size in {image.shape for _, image in batch}:
+            same = [i for i, (_, image) in enumerate(batch) if image.shape == size]
+            stacked = torch.stack([batch[i][1] for i in same])
             with autocast():
                 logits = window_logits(model, stacked, text, offset=offset, window_batch=batch_size)
             found |= zip(same, logits, strict=True)
-        yield from ((sample, found[i]) for i, sample in enumerate(samples))
+        yield from ((sample, found[i]) for i, (sample, _) in enumerate(batch))
 
 
 def evaluate(
@@ -132,24 +124,20 @@ def evaluate(
     precision: Precision = "no",
     progress: bool = True,
     accelerator: Accelerator | None = None,
-    skip_unreadable: bool = False,
     workers: int = 0,
 ) -> Scores:
     """Scores over a data set (or its first `limit` pictures); every picture counts once, however many processes.
 
-    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own. `skip_unreadable`
-    leaves pictures that cannot be read out and lists them in the scores, instead of stopping at the first. `precision`
-    is that of the weights (see `at_precision`), unless an `accelerator` brings its own. `workers` processes read ahead.
+    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own. `precision` is that of
+    the weights (see `at_precision`), unless an `accelerator` brings its own. `workers` processes read ahead; on macOS
+    and Windows a script that has some needs its main guard.
     """
-    if not 0 <= workers <= 1024:
-        raise ValueError(f"workers is {workers}; wanted 0 to 1024")
     if accelerator is None:
         model, accelerator = at_precision(model, precision), new_accelerator("no")
     model.to(accelerator.device)
     metrics = SegmentationMetrics(split, accelerator.device)
-    mine = first(dataset, limit)[accelerator.process_index :: accelerator.num_processes]
+    mine = first_indices(dataset, limit)[accelerator.process_index :: accelerator.num_processes]
     hidden = not (progress and accelerator.is_main_process)
-    left_out: list[str] = []
     found = predictions(
         model,
         dataset,
@@ -158,18 +146,18 @@ def evaluate(
         indices=mine,
         batch_size=batch_size,
         autocast=accelerator.autocast,
-        left_out=left_out if skip_unreadable else None,
         workers=workers,
     )
-    for sample, logits in tqdm(found, desc="evaluating", total=len(mine), disable=hidden, mininterval=1):
-        label = torch.as_tensor(sample["label"])
-        predicted = logits.labels((label.shape[0], label.shape[1]))
-        metrics.update(predicted, label.to(accelerator.device))
-    return replace(metrics.compute(), left_out=tuple(gather_object(left_out)))
+    with ended_helpers("use workers=0 (command line: --workers 0)"), closing(found):
+        for sample, logits in tqdm(found, desc="evaluating", total=len(mine), disable=hidden, mininterval=1):
+            label = torch.as_tensor(sample["label"])
+            predicted = logits.labels((label.shape[0], label.shape[1]))
+            metrics.update(predicted, label.to(accelerator.device))
+    return metrics.compute()
 
 
-def by_training(scores: Scores, shown: Collection[str]) -> dict[str, Any]:
-    """mIoU of the classes whose names are among `shown`, of the others and of all: for figures across data sets.
+def by_training(scores: Scores, trained_classes: Collection[str]) -> dict[str, Any]:
+    """mIoU of the classes whose names are among `trained_classes`, of the others and of all: across data sets.
 
     JSON values; classes that do not occur are left out, and a mean without any class is None.
     """
@@ -178,8 +166,8 @@ def by_training(scores: Scores, shown: Collection[str]) -> dict[str, Any]:
     def mean(names: Collection[str]) -> float | None:
         return sum(known[name] for name in names) / len(names) if names else None
 
-    old, new = ([name for name in known if (name in shown) is wanted] for wanted in (True, False))
-    both = [name for name in scores.iou if name in shown]
+    old, new = ([name for name in known if (name in trained_classes) is wanted] for wanted in (True, False))
+    both = [name for name in scores.iou if name in trained_classes]
     return {"shown": both, "miou": mean(known), "miou_shown": mean(old), "miou_new": mean(new)}
 
 
@@ -188,7 +176,9 @@ def confusion_matrices(
 ) -> Tensor:
     """Pixel counts of each picture (P, C, C), rows true, columns predicted: what intervals and changes are made of."""
     counts = []
-    for sample, logits in predictions(model, dataset, split, indices=first(dataset, limit), batch_size=batch_size):
+    for sample, logits in predictions(
+        model, dataset, split, indices=first_indices(dataset, limit), batch_size=batch_size
+    ):
         label = torch.as_tensor(sample["label"])
         predicted = logits.labels((label.shape[0], label.shape[1])).cpu()
         counts.append(confusion_matrix(label, predicted, split))

@@ -19,8 +19,7 @@ class Scores:
     """Ratios of one confusion matrix, all in 0..1; nan where no class of the kind occurs.
 
     pixel_accuracy is over all labelled pixels; the mIoUs are means over the classes that occur, in label or prediction;
-    hIoU = 2 S U / (S + U). `iou` holds each class's, by name. `left_out`: a sentence on each picture that could not be
-    read, where such were to be left out.
+    hIoU = 2 S U / (S + U). `iou` holds each class's, by name.
     """
 
     pixel_accuracy: float
@@ -28,7 +27,6 @@ class Scores:
     miou_unseen: float
     hiou: float
     iou: dict[str, float]
-    left_out: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The ratios, JSON-ready: nan becomes None."""
@@ -38,7 +36,7 @@ class Scores:
                 return {name: clean(each) for name, each in value.items()}
             return None if value != value else value
 
-        return {name: clean(value) for name, value in asdict(self).items() if name != "left_out"}
+        return {name: clean(value) for name, value in asdict(self).items()}
 
     def table(self) -> str:
         """The four summary figures in percent, as one Markdown table."""

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sptseg.interactive.baselines import baseline_file, compare, record
-from sptseg.system import cores, write
+from sptseg.system import cores, output_place, write
 
 Notebook = dict[str, Any]  # as JSON
 Given = Annotated[
@@ -314,6 +314,7 @@ def run(
     """
     if save_outputs and (param or quick):
         raise ValueError("--save keeps outputs of the default parameters only; leave out -p and --quick")
+    output_place(output, folder=True)
     outcomes = []
     for path, outcome in run_all(find(names), param, output, quick=quick, timeout=timeout, jobs=jobs):
         if save_outputs and not outcome.error:
@@ -349,6 +350,7 @@ def check(
     """
     if update and param:
         raise ValueError("--update records figures of the default parameters only; leave out -p")
+    output_place(output, folder=True)
     outcomes = []
     for path, outcome in run_all(find(names), param, output, quick=not full, timeout=timeout, jobs=jobs):
         file = baseline_file(path, full)

@@ -27,8 +27,9 @@ from sptseg.model import (
     fingerprint,
     load_clip,
 )
-from sptseg.system import write
-from sptseg.training.loop import TrainConfig, fit
+from sptseg.system import is_main_process, write
+from sptseg.training.config import TrainConfig
+from sptseg.training.loop import fit
 from sptseg.training.presets import in_setting
 from sptseg.training.state import HALFWAY, identity
 
@@ -56,7 +57,7 @@ CONFIGURATIONS: dict[str, ModelConfig] = {
 LADDER = ("dense-clip", "zegclip-released", "zegclip-released+spectral-prompts", "spt-released-ssim", "spt-released")
 
 
-def run(
+def run_one(
     name: str,
     config: ModelConfig,
     dataset: Dataset[Sample],
@@ -77,15 +78,15 @@ def run(
     place = folder / f"{name}-seed{train.seed}"
     start = None
     if setting == "transductive":
-        run(base, config, dataset, validation, split, train, folder)
+        run_one(base, config, dataset, validation, split, train, folder)
         start = folder / f"{base}-seed{train.seed}" / HALFWAY
     config, train = in_setting(config, train, setting or "inductive")
     torch.manual_seed(train.seed)  # for all that is random from here on: making a CLIP draws numbers too
     clip = load_clip(config.clip, config.clip_weights)
     result_file = place / "result.json"
-    asked = {"model": asdict(config), "train": asdict(train), "split": asdict(split), "clip": fingerprint(clip)}
-    asked |= {"data": identity(dataset), "validation": identity(validation)}
-    asked = json.loads(json.dumps(asked))
+    parts = {"model": asdict(config), "train": asdict(train), "split": asdict(split), "clip": fingerprint(clip)}
+    data = {"data": identity(dataset), "validation": identity(validation)}
+    asked = json.loads(json.dumps({**parts, **data}))
     if result_file.is_file():
         result = json.loads(result_file.read_text())
         before = {**result["asked"], "model": completed(result["asked"]["model"])}
@@ -105,10 +106,9 @@ def run(
         fit(model, dataset, split, train, output=place, resume=True)
     scores = evaluate(model, validation, split, progress=train.progress)
     result = {"name": name, "seed": train.seed, "scores": scores.as_dict(), "asked": asked}
-    processes = PartialState()
-    if processes.is_main_process:
+    if is_main_process():
         write(result_file, json.dumps(result, indent=1) + "\n")
-    processes.wait_for_everyone()  # who comes later must find it
+    PartialState().wait_for_everyone()  # who comes later must find it
     return result
 
 
@@ -123,15 +123,15 @@ def ablate(
 ) -> str:
     """Runs every configuration with every seed (those without training once) and returns the table as Markdown.
 
-    Results go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run`.
+    Results go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`.
     """
     if train.setting != "inductive":
         raise ValueError(f"the setting {train.setting} goes behind a configuration's name, such as spt@{train.setting}")
     results: list[dict[str, Any]] = []
     for name, config in configurations.items():
         for seed in seeds if config.trains else seeds[:1]:
-            results.append(run(name, config, dataset, validation, split, replace(train, seed=seed), folder))
-            if PartialState().is_main_process:
+            results.append(run_one(name, config, dataset, validation, split, replace(train, seed=seed), folder))
+            if is_main_process():
                 write(folder / "table.md", table(results))
                 rows = [{key: result[key] for key in ("name", "seed", "scores")} for result in results]
                 write(folder / "ablation.json", json.dumps({"rows": rows}, indent=1) + "\n")
@@ -143,12 +143,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| configuration | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---|" + "---|" * len(FIGURES)]
     for name in dict.fromkeys(result["name"] for result in results):
         own = [result["scores"] for result in results if result["name"] == name]
-        cells = [spread([scores[figure] for scores in own]) for figure in FIGURES]
+        cells = [mean_and_deviation([scores[figure] for scores in own]) for figure in FIGURES]
         lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float | None]) -> str:
+def mean_and_deviation(values: Sequence[float | None]) -> str:
     """Mean ± sample standard deviation in percent."""
     known = [100 * value for value in values if value is not None]
     if not known:

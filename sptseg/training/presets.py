@@ -11,7 +11,7 @@ from typing import Literal
 from sptseg.datasets import SCENES_TO_TRAIN, Data
 from sptseg.model import EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig
 from sptseg.system import cores
-from sptseg.training.loop import EMBEDDED_TRAINING, TrainConfig
+from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.stream import Setting
 
 

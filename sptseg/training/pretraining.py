@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,8 @@ from sptseg import scenes
 from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model import Clip, from_windows, new_tiny_clip, resize_positions, run_block, save_tiny_clip, to_windows
 from sptseg.scenes import COLOURS
-from sptseg.system import cores, output_place
-from sptseg.training.state import read_sealed, write_sealed
+from sptseg.system import cores, ended_helpers, output_place
+from sptseg.training.state import read_tensors, write_tensors
 
 MODIFIERS = {"a", "an", "big", "small", "bright", "dark", *COLOURS}
 Job = tuple[scenes.Kind, tuple[int, ...]]  # a picture to draw: its kind and seed
@@ -82,6 +83,12 @@ class PretrainConfig:
     weight_decay: float = 0.05
     dense_losses: bool = True
     threads: int = field(default_factory=cores)
+    device: str = "cpu"
+
+    @classmethod
+    def plain(cls, seed: int = 0) -> PretrainConfig:
+        """CLIP's own contrast alone; without the stage of local views, which only patches need."""
+        return cls(seed, cls.stages[:3], dense_losses=False)
 
     def scaled(self, images: int) -> PretrainConfig:
         """The same stages with about so many pictures in all."""
@@ -119,8 +126,9 @@ def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> Pool:
     count = min(config.pool, stage.images)
     jobs: list[Job] = [(stage.kinds[i % len(stage.kinds)], (STREAM, config.seed, number, i)) for i in range(count)]
     images, phrases = np.empty((count, stage.size, stage.size, 3), np.uint8), []
-    with multiprocessing.get_context("spawn").Pool(config.threads) as workers:
-        drawn = workers.imap(partial(draw_one, stage.size), jobs, chunksize=256)
+    remedy = "make room and give the same command: it goes on from its last state"
+    with ended_helpers(remedy), ProcessPoolExecutor(config.threads, multiprocessing.get_context("spawn")) as workers:
+        drawn = workers.map(partial(draw_one, stage.size), jobs, chunksize=256)
         for i, (image, words) in enumerate(tqdm(drawn, total=count, desc="drawing", mininterval=5)):
             images[i] = image
             phrases.append(words)
@@ -172,18 +180,18 @@ def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: in
 def embed_texts(clip: Clip, texts: list[str]) -> Tensor:
     """Unit text embeddings (n, E); open_clip's `encode_text` on sequences cut to the longest text."""
     model: Any = clip.model
-    tokens = clip.tokenizer(texts)
+    tokens = clip.tokenizer(texts).to(model.text_projection.device)
     length = int((tokens != 0).sum(dim=1).max())
     tokens = tokens[:, :length]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    x = x[torch.arange(len(x)), tokens.argmax(dim=1)] @ model.text_projection
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)] @ model.text_projection
     return F.normalize(x.float(), dim=-1)
 
 
 def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of unit embeddings a, b (B, E)."""
-    logits, target = scale * a @ b.T, torch.arange(len(a))
+    logits, target = scale * a @ b.T, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -227,7 +235,7 @@ def caption_losses(
     config: PretrainConfig,
 ) -> dict[str, Tensor]:
     """All loss terms of a batch of pictures and their captions' phrases."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         patches, image = embed_images(clip, images, dropout=stage.patch_dropout)
     scale = clip.model.logit_scale.exp().clamp(max=100)
     captions = embed_texts(clip, [", ".join(words) for words in phrases])
@@ -240,18 +248,19 @@ def caption_losses(
     present = torch.zeros(len(phrases), len(nouns), dtype=torch.bool)
     for row, words in zip(present, phrases, strict=True):
         row[[position[noun(phrase)] for phrase in words]] = True
+    present = present.to(images.device)
     template = scenes.TEMPLATES[rng.integers(len(scenes.TEMPLATES))]
     noun_texts = embed_texts(clip, [template.format(name) for name in nouns])
     log_p = (scale * patches @ noun_texts.T).log_softmax(dim=-1)
     losses["dense"] = dense_loss(log_p, present, stage.coverage)
     if stage.local_window:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             local, _ = embed_images(clip, images, window=stage.local_window)
         local_log_p = (scale * local @ noun_texts.T).log_softmax(dim=-1)
         losses |= local_losses(log_p, local_log_p, present, stage.coverage)
     unique = sorted({phrase for words in phrases for phrase in words})
     unique = [unique[i] for i in rng.permutation(len(unique))[:96]]
-    owner = torch.tensor([[phrase in words for words in phrases] for phrase in unique])
+    owner = torch.tensor([[phrase in words for words in phrases] for phrase in unique], device=images.device)
     losses["phrase"] = phrase_loss(patches, embed_texts(clip, unique), owner, scale)
     return losses
 
@@ -263,25 +272,30 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     finds one there goes on from it, with pictures in another order.
     """
     output = output_place(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     state_file, history_file = output.with_suffix(".state"), output.with_suffix(".jsonl")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     clip = new_tiny_clip(scenes.WORDS)
+    try:
+        clip.model.to(config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {config.device!r}, which cannot be used here ({error}); use cpu") from error
     decay = [p for p in clip.model.parameters() if p.ndim >= 2]
     rest = [p for p in clip.model.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.stages[0].rates[0], betas=(0.9, 0.98))
-    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name != "threads"}))
+    machine = {"threads", "device"}  # a run may go on upon another
+    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in machine}))
     done_step = 0
     if state_file.is_file():
-        state = read_sealed(state_file)
+        state = read_tensors(state_file, config.device)
         before = json.loads(state["config"])
         if before != {**settings, "stages": settings["stages"][: len(before["stages"])]}:
             raise ValueError(f"{state_file} is of a run with other settings; delete it, or choose another output")
         clip.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done_step = state["step"]
+    output.parent.mkdir(parents=True, exist_ok=True)
     step, began = 0, time.perf_counter()
     for number, stage in enumerate(config.stages):
         steps = stage.images // stage.batch
@@ -299,7 +313,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             images, phrases = next(source)
-            losses = caption_losses(clip, stage, images, phrases, rng, config)
+            losses = caption_losses(clip, stage, images.to(config.device), phrases, rng, config)
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             torch.nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)
@@ -318,7 +332,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
                     "step": step,
                     "config": json.dumps(settings),
                 }
-                write_sealed(state_file, state)
+                write_tensors(state_file, state)
     clip.model.eval().requires_grad_(False)
     save_tiny_clip(clip, output)
     return clip

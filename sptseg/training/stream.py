@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 
-from sptseg.datasets import IGNORE, Augmentation, Sample, Split, train_transform
-from sptseg.system import usable_workers
+from sptseg.datasets import IGNORE, Augmentation, Sample, Split, read_batches, train_transform
 
 Setting = Literal["inductive", "transductive", "supervised"]
 UNSEEN_PIXEL = -1
@@ -35,15 +33,11 @@ def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor
 
 
 class Example(NamedTuple):
-    """An augmented picture (3, S, S'), its target (S, S') and name; in a batch: tensors (B, ...) and lists of texts.
-
-    `left_out` is what was said of unreadable pictures that it stands in for, a line each.
-    """
+    """An augmented picture (3, S, S'), its target (S, S') and its name; in a batch tensors (B, ...) and a list."""
 
     image: Tensor
     target: Tensor
-    name: str
-    left_out: str
+    name: Any
 
 
 class TrainingStream(Dataset[Example]):
@@ -51,19 +45,13 @@ class TrainingStream(Dataset[Example]):
 
     Every epoch is a new permutation; the augmentation's randomness depends on seed and position alone. So a run goes on
     exactly where it stopped, and does not depend on the number of workers or processes.
-
-    `skip_unreadable`: where a picture cannot be read (OSError), the next one in the epoch's order that can be stands in
-    for it, at the end of the epoch its first; so this too depends on the position alone. Other faults are raised.
     """
 
-    def __init__(
-        self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int, skip_unreadable: bool = False
-    ) -> None:
+    def __init__(self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int) -> None:
         self.dataset = dataset
         self.transform = train_transform(augment)
         self.table = table
         self.seed = seed
-        self.skip_unreadable = skip_unreadable
         self.epoch = -1
         self.order = torch.empty(0)
 
@@ -73,53 +61,22 @@ class TrainingStream(Dataset[Example]):
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = torch.randperm(length, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
-        sample, left_out = self.readable(offset)
+        sample = self.dataset[int(self.order[offset])]
         with torch.random.fork_rng(devices=[]):  # GPUs' generators are dropout's: torch.manual_seed would set them too
             torch.default_generator.manual_seed(mixed_seed(self.seed, position, 1))
             image, label = self.transform(sample["image"], sample["label"])
-        target = self.table[torch.as_tensor(label)]
-        return Example(torch.as_tensor(image), target, sample["name"], "\n".join(left_out))
-
-    def readable(self, offset: int) -> tuple[Sample, list[str]]:
-        """The epoch's picture at an offset, or the next that can be read; and what was said of those that cannot."""
-        left_out: list[str] = []
-        for step in range(len(self.order)):
-            try:
-                return self.dataset[int(self.order[(offset + step) % len(self.order)])], left_out
-            except OSError as error:
-                if not self.skip_unreadable:
-                    raise
-                left_out.append(" ".join(str(error).split()))
-        raise ValueError(f"none of the {len(left_out)} pictures can be read: {left_out[0]}")
-
-    def __getitems__(self, positions: Sequence[int]) -> list[Example] | Exception:
-        """A batch's examples, for `collate`; faults are handed over: a worker would raise them with its traceback."""
-        try:
-            return [self[position] for position in positions]
-        except (ValueError, OSError) as error:
-            return error
+        return Example(torch.as_tensor(image), self.table[torch.as_tensor(label)], sample["name"])
 
 
-def collate(examples: list[Example] | Exception) -> Any:
-    """One batch of examples, or the fault that kept it from being read."""
-    return examples if isinstance(examples, Exception) else default_collate(examples)
+def collate(examples: Sequence[Example]) -> Example:
+    """One batch of examples."""
+    images, targets, names = zip(*examples, strict=True)
+    return Example(torch.stack(images), torch.stack(targets), list(names))
 
 
-def set_apart(_worker: int) -> None:
-    """A loading process leaves the group that launcher and terminal send signals to; it still ends with its parent."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """The batches of a training stream, read by `workers` processes."""
-    reading = {
-        "num_workers": usable_workers(workers),
-        "pin_memory": pin_memory,
-        "collate_fn": collate,
-        "worker_init_fn": set_apart,
-    }
-    return DataLoader(stream, batch_sampler=positions, **reading)
+def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Example]:
+    """The batches of a training stream, read ahead by `workers` processes."""
+    return read_batches(stream, positions, collate, workers, pin_memory)
 
 
 def mixed_seed(*numbers: int) -> int:

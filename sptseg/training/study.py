@@ -28,7 +28,8 @@ from sptseg.inference import confusion_matrix, new_accelerator, predictions, sco
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
 from sptseg.training.ablation import CONFIGURATIONS
-from sptseg.training.loop import EMBEDDED_TRAINING, TrainConfig, fit
+from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
+from sptseg.training.loop import fit
 from sptseg.training.state import HALFWAY, STATE
 from sptseg.training.stream import label_table
 

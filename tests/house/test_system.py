@@ -1,76 +1,143 @@
-"""What is asked of the operating system: places for results, one voice of many processes, room to read ahead."""
+"""Files whole or not at all, wherever a write breaks off; places for results tried first; ended helpers are named."""
 
 from __future__ import annotations
 
-import json
+import errno
+import multiprocessing
 import os
-import subprocess
+import resource
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import small_clip
-from toys import SPLIT, Toys, toy_config
 
-from sptseg import DENSE_CLIP, build_model, system
-from sptseg.cli import main
-from sptseg.inference import windows
-from sptseg.model import ModelConfig
-from sptseg.training import fit
+from sptseg.system import ended_helpers, output_place, write
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's folders of the kernel")
 
 
-def test_places_are_tried_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    for place, folder in ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "file" / "x", False)):
-        with pytest.raises(OSError, match=r"nothing can be written to .*; name another place for the results"):
-            system.output_place(place, folder=folder)
-    assert system.output_place(tmp_path / "new" / "x.json") == tmp_path / "new" / "x.json"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left there"
-    for command in (
-        ["evaluate", "--images", "1", "--json", str(tmp_path)],
-        ["train", "--output", str(tmp_path / "file")],
-        ["ablate", "--output", str(tmp_path / "file")],
-        ["pretrain", "--output", str(tmp_path / "file" / "clip.safetensors")],
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main(command)
-        assert stopped.value.code == 2 and "nothing can be written to" in capsys.readouterr().err
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.slow
-def test_two_processes_speak_and_write_once(tmp_path: Path) -> None:
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sptseg.cli", "evaluate"]
-    options = ["--model", "dense-clip", "--images", "3", "--json", "scores.json", "--workers", "0"]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hIoU") == 1 and json.loads((tmp_path / "scores.json").read_text())["hiou"] > 0.5
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+def fails_with(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
-def test_without_shared_memory_pictures_are_read_in_this_process(
+@pytest.mark.parametrize("stage", ["os.fsync", "Path.replace", "Path.open"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_write_that_breaks_off_leaves_the_old_file_and_nothing_else(
+    stage: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a" / "scores.json", "old")
+    monkeypatch.setattr(f"sptseg.system.{stage}", fails_with(error))
+    with pytest.raises(type(error)) as raised:
+        write(path, "new" * 1000)
+    monkeypatch.undo()
+    assert path.read_text() == "old" and names(path.parent) == {"scores.json"}
+    if isinstance(error, OSError):
+        said = f"{path} could not be written (No space left on device); make room, or name another"
+        assert str(raised.value) == said
+
+
+def test_a_write_that_the_system_ends_leaves_the_old_file(tmp_path: Path) -> None:
+    """A real limit: no file may be longer than 64 KiB."""
+    path = write(tmp_path / "scores.json", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="scores.json could not be written .File too large.; make room"):
+            write(path, b"x" * (1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old" and names(tmp_path) == {"scores.json"}
+
+
+def test_a_killed_write_is_repaired_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".scores.json.part").write_bytes(b"half")
+    assert write(tmp_path / "scores.json", "ä\n").read_bytes() == b"\xc3\xa4\n"
+    assert names(tmp_path) == {"scores.json"}
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    write(output_place(link), "through")
+    assert link.is_symlink() and target.read_text() == "through"
+    write(output_place("/dev/null"), "gone")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(OSError, match="/dev/full could not be written .No space left on device."):
+        write("/dev/full", "gone")
+    with pytest.raises(OSError, match="could not be written .Is a directory."):
+        write(tmp_path, "gone")
+
+
+def test_processes_that_write_the_same_file_do_not_share_a_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = system.shutil.disk_usage(tmp_path)
-    for free, workers in ((64 * 2**20, 0), (2**31, 3)):
-        monkeypatch.setattr(system.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        if workers:
-            assert system.usable_workers(3, str(tmp_path)) == 3
-        else:
-            with pytest.warns(UserWarning, match=r"has 64 MiB free, too few for 3 workers: .* docker run --shm-size"):
-                assert system.usable_workers(3, str(tmp_path)) == 0
-    assert system.usable_workers(3, str(tmp_path / "no such folder")) == 3
+    """Each renames its own; the part of the main process has the name that the next run cleans up."""
+    parts = []
+    monkeypatch.setattr("sptseg.system.os.fsync", lambda _: parts.extend(names(tmp_path) - {"a"}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        write(tmp_path / "a", rank)
+    assert [part for part in parts if part.endswith("part")] == [".a.part", ".a.1.part"]
+    assert names(tmp_path) == {"a"}
 
 
-def test_prompts_without_a_decoder_train_in_half_precision() -> None:
-    """Where 1 - 1e-6 is 1: the probabilities' logits stay finite."""
-    config = ModelConfig(clip="small", image_size=(32, 32), prompt_tokens=2, decoder="none", dropout=0.0)
-    model = build_model(config, small_clip())
-    rows = fit(model, Toys(), SPLIT, toy_config(iterations=2, precision="bf16")).history
-    assert all(torch.tensor(row["total"]).isfinite() for row in rows)
-    half = windows.at_precision(build_model(DENSE_CLIP), "bf16")
-    assert half(torch.zeros(1, 3, 32, 32), half.class_embeddings(["tree", "boat"])).isfinite().all()
+def test_a_place_where_results_can_go_stays_as_it_is(tmp_path: Path) -> None:
+    """What a run that never begins would leave behind."""
+    assert output_place(tmp_path / "new" / "folder" / "a.json") == tmp_path / "new" / "folder" / "a.json"
+    output_place(tmp_path / "new" / "other", folder=True)
+    assert names(tmp_path) == set()
+    (tmp_path / "old.json").write_text("kept until it is replaced")
+    assert output_place(tmp_path / "old.json").read_text() == "kept until it is replaced"
+    output_place(tmp_path, folder=True)
+    assert names(tmp_path) == {"old.json"}
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "said"),
+    [
+        ("folder", False, "it is a folder, wanted a file"),
+        ("file", True, "it is a file, wanted a folder"),
+        ("file/new.json", False, "Not a directory|File exists"),
+        ("file/new", True, "Not a directory|File exists"),
+        ("link/a.json", False, "No such file|File exists|Not a directory"),
+        ("x" * 300, False, "File name too long"),
+        pytest.param("/sys/a.json", False, "Permission denied|Read-only", marks=linux),
+        pytest.param("/proc/a/b", True, "No such file", marks=linux),
+    ],
+)  # fmt: skip
+def test_a_place_where_nothing_can_be_written_is_refused(place: str, folder: bool, said: str, tmp_path: Path) -> None:
+    """Folders of the kernel's refuse root too."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    path = tmp_path / place
+    with pytest.raises(OSError, match=rf"^nothing can be written to \S+ \(({said})[^\n]*\); name another place"):
+        output_place(path, folder=folder)
+
+
+def test_only_the_main_process_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("sptseg.system.Path.mkdir", fails_with(AssertionError()))
+    output_place(tmp_path / "new" / "a.json")
+
+
+def test_helpers_that_end_are_one_sentence_and_other_faults_stay() -> None:
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    with (
+        pytest.raises(OSError, match=r"^a helping process ended before its time, [^\n]*; do less$"),
+        ended_helpers("do less"),
+    ):
+        pool.submit(os._exit, 1).result()
+    with pytest.raises(RuntimeError, match="^a fault$"), ended_helpers("do less"):
+        raise RuntimeError("a fault")

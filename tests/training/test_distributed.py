@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one: the same metrics exactly, the same weights, pictures once each, stops agreed on."""
+"""Two processes (gloo) against one: the same metrics exactly, the same weights, stops agreed on; and one voice."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from toys import SPLIT, Toys, toy_config, toy_model
+from toys import SPLIT, Toys, data_folder, toy_config, toy_model
 
+from sptseg.checkpoints.checkpoint import load_model
+from sptseg.datasets.folders import Scenes
 from sptseg.inference.evaluation import evaluate
 from sptseg.training.loop import fit
-from sptseg.training.state import STATE, read_sealed
 
 pytestmark = pytest.mark.slow
 ODD = {"length": 5, "sizes": ((32, 32), (40, 33))}
@@ -28,12 +30,12 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 SCRIPT = """
 import json, os, signal, sys
-folder, here, runs, odd = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-sys.path.insert(0, here)
+folder, runs, odd = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 import torch
 torch.set_num_threads(1)
 from accelerate import PartialState
 from toys import SPLIT, Toys, toy_config, toy_model
+from sptseg.cli import main
 from sptseg.inference.evaluation import evaluate
 from sptseg.training.loop import fit
 
@@ -61,17 +63,21 @@ rest = Toys()
 fit(toy_model(dropout=0.1), rest, SPLIT, config, output=folder + "/stopped", resume=True)
 fit(toy_model(dropout=0.1), Toys(), SPLIT, config, output=folder + "/unstopped")
 
-class Holes(Toys):
-    def __getitem__(self, index):
-        if rank == 1 and index % 2:  # on one process only
-            raise OSError("an odd picture")
-        return super().__getitem__(index)
-
-fit(toy_model(), Holes(), SPLIT, toy_config(skip_unreadable=True, save_every=2), output=folder + "/holes")
+main(["evaluate", "--images", "3", "--workers", "0", "--json", f"{folder}/new/scores.json"])
+main(["ablate", "--output", f"{folder}/table", "--configurations", "dense-clip", "--validation.images", "2"])
 found = {"histories": histories, "scores": scores, "read": pictures.read, "code": code, "rest": len(rest.read)}
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 state.destroy_process_group()
 """
+
+
+def launched(folder: Path, *program: str) -> subprocess.CompletedProcess[str]:
+    """A program in two processes."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
+    return subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +85,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did, launched once for all tests."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "script.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, here.parents[:2]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
-    command = [*launch, str(folder), str(here), json.dumps(RUNS), json.dumps(ODD)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = launched(folder, "script.py", str(folder), json.dumps(RUNS), json.dumps(ODD))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("stopped by SIGTERM after iteration 3 of 6; the state is in ") == 1
+    (folder / "said").write_text(done.stdout)
     return folder
 
 
@@ -124,5 +126,32 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(two: Path) -
     assert all(resumed[name].equal(value) for name, value in weights(two / "unstopped").items())
 
 
-def test_a_state_lists_what_any_process_left_out(two: Path) -> None:
-    assert read_sealed(two / "holes" / STATE)["left_out"] == ["an odd picture"]
+def test_commands_print_and_write_once(two: Path) -> None:
+    data = Scenes(3)
+    expected = evaluate(load_model("embedded"), data, data.split, progress=False)
+    said = (two / "said").read_text()
+    assert said.count(expected.table()) == said.count("| pAcc | mIoU(S) | mIoU(U) | hIoU |\n|---|---|---|---|\n") == 1
+    assert json.loads((two / "new" / "scores.json").read_text()) == expected.as_dict()
+    assert said.count((two / "table" / "table.md").read_text()) == said.count("| configuration |") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate --data data --clip tiny --clip-weights none", "b.png is damaged or cut off"),
+        ("evaluate --clip nonsense", "--clip nonsense needs --clip-weights"),
+        ("evaluate --nonsense", "--nonsense"),
+        ("segment data/images --classes grass", "sptseg segment works in one process; start it without torchrun or"),
+    ],
+)
+def test_of_a_fault_one_process_speaks(command: str, said: str, tmp_path: Path) -> None:
+    """Whether one process meets it (the second reads b.png) or both."""
+    data = data_folder(tmp_path / "data", dict.fromkeys("abcd", np.zeros((20, 20))))
+    (data / "images" / "b.png").write_bytes((data / "images" / "b.png").read_bytes()[:200])
+    done = launched(tmp_path, "-m", "sptseg.cli", *command.split())
+    assert done.returncode != 0 and done.stdout == ""
+    spoken = [line for line in done.stderr.splitlines() if said in line]
+    assert len(spoken) == 1
+    own = done.stderr[: done.stderr.index("torch/distributed/elastic")]
+    assert "Traceback" not in own, "but for the launcher's"

@@ -17,7 +17,7 @@ from toys import SPLIT, Toys, toy_config, toy_model
 from sptseg import scenes
 from sptseg.datasets import ImageMaskFolder, Scenes
 from sptseg.model import DENSE_CLIP, fingerprint, load_clip, new_tiny_clip, save_tiny_clip
-from sptseg.training.ablation import run
+from sptseg.training.ablation import run_one
 from sptseg.training.loop import TrainConfig, fit
 from sptseg.training.state import identity
 
@@ -66,7 +66,7 @@ def test_a_finished_run_of_an_ablation_is_known_again(tmp_path: Path) -> None:
 
     def result(file: str) -> dict:
         config = replace(DENSE_CLIP, image_size=(32, 32), clip_weights=str(tmp_path / file))
-        return run("dense-clip", config, data, data, data.split, TrainConfig(progress=False), tmp_path)
+        return run_one("dense-clip", config, data, data, data.split, TrainConfig(progress=False), tmp_path)
 
     first = result("a.safetensors")
     path = tmp_path / "dense-clip-seed0" / "result.json"

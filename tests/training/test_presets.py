@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +26,7 @@ from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model.clip import new_tiny_clip, save_tiny_clip
 from sptseg.model.config import SPT_RELEASED, ZEGCLIP
 from sptseg.training import loop as training
-from sptseg.training.loop import training_augmentation
+from sptseg.training.config import training_augmentation
 from sptseg.training.presets import PRESETS, VOC, PresetName, in_setting
 
 REAL = ("voc", "coco-stuff", "context")
@@ -93,12 +96,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def stopped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM in the third step of training from now on."""
+    """SIGTERM in the third step of training from now on, after the two of the preflight."""
     original, steps = training.step, []
 
     def step(*arguments: Any) -> dict[str, float]:
         steps.append(1)
-        if len(steps) == 3:
+        if len(steps) == 2 + 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
@@ -144,6 +147,29 @@ def test_from_training_to_the_table(
     main([*train, *onwards, "--output", str(tmp_path / "more"), "--train.iterations", "1"])
     header = read_header(tmp_path / "more/model.safetensors")
     assert header["config"]["seen_offset"] == 0.0 and header["about"]["start_from"] == onwards[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guarded", [True, False])
+def test_readmes_script_where_processes_are_spawned(guarded: bool, clip: list[str], tmp_path: Path) -> None:
+    """As on macOS and Windows, where each process imports the script; that it lacks its main guard is said."""
+    voc(tmp_path / "released", tmp_path / "voc")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (script,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "fit(" in block)
+    size = f'clip="tiny", clip_weights={clip[-1]!r}, image_size=(64, 64), prompt_tokens=2, templates=("{{}}",)'
+    script = re.sub(r"clip=.*prompt_tokens=10", size, script).replace("data/VOCdevkit/VOC2012", str(tmp_path / "voc"))
+    script = script.replace("iterations=20_000", 'iterations=2, batch_size=2, workers=1, precision="no"')
+    script = script.replace("val, split)", "val, split, workers=1)")
+    if not guarded:
+        script = re.sub(r"if __name__ .*", "if True:", script)
+    spawned = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+    (tmp_path / "script.py").write_text(spawned + script)
+    options: Any = {"env": {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, "timeout": 300}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, **options)
+    if guarded:
+        assert done.returncode == 0 and done.stdout.count("| pAcc |") == 1, done.stderr
+    else:
+        assert done.returncode == 1 and "a script that starts processes needs its main guard" in done.stderr
 
 
 def test_across_data_sets(clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-from dataclasses import replace
-from multiprocessing.pool import ThreadPool
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from sptseg.training.pretraining import (
     phrase_loss,
     pretrain,
 )
-from sptseg.training.state import read_sealed
+from sptseg.training.state import read_tensors
 
 STAGES = (
     Stage(("thumbnail",), 32, 8, 4, (1e-3, 1e-4)),
@@ -53,7 +53,7 @@ SCALE = torch.tensor(7.0)
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads instead of new processes, which take seconds to start."""
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr(pretraining, "ProcessPoolExecutor", lambda threads, _: ThreadPoolExecutor(threads))
 
 
 def speaking_clip(words: tuple[str, ...] = scenes.WORDS) -> Clip:
@@ -68,20 +68,12 @@ def units(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-@pytest.mark.parametrize(
-    ("phrase", "expected"),
-    [
-        ("a big red boat", "boat"),
-        ("an orange balloon", "balloon"),
-        ("water", "water"),
-        ("bright green grass", "grass"),
-        ("gray brick wall", "brick wall"),
-        ("a hot air balloon", "hot air balloon"),
-        ("red", "red"),
-    ],
-)
-def test_noun(phrase: str, expected: str) -> None:
-    assert noun(phrase) == expected
+def test_noun() -> None:
+    nouns = {
+        "a big red boat": "boat", "an orange balloon": "balloon", "water": "water", "bright green grass": "grass",
+        "gray brick wall": "brick wall", "a hot air balloon": "hot air balloon", "red": "red",
+    }  # fmt: skip
+    assert {phrase: noun(phrase) for phrase in nouns} == nouns
 
 
 def test_every_phrase_of_a_scene_has_a_class_as_its_noun() -> None:
@@ -266,7 +258,46 @@ def test_a_pool_drawn_by_processes_is_the_same(request: pytest.FixtureRequest) -
     assert np.array_equal(by_processes.images, draw_pool(STAGES[0], CONFIG, 0).images)
 
 
+def ends(size: int, job: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_drawing_process_that_the_system_ends_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no wait for ever."""
+    monkeypatch.setattr(pretraining, "draw_one", ends)
+    said = r"^a helping process ended before its time, [^\n]*; make room and give the same command: it goes on"
+    with pytest.raises(OSError, match=said):
+        draw_pool(STAGES[0], CONFIG, 0)
+
+
 # The run
+
+
+def test_the_control_has_clips_own_contrast_and_no_local_stage() -> None:
+    plain, full = PretrainConfig.plain(seed=3), PretrainConfig()
+    assert plain == replace(full, seed=3, stages=full.stages[:3], dense_losses=False)
+    assert [stage.local_window for stage in full.stages] == [0, 0, 0, 4]
+
+
+def test_the_settings_of_a_state_are_those_of_the_version_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run goes on with: in this order, without what only says where it ran."""
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(pretraining, "write_tensors", lambda _, state: written.update(state))
+    monkeypatch.setattr(pretraining, "draw_pool", lambda *_: Pool(np.zeros((4, 32, 32, 3), np.uint8), [("water",)] * 4))
+    stage = replace(STAGES[0], images=4)
+    pretrain(replace(PretrainConfig.plain(), stages=(stage,), threads=1), tmp_path / "new" / "clip.safetensors")
+    stages = [{**asdict(stage), "kinds": ["thumbnail"], "rates": [1e-3, 1e-4]}]
+    expected = {"seed": 0, "stages": stages, "pool": 40_000, "weight_decay": 0.05, "dense_losses": False}
+    assert written["config"] == json.dumps(expected)
+    assert list(written) == ["model", "optimizer", "step", "config"]
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here .*; use cpu"):
+        pretrain(replace(CONFIG, device="abacus"), tmp_path / "clip.safetensors")
 
 
 def test_a_short_run_keeps_the_stages_and_their_order() -> None:
@@ -293,7 +324,7 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pretraining, "draw_pool", spy)
     output = tmp_path / "clip.safetensors"
     first = pretrain(replace(CONFIG, stages=STAGES[:1]), output)
-    state: Any = read_sealed(tmp_path / "clip.state")
+    state: Any = read_tensors(tmp_path / "clip.state")
     assert state["step"] == 2 and drawn == [0]
     loaded = load_clip("tiny", str(output))
     for name, value in first.model.state_dict().items():
@@ -303,7 +334,7 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
 
     second = pretrain(CONFIG, output)
     assert drawn == [0, 1], "the finished stage's pictures are not drawn again"
-    state = read_sealed(tmp_path / "clip.state")
+    state = read_tensors(tmp_path / "clip.state")
     assert state["step"] == 4 == state["optimizer"]["state"][0]["step"]
     before, after = (run.model.state_dict()["visual.proj"] for run in (first, second))
     change = after - before

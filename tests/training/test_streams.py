@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 from toys import SPLIT, Toys
 
-from sptseg.datasets.images import Unreadable
 from sptseg.datasets.transforms import Augmentation
-from sptseg.training.stream import Positions, Setting, TrainingStream, collate, label_table, mixed_seed
+from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading, mixed_seed
 
 AUGMENT = Augmentation(crop=16, resize_base=(64, 16))
 
@@ -43,7 +39,7 @@ def test_a_position_is_the_same_whatever_was_read_before() -> None:
     stream = new_stream()
     for p in (13, 2, 7, 2, 0):
         torch.manual_seed(p)
-        image, label, name, _ = stream[p]
+        image, label, name = stream[p]
         assert torch.equal(image, expected[p].image) and torch.equal(label, expected[p].target)
         assert name == expected[p].name
     assert image.shape == (3, 16, 16) and label.shape == (16, 16)
@@ -72,66 +68,23 @@ def test_augmentation_and_order_depend_on_the_seed_and_the_position() -> None:
         assert not any(torch.equal(image, other) for other in images[:i])
 
 
-class Holes(Toys):
-    """Toys of which some cannot be read."""
-
-    def __init__(self, length: int, holes: set[int]) -> None:
-        super().__init__(length)
-        self.holes = holes
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self.holes:
-            raise Unreadable(f"{index}.png is damaged")
-        return super().__getitem__(index)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(2, 7), st.sets(st.integers(0, 6)), st.lists(st.integers(0, 30), min_size=1, max_size=6))
-def test_the_next_readable_picture_stands_in(length: int, holes: set[int], positions: list[int]) -> None:
-    """Next in the order of the epoch, which is that of the stream without holes; whatever was read before."""
-    holes = {index for index in holes if index < length}
-    if len(holes) == length:
-        holes.pop()
-    table = label_table(SPLIT, "inductive")[1]
-    stream = TrainingStream(Holes(length, holes), AUGMENT, table, 5, skip_unreadable=True)
-    whole = TrainingStream(Toys(length), AUGMENT, table, 5)
-    for position in positions:
-        epoch = position // length
-        order = [int(whole[epoch * length + i].name) for i in range(length)]
-        later = order[position % length :] + order[: position % length]
-        expected = next(index for index in later if index not in holes)
-        example = stream[position]
-        assert example.name == str(expected)
-        passed = later[: later.index(expected)]
-        assert example.left_out.splitlines() == [f"{index}.png is damaged" for index in passed]
-        if not passed:
-            assert torch.equal(example.image, whole[position].image)
-
-
-def test_unreadable_pictures_are_raised_by_default_and_handed_over_in_batches() -> None:
-    stream = new_stream(Holes(3, {0, 1, 2}))
-    with pytest.raises(Unreadable, match="png is damaged"):
-        stream[0]
-    batch = next(iter(DataLoader(stream, batch_sampler=Positions(range(1), 2, 1, 0, 1), collate_fn=collate)))
-    assert isinstance(batch, Unreadable) and "png is damaged" in str(batch)
-
-
 def test_targets_go_through_the_table() -> None:
     for setting, values in (("inductive", {0, 1, 2, 255}), ("transductive", {-1, 0, 1, 3, 255})):
         labels = torch.cat([new_stream(setting=setting)[p][1].flatten() for p in range(12)])
         assert set(labels.unique().tolist()) == values
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 def test_workers_read_the_same() -> None:
-    positions = Positions(range(3), 4, 1, 0, 1)
-    alone, shared = (
-        [batch for batch in DataLoader(new_stream(), batch_sampler=positions, num_workers=n)] for n in (0, 2)
-    )
-    for one, other in zip(alone, shared, strict=True):
-        assert torch.equal(one.image, other.image) and torch.equal(one.target, other.target)
-        assert one.name == other.name and len(one.name) == 4
+    """Batches (B, ...) of what the stream has at their positions."""
+    positions, stream = Positions(range(3), 4, 1, 0, 1), new_stream()
+    for workers in (0, 2):
+        for i, batch in enumerate(loading(new_stream(), positions, workers, pin_memory=False)):
+            expected = [stream[position] for position in range(4 * i, 4 * i + 4)]
+            assert torch.equal(batch.image, torch.stack([each.image for each in expected]))
+            assert torch.equal(batch.target, torch.stack([each.target for each in expected]))
+            assert batch.name == [each.name for each in expected]
+        assert i == 2
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3)])

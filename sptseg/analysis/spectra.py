@@ -268,6 +268,9 @@ def spectral_summary(model: SptSeg, dataset: Dataset[Sample], count: int = 16) -
     for band, inside in (("low", radius < 0.25), ("high", radius >= 0.25)):
         values = response[inside]
         found |= {f"gain_{band}": np.abs(values).mean(), f"phase_{band}": np.abs(np.angle(values, deg=True)).mean()}
-    effects = prompt_effects(model.encoder, model_inputs(model, dataset, count)).query("used")
-    found |= {f"{name}_block_{block}": row[name] for block, row in effects.iterrows() for name in ("energy", "alignment")}
+    pictures = model_inputs(model, dataset, min(count, len(dataset)))  # pyright: ignore[reportArgumentType]
+    effects = prompt_effects(model.encoder, pictures).query("used")
+    found |= {
+        f"{name}_block_{block}": row[name] for block, row in effects.iterrows() for name in ("energy", "alignment")
+    }
     return {name: float(value) for name, value in found.items()}

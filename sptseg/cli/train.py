@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
+from sptseg.analysis import spectral_summary
 from sptseg.checkpoints import load_model
 from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
 from sptseg.model import EMBEDDED_CLIPS, EMBEDDED_CONFIG, ModelConfig, build_model, load_clip
@@ -20,13 +25,16 @@ from sptseg.training import (
     EMBEDDED_TRAINING,
     LADDER,
     PRESETS,
+    Plan,
     PresetName,
     Setting,
+    Study,
     TrainConfig,
     ablate,
     fit,
     in_setting,
     preflight,
+    write_report,
 )
 
 
@@ -111,9 +119,13 @@ class Train:
 class Ablate:
     """Trains several configurations with several seeds for equal steps, and prints a table: mean ± sd.
 
+    With a plan it runs that study instead: processes that share the output folder share its runs, what is finished is
+    not run again, and once all is done (or with --minutes 0, of what is done) the tables are written.
+
     Attributes:
         output: the folder; finished runs found there are not run again, stopped ones go on.
         preset: what all other options start from, and the configurations' CLIP; as for `sptseg train`.
+        clip: "tiny" or "tiny-plain" instead of the preset's CLIP.
         configurations: names, comma-separated; default: all on scenes, on real data the paper's ladder of parts. With
             @supervised or @transductive behind it, a configuration is trained in that setting, transductively from the
             half-way checkpoint of its inductive run.
@@ -121,28 +133,53 @@ class Ablate:
         data: what to train on.
         validation: what to score on; its classes and unseen classes count.
         train: the training's options; its seed is replaced.
+        plan: a study's file, such as data/study.json; of the other options only those below count then.
+        share: of a plan, I/N takes every N-th row from the I-th on: for machines that share no folder.
+        minutes: of a plan, after so many the state is saved and the command ends; 0 only writes the tables.
+        device: what computes a plan: "cpu", or by default a GPU where there is one.
     """
 
     output: Path = Path("runs/ablation")
     preset: PresetName = "embedded"
+    clip: str = ""
     configurations: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     data: Data = SCENES_TO_TRAIN
     validation: Data = SCENES_TO_SCORE
     train: TrainConfig = EMBEDDED_TRAINING
+    plan: Path | None = None
+    share: str = "1/1"
+    minutes: float | None = None
+    device: Literal["", "cpu"] = ""
 
     def run(self) -> None:
         output_place(self.output, folder=True)
+        if self.plan is not None:
+            return self.study(self.plan)
         preset = PRESETS[self.preset]
         default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else LADDER
         chosen = names(self.configurations) or list(default)
         unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
         if unknown:
             raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+        clip = {"clip": self.clip} if self.clip else {}
+        preset = replace(preset, model=replace(preset.model, **clip))
         configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
         dataset, _ = self.data.load("training")
         scored, split = self.validation.load("evaluation")
         print(ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output))
+
+    def study(self, plan: Path) -> None:
+        until = time.monotonic() + 60 * (math.inf if self.minutes is None else self.minutes)
+        if self.device == "cpu":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        share = re.fullmatch(r"(\d+)/(\d+)", self.share)
+        i, n = map(int, share.groups()) if share else (0, 0)
+        if not 1 <= i <= n:
+            raise ValueError(f"--share is {self.share!r}; wanted I/N with I from 1 to N, such as 1/2")
+        study = Study(Plan.read(plan), self.output, spectral_summary)
+        if study.work((i, n), until, lambda text: print(text, flush=True)) or self.minutes == 0:
+            print(write_report(study))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def corrupt(image: Array, kind: Corruption, strength: int, seed: int | Sequence[
     Noise and the direction of the shift come from `seed`; values that leave 0..255 are cut off.
     """
     if kind not in CORRUPTIONS or strength not in (1, 2, 3):
-        raise ValueError(f"corruption {kind!r} of strength {strength}; wanted {', '.join(CORRUPTIONS)}, strength 1 to 3")
+        raise ValueError(
+            f"corruption {kind!r} of strength {strength}; wanted {', '.join(CORRUPTIONS)}, strength 1 to 3"
+        )
     amount, rng = STRENGTHS[kind][strength - 1], np.random.default_rng(seed)
     if kind == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))

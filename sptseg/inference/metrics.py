@@ -75,8 +75,8 @@ def check_labels(values: Tensor, split: Split, name: str) -> None:
 
 
 def tallies(confusion: Tensor) -> Tensor:
-    """Confusion (..., C, C), rows true, columns predicted -> pixels right, labelled and predicted of each class, all that
-    the ratios are made of: (..., 3, C)."""
+    """Confusion (..., C, C), rows true, columns predicted -> what the ratios are made of (..., 3, C): of each class the
+    pixels that are right, those so labelled, and those so predicted."""
     return torch.stack([confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)], dim=-2)
 
 

@@ -1,4 +1,4 @@
-"""A study from one file: which rows, how their rates are chosen, which runs, in order of priority; who does what; tables.
+"""A study from one file: which rows, how their rates are chosen, which runs, in order of priority.
 
 Processes that share a folder take the first run that is ready and that nobody works on; what is finished stays.
 """
@@ -120,8 +120,8 @@ class Plan:
                 for row in part.rows for rate in self.choosing.rates if self.rows[row].trains
             ]  # fmt: skip
             tested = [
-                Run(part, row, seed, part.steps) for row in part.rows
-                for seed in (part.seeds if self.rows[row].trains else part.seeds[:1])
+                Run(part, row, seed, steps) for row in part.rows
+                for seed, steps in ([(s, part.steps) for s in part.seeds] if self.rows[row].trains else [(0, 0)])
             ]  # fmt: skip
             for run in rates + tested:
                 found.setdefault(run.place, run)
@@ -203,7 +203,7 @@ class Study:
         place, train = self.folder / run.place, self.plan.train
         config = replace(self.plan.rows[run.row], clip=run.part.clip)
         train = replace(
-            train, iterations=run.steps, warmup=run.steps // 10, learning_rate=rate, seed=run.seed,
+            train, iterations=max(1, run.steps), warmup=run.steps // 10, learning_rate=rate, seed=run.seed,
             validate_every=train.validate_every if run.rate is None else 0, progress=False, workers=0,
         )  # fmt: skip
         validation, clip = self.pool(run.world, "validation"), self.clip(run.part.clip)
@@ -223,7 +223,8 @@ class Study:
             if self.measure and run.rate is None:
                 result["spectra"] = self.measure(model, validation)
             buffer = BytesIO()
-            np.savez_compressed(buffer, **{name: each.numpy().astype(np.uint16) for name, each in counts.items()})
+            arrays: Any = {name: each.numpy().astype(np.uint16) for name, each in counts.items()}
+            np.savez_compressed(buffer, **arrays)
             write(place / COUNTS, buffer.getvalue())
             result["scores"] = self.summary(counts["test"])
             said = f"hIoU {100 * result['scores']['hiou']:.1f}"
@@ -315,9 +316,7 @@ def ended_at(until: float) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def picture_tallies(
-    model: SptSeg, dataset: Dataset[Sample], split: Split, seen_offset: float | None = None
-) -> Tensor:
+def picture_tallies(model: SptSeg, dataset: Dataset[Sample], split: Split, seen_offset: float | None = None) -> Tensor:
     """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""
     counts = []
     for sample, logits in predictions(model, dataset, split, seen_offset=seen_offset):

@@ -178,7 +178,7 @@ class Ablate:
         if not 1 <= i <= n:
             raise ValueError(f"--share is {self.share!r}; wanted I/N with I from 1 to N, such as 1/2")
         study = Study(Plan.read(plan), self.output, spectral_summary)
-        if study.work((i, n), until, lambda text: print(text, flush=True)) or self.minutes == 0:
+        if self.minutes == 0 or study.work((i, n), until, lambda text: print(text, flush=True)):
             print(write_report(study))
 
 

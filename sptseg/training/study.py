@@ -27,7 +27,7 @@ from sptseg.datasets import CORRUPTIONS, Corrupted, Pool, Sample, Scenes, Split
 from sptseg.inference import confusion_matrix, new_accelerator, predictions, scores_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
-from sptseg.training.ablation import CONFIGURATIONS
+from sptseg.training.ablation import CONFIGURATIONS, mean_and_deviation
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.state import HALFWAY, STATE
@@ -64,24 +64,24 @@ class After:
 
 
 @dataclass(frozen=True)
-class Choosing:
-    """How each row's rate is chosen: the one with the best hIoU on the validation scenes."""
-
-    rates: tuple[float, ...]
-    steps: int
-    seed: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A study. `scenes`: how many, and of which seed, to train on, to validate (and choose) on, and to test on.
+    """A study.
 
-    `pairs`: (question, row, other row): a row may also be "ROW, NAME" with a NAME of `after`.
+    Attributes:
+        scenes: how many, and of which seed, to "train" on, for "validation" (and choosing), and to "test" on.
+        train: what all trainings have in common; their warm-up is a tenth of the steps.
+        rates, choosing_steps, choosing_seed: each row is trained with each rate; it gets the one with the best hIoU on
+            the validation scenes.
+        rows: configurations by name.
+        parts: which of them are trained, in order of priority.
+        pairs: (question, row, other row) to compare; a row may also be "ROW, NAME" with a NAME of `after`.
     """
 
     scenes: dict[str, tuple[int, int]]
     train: TrainConfig
-    choosing: Choosing
+    rates: tuple[float, ...]
+    choosing_steps: int
+    choosing_seed: int
     rows: dict[str, ModelConfig]
     parts: tuple[Part, ...]
     pairs: tuple[tuple[str, str, str], ...]
@@ -96,7 +96,6 @@ class Plan:
                 name: replace(CONFIGURATIONS[row.pop("base")], **row) for name, row in given.pop("rows").items()
             }  # fmt: skip
             given["train"] = replace(EMBEDDED_TRAINING, **given["train"])
-            given["choosing"] = Choosing(**given["choosing"])
             given["parts"] = tuple(Part(**part) for part in given["parts"])
             given["after"] = {name: After(**after) for name, after in given.get("after", {}).items()}
             plan = cls(rows=rows, **given)
@@ -108,6 +107,10 @@ class Plan:
             raise ValueError(f"{file} names the rows {', '.join(unknown)}, which its rows lack")
         return plan
 
+    def choosing(self, part: Part, row: str) -> list[Run]:
+        """The runs that choose a row's rate."""
+        return [Run(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in self.rates]
+
     def runs(self, share: tuple[int, int] = (1, 1)) -> list[Run]:
         """All runs, each once, in order of priority: of each part first those that choose rates.
 
@@ -115,10 +118,7 @@ class Plan:
         """
         found: dict[str, Run] = {}
         for part in self.parts:
-            rates = [
-                Run(part, row, self.choosing.seed, self.choosing.steps, rate)
-                for row in part.rows for rate in self.choosing.rates if self.rows[row].trains
-            ]  # fmt: skip
+            rates = [run for row in part.rows for run in self.choosing(part, row) if self.rows[row].trains]
             tested = [
                 Run(part, row, seed, steps) for row in part.rows
                 for seed, steps in ([(s, part.steps) for s in part.seeds] if self.rows[row].trains else [(0, 0)])
@@ -190,10 +190,9 @@ class Study:
 
     def rate(self, run: Run) -> float | None:
         """The row's rate: the run's own, or that of the best choosing run, None while one of them is missing."""
-        choosing, config = self.plan.choosing, self.plan.rows[run.row]
-        if run.rate is not None or not config.trains:
-            return run.rate or choosing.rates[0]
-        tried = [replace(run, rate=rate, seed=choosing.seed, steps=choosing.steps) for rate in choosing.rates]
+        if run.rate is not None or not self.plan.rows[run.row].trains:
+            return run.rate or self.plan.rates[0]
+        tried = self.plan.choosing(run.part, run.row)
         if not all(map(self.finished, tried)):
             return None
         return max(tried, key=lambda each: self.result(each.place)["scores"].get("hiou") or 0.0).rate
@@ -227,7 +226,7 @@ class Study:
             np.savez_compressed(buffer, **arrays)
             write(place / COUNTS, buffer.getvalue())
             result["scores"] = self.summary(counts["test"])
-            said = f"hIoU {100 * result['scores']['hiou']:.1f}"
+            said = f"hIoU {mean_and_deviation([result['scores']['hiou']])}"
         except FloatingPointError as error:
             said = result["failed"] = str(error)
         write(place / RESULT, json.dumps(result, indent=1) + "\n")
@@ -264,7 +263,7 @@ class Study:
         plan = self.plan
         about = {"model": asdict(plan.rows[run.row]), "train": asdict(plan.train), "scenes": plan.scenes}
         if run.rate is None:
-            about |= {"choosing": asdict(plan.choosing)}
+            about |= {"choosing": (plan.rates, plan.choosing_steps, plan.choosing_seed)}
         return json.loads(json.dumps(about | {"clip": self.fingerprint(run.part.clip)}))
 
     def work(self, share: tuple[int, int], until: float, say: Callable[[str], object]) -> bool:

@@ -41,7 +41,7 @@ def test_inference_against_the_bare_encoder(tmp_path: Path, monkeypatch: pytest.
         assert rows[name]["against"] == f"bare encoder, {name.split()[-1]}" and rows[name]["ratio"] > 0.3
         assert rows[name]["extra"]["windows_per_second"] == pytest.approx(1 / rows[name]["seconds"])
     assert rows["plain PyTorch, 3 classes, float32"]["ratio"] > 0.3
-    assert rows["labels that are equal in bf16 and float32"]["extra"]["share"] >= 0.99
+    assert rows["5 classes, picture of 160 x 160, float32, above the weights"]["peak_gib"] == 1
 
 
 def test_training_against_the_bare_encoders_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +60,7 @@ def test_the_loss_against_its_plain_twin(tmp_path: Path, monkeypatch: pytest.Mon
     ours = [row for name, row in rows.items() if name.startswith("our loss, 6 classes")]
     assert len(rows) == 4 and len(ours) == 2
     for row in ours:
-        assert row["ratio"] > 0 and row["against"] in rows
-        assert row["extra"]["value"] < 1e-5 and row["extra"]["gradient"] < 1e-5
+        assert row["ratio"] > 0 and row["against"] in rows and row["extra"]["memory_ratio"] == 1
 
 
 @pytest.mark.parametrize(("suite", "rows"), [("data", 3), ("widgets", 2)])

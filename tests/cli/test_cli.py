@@ -358,6 +358,15 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape_and_written_as_it_is(
     assert [row[0] for row in rows] == ["picture", "b\\udcff.jpg", "дом.png"] and rows[0][1:] == ["grass", "дом"]
 
 
+def test_pictures_whose_names_are_no_utf_8(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = (os.fsdecode(os.fsencode(labelled / part) + b"/\xff.png") for part in ("images", "masks"))
+    (labelled / "images" / "a.png").rename(images)
+    (labelled / "masks" / "a.png").rename(masks)
+    main(["data", "show", str(labelled), "--out", str(labelled / "sheet.png")])
+    Path(masks).write_bytes(b"junk")
+    assert "\\udcff.png is not an image" in refused(capsys, "data", "check", labelled)
+
+
 def test_work_outlasts_those_who_read_what_is_printed(
     clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,10 @@ def unit(*size: int) -> Tensor:
 def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
     """SPT-SEG with random weights (the tiny CLIP has its own), always the same."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side))).to(device).eval()
+    logging.disable(logging.WARNING)  # open_clip's: weights are random, as they are meant to be
+    model = build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side)))
+    logging.disable(logging.NOTSET)
+    return model.to(device).eval()
 
 
 def bare_encoder(model: SptSeg, sizes: Sizes, dtype: torch.dtype) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from sptseg.cli import benchmark
-from sptseg.cli.benchmark import drawn_labels, plain_twins
+from sptseg.cli.benchmark import QUICK, drawn_labels, plain_twins
 from sptseg.cli.measure import Stopwatch, Work, machine, peak_memory
 
 CPU = torch.device("cpu")
@@ -100,6 +101,11 @@ def allocate(mebibytes: int) -> Work:
 @pytest.mark.slow
 def test_peak_memory_is_what_was_allocated() -> None:
     assert peak_memory(allocate, 256, device=CPU) == pytest.approx(0.25, abs=0.05)
+
+
+def test_random_weights_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    benchmark.new_model(replace(QUICK, clip="ViT-S-32-alt", side=32), CPU)
+    assert not caplog.records
 
 
 def test_the_machine_is_described() -> None:

@@ -292,8 +292,8 @@ COMMANDS = {
     "explore": explore,
     "pretrain": pretrain_command,
     "import": import_command,
-    "notebooks run": notebooks.run,
-    "notebooks check": notebooks.check,
+    "notebooks run": notebooks.run_notebooks,
+    "notebooks check": notebooks.check_notebooks,
 }
 
 

@@ -33,7 +33,11 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Data, "load", begin)
     commands = ("load_model", "import_research")
     places = [f"sptseg.cli.commands.{name}" for name in commands]
-    places += ["sptseg.cli.demo.load_model", "sptseg.cli.benchmark.machine", "sptseg.training.pretraining.new_tiny_clip"]
+    places += [
+        "sptseg.cli.demo.load_model",
+        "sptseg.cli.benchmark.machine",
+        "sptseg.training.pretraining.new_tiny_clip",
+    ]
     for place in [*places, "sptseg.interactive.notebooks.run_all"]:
         monkeypatch.setattr(place, begin)
     monkeypatch.setattr(Which, "load", begin)

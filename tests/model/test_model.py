@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from sptseg.model import clip as clips
 from sptseg.model.clip import Clip, check_visual, load_clip, run_block, standard_vision_config, usable_models
 from sptseg.model.config import DENSE_CLIP, SPT_RELEASED, ZEGCLIP, ModelConfig
-from sptseg.model.decoder import START_THRESHOLD
+from sptseg.model.decoder import START_THRESHOLD, products
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training.losses import segmentation_loss
 
@@ -269,6 +269,13 @@ def test_a_dense_start_is_dense_clip(decoder: str, selection: bool, layers: int)
     dense = new_model(**BARE, decoder="none").eval()(images, text)
     for found in (logits, dense):  # rounding may swap equals
         assert_close(cosine.gather(1, found.argmax(1, keepdim=True))[:, 0], cosine.amax(1), atol=1e-5, rtol=0)
+
+
+def test_autocast_does_not_round_the_logits() -> None:
+    queries, features = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products(queries, features)
+    assert_close(found, queries @ features.mT)
 
 
 def test_token_zero_twice_as_in_the_released_code() -> None:

@@ -39,8 +39,12 @@ def compare(recorded: Mapping[str, Mapping[str, float]], figures: Mapping[str, f
 
 
 def tolerance(name: str, value: float) -> float:
-    """Room for other machines' rounding: 1 %, and 0.002 at least; for what a training ends with 5 %, and 0.05."""
-    share, least = (0.05, 0.05) if "train" in name else (0.01, 0.002)
+    """Room for other machines' rounding: 1 %, and 0.002 at least; for what a training ends with 5 %, and 0.05.
+
+    For a loss 3 %: without AVX2 PyTorch resizes pictures by other code, every seventh value comes out one level of 255
+    apart, and in bf16 a first loss moved by 0.8 %.
+    """
+    share, least = (0.05, 0.05) if "train" in name else (0.03, 0.002) if "loss" in name else (0.01, 0.002)
     return float(f"{max(share * abs(value), least):.2g}")
 
 

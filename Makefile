@@ -1,22 +1,31 @@
 # make demo    a picture-book scene, segmented by the embedded model
-# make test    the quick tests; make test-slow, make test-browser: the others; make lint: style and types
+# make test    the quick tests; make test-all: the slow ones too; make test-browser: the widgets in Chromium
+# make test-gpu: a GPU against the CPU, and its speed; make test-machines: this machine acts as others; make lint: style
 # make notebooks: all notebooks, quick, their figures compared with the recorded ones; make notebooks-full: as committed
 # make embedded: trains what lies in data/ again; make ablation: the table of data/README.md
 PYTHON ?= python3
+SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow test-browser lint notebooks notebooks-full embedded ablation
+.PHONY: demo test test-all test-browser test-gpu test-machines lint notebooks notebooks-full embedded ablation
 
 demo: .venv/.installed
 	.venv/bin/sptseg demo
 
 test: .venv/.installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE)
 
-test-slow: .venv/.installed
-	.venv/bin/python -m pytest -m slow
+test-all: .venv/.installed
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not browser and not gpu"
 
 test-browser: .venv/.installed
 	.venv/bin/python -m pytest -m browser
+
+test-gpu: export SPTSEG_TEST_DEVICE ?= cuda
+test-gpu: .venv/.installed
+	.venv/bin/python -m pytest -q -m gpu -rs tests/gpu || test $$? -eq 5 # 5: nothing ran, as there is no GPU
+
+test-machines: .venv/.installed
+	.venv/bin/python tests/machines.py
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

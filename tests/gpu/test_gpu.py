@@ -32,6 +32,10 @@ from sptseg.training.loop import FitResult, fit
 from sptseg.training.presets import PRESETS
 
 GPU = DEVICE == "cuda"
+if GPU and not torch.cuda.is_available():
+    pytest.skip(
+        "PyTorch finds no GPU; SPTSEG_TEST_DEVICE=cpu runs these tests small, on the CPU", allow_module_level=True
+    )
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS's sums may differ from run to run
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
@@ -39,8 +43,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:This DataLoade
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
     """Convolutions in float32 proper, where cuDNN would take TF32 by default."""
-    if GPU and not torch.cuda.is_available():
-        pytest.skip("PyTorch finds no GPU here; SPTSEG_TEST_DEVICE=cpu runs these tests small, on the CPU")
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = allowed

@@ -1,0 +1,121 @@
+"""The quick tests and the notebooks on other machines, as far as this one can act as them: `make test-machines`.
+
+`python tests/machines.py NAME ... -- ARGUMENTS` takes some of the machines, and hands arguments to pytest instead of
+running the notebooks too. Exit code 1 if any is red.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+USER = 54_321  # without a name, as in a container
+READS_ALL = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")  # an interpreter in root's home too
+OLD_LIBC = "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX2_Usable,-FMA_Usable"
+
+
+class Machine(NamedTuple):
+    """Environment (None: unset), and what goes before a command; `copy` is a folder for a copy of the clone."""
+
+    environment: Mapping[str, str | None] = MappingProxyType({})
+    prefix: tuple[str, ...] = ()
+    copy: str = ""
+    root: bool = False
+
+
+MACHINES = {
+    "aten-default": Machine({"ATEN_CPU_CAPABILITY": "default"}),
+    "aten-avx2": Machine({"ATEN_CPU_CAPABILITY": "avx2"}),
+    "onednn-sse41": Machine({"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    "onednn-avx2": Machine({"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "mkl-compatible": Machine({"MKL_CBWR": "COMPATIBLE"}),
+    "old-libm": Machine({"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4", "GLIBC_TUNABLES": OLD_LIBC}),
+    "one-thread": Machine({"OMP_NUM_THREADS": "1"}, ("taskset", "-c", "0")),
+    "no-interrupt": Machine({}, ("sh", "-c", """trap '' INT; exec "$@" """, "sh")),
+    "no-home": Machine({"HOME": None}),
+    "c-locale": Machine({"LC_ALL": "C", "LANG": None}),
+    "odd-path": Machine(copy="a clone über uns"),
+    "no-shm": Machine(
+        {},
+        ("unshare", "-m", "sh", "-c", """mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@" """, "sh"),
+        root=True,
+    ),
+    "ordinary-user": Machine(
+        {},
+        ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", *READS_ALL),
+        "clone",
+        root=True,
+    ),
+}
+
+
+def missing(machine: Machine) -> str:
+    """Why this machine cannot act as that one; empty if it can."""
+    if machine.root and os.geteuid():
+        return "needs root"
+    tool = machine.prefix[0] if machine.prefix else "sh"
+    return "" if shutil.which(tool) else f"needs {tool}"
+
+
+def copied(folder: Path) -> Path:
+    """A copy of what git would keep of the clone; only its owner may write there."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run(machine: Machine, name: str, folder: Path, arguments: Sequence[str]) -> str:
+    """What came of it: "green", or what was red; the output goes to `folder`/NAME.log."""
+    tree = copied(folder / machine.copy) if machine.copy else ROOT
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    temporary.chmod(0o1777)
+    own = {"PYTHONPATH": str(tree), "TMPDIR": str(temporary), "HOME": str(temporary)}
+    environment = {**os.environ, **own, **machine.environment}
+    kept = {key: value for key, value in environment.items() if value is not None}
+    spread = ["-n", "2"] if machine.prefix[:1] != ("taskset",) else []
+    check = ["sptseg.cli", "notebooks", "check", "--jobs", "2", "--output", str(temporary / "notebooks")]
+    steps = {"tests": ["pytest", "-q", *spread, *arguments]} | ({} if arguments else {"notebooks": check})
+    red = []
+    with (Path("runs") / "machines" / f"{name}.log").open("w") as log:
+        for step, words in steps.items():
+            command = [*machine.prefix, sys.executable, "-m", *words]
+            done = subprocess.run(command, cwd=tree, env=kept, stdout=log, stderr=subprocess.STDOUT)
+            red += [step] if done.returncode else []
+    return f"red: {', '.join(red)}; see {log.name}" if red else "green"
+
+
+def main(given: Sequence[str]) -> int:
+    names = [word for word in given[: given.index("--") if "--" in given else None]]
+    arguments = list(given[given.index("--") + 1 :]) if "--" in given else []
+    unknown = [name for name in names if name not in MACHINES]
+    if unknown:
+        print(f"there is no machine {unknown[0]}; there are {', '.join(MACHINES)}", file=sys.stderr)
+        return 2
+    Path("runs/machines").mkdir(parents=True, exist_ok=True)
+    print("| machine | seconds | |\n|---|---|---|")
+    results = []
+    for name in names or MACHINES:
+        started, why = time.perf_counter(), missing(MACHINES[name])
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            results.append(f"not here: {why}" if why else run(MACHINES[name], name, Path(folder), arguments))
+        print(f"| {name} | {time.perf_counter() - started:.0f} | {results[-1]} |", flush=True)
+    return int(any(result.startswith("red") for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -275,11 +275,13 @@ def compare(recorded: Mapping[str, Mapping[str, float]], found: Mapping[str, flo
 def recording(recorded: Mapping[str, Mapping[str, float]], found: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """A baseline of figures; tolerances set by hand stay.
 
-    New ones leave room for other machines' rounding: 1 %, and 0.002 at least; for the end of a training 5 %, and 0.05.
+    New ones leave room for other machines' rounding: 1 %, and 0.002 at least; for the end of a training 5 %, and 0.05;
+    for a loss 3 %: without AVX2 PyTorch resizes pictures by other code, every seventh value is one level of 255 apart,
+    and in bf16 a first loss moved by 0.8 %.
     """
     made = {}
     for name, value in found.items():
-        share, least = (0.05, 0.05) if "train" in name else (0.01, 0.002)
+        share, least = (0.05, 0.05) if "train" in name else (0.03 if "loss" in name else 0.01, 0.002)
         usual = {"tolerance": float(f"{max(share * abs(value), least):.2g}")}
         made[name] = {"value": value, "tolerance": recorded.get(name, usual)["tolerance"]}
     return made

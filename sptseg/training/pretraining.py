@@ -269,7 +269,7 @@ def caption_losses(
 def retrieval(clip: Clip, *, seed: int = 0, groups: int = 10, pictures: int = 100) -> float:
     """How often a fresh scene's own caption is the closest among those of `pictures` scenes, over `groups` of them."""
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
-    device, hits = clip.model.text_projection.device, 0
+    device, hits = clip.visual.conv1.weight.device, 0
     for group in range(groups):
         drawn = [scenes.compose((STREAM + 1, seed, group, i)) for i in range(pictures)]
         images = (torch.from_numpy(np.stack([each.image for each in drawn])).permute(0, 3, 1, 2) - mean) / std

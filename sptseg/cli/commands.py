@@ -37,7 +37,7 @@ from sptseg.inference import Precision, at_precision, by_training, evaluate, seg
 from sptseg.interactive import explore, notebooks
 from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
-from sptseg.training import PretrainConfig, pretrain
+from sptseg.training import PretrainConfig, pretrain, retrieval
 
 UNTRAINED = {"dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
 
@@ -260,7 +260,8 @@ def pretrain_command(
     config = replace(PretrainConfig(seed) if dense_losses else PretrainConfig.plain(seed), device=device)
     if images is not None:
         config = config.scaled(images)
-    pretrain(config, output)
+    clip = pretrain(config, output)
+    print(f"wrote {output}; of 100 fresh scenes' captions the right one is the closest for {retrieval(clip):.1%}")
     print(f"wrote {output}; use it with --clip tiny --clip-weights {shlex.quote(str(output))}")
 
 
@@ -292,8 +293,8 @@ COMMANDS = {
     "explore": explore,
     "pretrain": pretrain_command,
     "import": import_command,
-    "notebooks run": notebooks.run,
-    "notebooks check": notebooks.check,
+    "notebooks run": notebooks.run_notebooks,
+    "notebooks check": notebooks.check_notebooks,
 }
 
 

@@ -60,7 +60,7 @@ class Picture:
         """The picture on the page, which needs no other file."""
         data = base64.b64encode(self.png).decode()
         below = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(self.alt)}">{below}</figure>'
+        return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(self.alt)}"/>{below}</figure>'
 
 
 def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, iterations: int = 60) -> Path:

@@ -143,6 +143,7 @@ def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> I
 
 def show_image(ax: Axes, image: Array, title: str = "", cmap: str = "gray", highest: float = 255) -> AxesImage:
     """A picture without axes, its title above; values (H,W), from 0 to `highest`, through a colour map."""
+    title = title.encode(errors="backslashreplace").decode()  # a file's name that is no UTF-8
     ax.set_title(title, fontsize=10, color=INK)
     ax.set_axis_off()
     return ax.imshow(image, cmap=cmap, vmin=0, vmax=highest, interpolation="nearest")

@@ -8,7 +8,7 @@ from sptseg.training.loop import Trainee, fit, parameter_groups, pseudo_labels, 
 from sptseg.training.losses import present_pairs, segmentation_loss
 from sptseg.training.checks import preflight
 from sptseg.training.presets import PRESETS, PresetName, VOC, in_setting
-from sptseg.training.pretraining import PretrainConfig, pretrain
+from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
 from sptseg.training.report import interval, write_report
 from sptseg.training.study import Plan, Study
 from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table, loading

@@ -265,6 +265,20 @@ def caption_losses(
     return losses
 
 
+@torch.inference_mode()
+def retrieval(clip: Clip, *, seed: int = 0, groups: int = 10, pictures: int = 100) -> float:
+    """How often a fresh scene's own caption is the closest among those of `pictures` scenes, over `groups` of them."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    device, hits = clip.visual.conv1.weight.device, 0
+    for group in range(groups):
+        drawn = [scenes.compose((STREAM + 1, seed, group, i)) for i in range(pictures)]
+        images = (torch.from_numpy(np.stack([each.image for each in drawn])).permute(0, 3, 1, 2) - mean) / std
+        _, found = embed_images(clip, images.to(device))
+        captions = embed_texts(clip, [each.caption for each in drawn])
+        hits += int(((found @ captions.T).argmax(dim=1).cpu() == torch.arange(pictures)).sum())
+    return hits / (groups * pictures)
+
+
 def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16).
 

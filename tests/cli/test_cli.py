@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-import random
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ import pytest
 import torch
 from conftest import Reference, refused
 from PIL import Image
-from safetensors.torch import load_file
 from torch.testing import assert_close
 from toys import data_folder, same
 
@@ -355,6 +351,15 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape_and_written_as_it_is(
     assert [row[0] for row in rows] == ["picture", "b\\udcff.jpg", "дом.png"] and rows[0][1:] == ["grass", "дом"]
 
 
+def test_pictures_whose_names_are_no_utf_8(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = (os.fsdecode(os.fsencode(labelled / part) + b"/\xff.png") for part in ("images", "masks"))
+    (labelled / "images" / "a.png").rename(images)
+    (labelled / "masks" / "a.png").rename(masks)
+    main(["data", "show", str(labelled), "--out", str(labelled / "sheet.png")])
+    Path(masks).write_bytes(b"junk")
+    assert "\\udcff.png is not an image" in refused(capsys, "data", "check", labelled)
+
+
 def test_work_outlasts_those_who_read_what_is_printed(
     clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,26 +409,3 @@ def test_an_interrupt_exits_with_130_and_a_bug_keeps_its_traceback(monkeypatch: 
         monkeypatch.setattr(cli, "pretrain", Mock(side_effect=raised))
         with pytest.raises(seen, match="130|a bug"):
             main(["pretrain"])
-
-
-@pytest.mark.slow
-def test_sigterm_to_the_command_saves_and_resume_ends_in_the_same_bits(clip: list[str], tmp_path: Path) -> None:
-    """Sent after a random while; the moment is in the message."""
-    steps = [*STEPS[:-1], "0", "--train.iterations", "60"]
-    train = ["train", "--images", "8", *clip, *SMALL, *steps, "--output"]
-    main([*train, str(tmp_path / "whole")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sptseg.cli", *train, str(tmp_path / "run")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as process:
-        while not (tmp_path / "run" / "config.json").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        wait = random.uniform(0.5, 5)
-        time.sleep(wait)
-        process.terminate()
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, (wait, said[-1000:])
-    assert b"stopped by SIGTERM after iteration " in said and b"the same command and --resume" in said
-    main([*train, str(tmp_path / "run"), "--resume"])
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
-    assert same(whole, resumed), said[-200:]

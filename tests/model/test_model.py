@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from sptseg.model.clip import Clip, run_block
 from sptseg.model.config import DENSE_CLIP, SPT_RELEASED, ZEGCLIP, ModelConfig
-from sptseg.model.decoder import START_THRESHOLD
+from sptseg.model.decoder import START_THRESHOLD, products
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training.losses import segmentation_loss
 
@@ -262,6 +262,13 @@ def test_each_switch_of_a_dense_start_stands_alone() -> None:
     patches = torch.randn(2, 32, 5, 6)
     explicit = seeded(start="dense_clip", residual=True, norms="rms", logit_scale=True)
     assert torch.equal(explicit(patches, image, text), seeded(start="dense_clip")(patches, image, text))
+
+
+def test_autocast_does_not_round_the_logits() -> None:
+    queries, features = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products(queries, features)
+    assert_close(found, queries @ features.mT)
 
 
 # Configuration

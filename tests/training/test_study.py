@@ -1,0 +1,216 @@
+"""A study from one file, end to end and small; its intervals and rules by hand; its spoilt and gray pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sptseg.cli import main
+from sptseg.datasets import Corrupted, Pool, Scenes, Split, corrupt
+from sptseg.model import EMBEDDED_CLIPS, load_clip
+from sptseg.training import Plan, Study, interval
+from sptseg.training.report import flat
+from sptseg.training.study import RESULT
+
+SMALL = {"base": "spt", "image_size": [64, 64], "decoder_layers": 1, "prompt_tokens": 2}
+PLAN: dict[str, Any] = {
+    "scenes": {"train": [8, 0], "validation": [2, 500], "test": [3, 1000]},
+    "train": {"precision": "no", "validate_every": 2, "validation_images": 2, "save_every": 1, "batch_size": 2},
+    "rates": [1e-3, 1e-2], "choosing_steps": 1, "choosing_seed": 100,
+    "rows": {"read": {"base": "dense-clip"}, "with": SMALL, "without": {**SMALL, "spectral_layers": []}},
+    "parts": [
+        {"question": "a", "clip": "tiny", "rows": ["read", "with"], "seeds": [0, 1], "steps": 3, "corrupted": True},
+        {"question": "f", "clip": "tiny", "rows": ["without"], "seeds": [0], "steps": 3, "one_colour": True},
+    ],
+    "pairs": [["b", "with", "with, S off"], ["a", "with", "read"]],
+    "after": {"S off": {"rows": ["with"], "without_spectral_prompts": True}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(PLAN))
+    return file
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What bits each run has left: a hash of the trained weights, its counts, its curve and its scores."""
+    found = {}
+    for file in sorted(folder.rglob(RESULT)):
+        result = json.loads(file.read_text())
+        parts = [(file.with_name(name)) for name in ("model.safetensors", "counts.npz")]
+        kept = [result["rate"], result["scores"], result["curve"], result.get("spectra")]
+        digest = hashlib.sha256(json.dumps(kept).encode())
+        for part in parts:
+            digest.update(part.read_bytes() if part.suffix == ".safetensors" and part.is_file() else b"")
+        found[str(file.parent.relative_to(folder))] = digest.hexdigest()
+    return found
+
+
+def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ablate", "--plan", str(plan), "--device", "cpu", "--output"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    one, two = tmp_path / "one", tmp_path / "two"
+    main([*command, str(one)])
+    tables = (one / "tables.md").read_text()
+    assert "0 runs are left" in tables and "| with | " in tables and "## tiny, one-colour, 3 steps" in tables
+    runs = results(one)
+    assert set(runs) == {
+        "tiny/scenes/read/0-steps-seed-0", "tiny/one-colour/without/3-steps-seed-0",
+        *(f"tiny/scenes/with/{kind}" for kind in ("rate-0.001", "rate-0.01", "3-steps-seed-0", "3-steps-seed-1")),
+        "tiny/scenes/without/rate-0.001", "tiny/scenes/without/rate-0.01",
+    }  # fmt: skip
+    chosen = {rate: json.loads((one / f"tiny/scenes/with/rate-{rate}" / RESULT).read_text()) for rate in (1e-3, 1e-2)}
+    record = json.loads((one / "record.json").read_text())
+    row = next(row for row in record["rows"] if row["row"] == "with")
+    assert row["rate"] == max(chosen, key=lambda rate: chosen[rate]["scores"]["hiou"])
+    assert row["seeds"] == [0, 1] and [*row["curve"]] == ["2", "3"] and len(row["spectra"]["gain_low"]) == 2
+    pair = {pair["pictures"]: pair for pair in record["pairs"] if pair["other"] == "read"}
+    assert set(pair) == {"", "blur", "noise", "jpeg", "contrast", "colour", "all corruptions"}
+    mine, other = (
+        next(np.mean([s["miou_seen"] for s in row["scores"]]) for row in record["rows"] if row["row"] == name)
+        for name in ("with", "read")
+    )
+    assert pair[""]["miou_seen"][0] == pytest.approx(mine - other)
+
+    from sptseg.training import loop
+
+    steps, original = iter(range(99)), loop.step
+
+    def slow(*arguments: Any) -> Any:
+        if next(steps) == 5:  # amid a run
+            time.sleep(max(0.0, limit - time.monotonic()) + 0.2)
+        return original(*arguments)
+
+    limit = time.monotonic() + 15
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step", slow)
+        study = Study(Plan.read(plan), two)
+        said: list[str] = []
+        assert not study.work((1, 2), limit, said.append)
+    assert said[-1].endswith("the same command goes on") and list(two.rglob("state.pt"))
+    assert not (two / "tables.md").exists()
+    for share in ("1/2", "2/2"):
+        main([*command, str(two), "--share", share])
+    assert results(two) == runs
+    before = {file: file.stat().st_mtime_ns for file in two.rglob(RESULT)}
+    main([*command, str(two)])
+    assert before == {file: file.stat().st_mtime_ns for file in two.rglob(RESULT)}, "nothing is run again"
+    assert (two / "tables.md").read_text() == tables
+    plan.write_text(json.dumps({**PLAN, "scenes": {**PLAN["scenes"], "test": [4, 1000]}}))
+    with pytest.raises(ValueError, match="is of another plan or CLIP; choose another output folder"):
+        Study(Plan.read(plan), two).work((1, 1), time.monotonic() + 9, print)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"parts": [{**PLAN["parts"][0], "rows": ["nobody"]}]}, "names the rows nobody"),
+        ({"rows": 3}, "is no plan of a"),
+    ],
+)
+def test_a_faulty_plan_is_refused(change: dict[str, Any], said: str, plan: Path) -> None:
+    plan.write_text(json.dumps({**PLAN, **change}))
+    with pytest.raises(ValueError, match=said):
+        Plan.read(plan)
+
+
+def test_the_plan_of_the_project_can_be_read() -> None:
+    plan = Plan.read(Path(__file__).parents[2] / "data" / "study.json")
+    known = {*plan.rows} | {f"{row}, {name}" for name, after in plan.after.items() for row in after.rows}
+    assert {row for _, *both in plan.pairs for row in both} <= known
+    assert {part.clip for part in plan.parts} <= set(EMBEDDED_CLIPS)
+
+
+TWO = Split.from_names("two", ["grass", "boat"], unseen=["boat"])
+
+
+def counted(*hits: tuple[int, int]) -> Tensor:
+    """Pictures (P, 3, 2) with ten pixels of each class, of which so many are right, and none of another class's."""
+    return torch.tensor([[[a, b], [10, 10], [a, b]] for a, b in hits])
+
+
+def test_an_interval_over_seeds_and_pictures_by_hand() -> None:
+    """One picture, two seeds: mIoU(S) differs by 0.1 and 0.3; drawn means are 0.1, 0.2 (half of them) and 0.3."""
+    mine, other = (torch.stack([counted(h)[:, None] for h in seeds]) for seeds in ([(3, 5), (6, 5)], [(2, 5), (3, 5)]))
+    ends = interval(mine, other, TWO)
+    assert ends[:, 1].tolist() == pytest.approx([0.2, 0.1, 0.3]) and ends[:, 2].tolist() == pytest.approx([0, 0, 0])
+    # Two pictures, one seed: pooled IoU 5/10, 5/20+..: of the first alone 0.6 - 0.2, of the second alone 0.4 - 0.4
+    mine, other = counted((6, 5), (4, 5))[None, :, None], counted((2, 5), (4, 5))[None, :, None]
+    assert interval(mine, other, TWO)[:, 1].tolist() == pytest.approx([0.2, 0.0, 0.4])
+    # Two data sets: figures are means over them
+    both = torch.cat([mine, other], dim=2)
+    assert interval(both, torch.cat([other, other], dim=2), TWO)[:, 1].tolist() == pytest.approx([0.1, 0.0, 0.2])
+
+
+def test_flat_is_half_a_point_in_500_steps() -> None:
+    curve = {250: 0.10, 500: 0.12, 750: 0.124, 1000: 0.1249, 1250: 0.13}
+    assert flat(curve) == 1000  # 750: 0.124 is above 0.10 + 0.005; 1000: 0.1249 is below 0.12 + 0.005
+    assert flat({250: 0.1, 500: 0.1}) is None and flat({}) is None
+
+
+def test_a_pool_equals_what_it_keeps(tmp_path: Path) -> None:
+    scenes = Scenes(3, 7, "training")
+    for pool in (Pool(scenes, tmp_path / "a.npy"), Pool(scenes, tmp_path / "a.npy")):
+        assert len(pool) == 3 and pool.names == scenes.names
+        for one, other in zip((pool[i] for i in range(3)), (scenes[i] for i in range(3)), strict=True):
+            assert one.keys() == other.keys() and one["name"] == other["name"]
+            for part in ("image", "label"):
+                assert torch.equal(one[part], other[part]) and one[part].dtype == other[part].dtype
+    with pytest.raises(ValueError, match=r"a.npy holds 3 pictures; wanted 4"):
+        Pool(Scenes(4, 7, "training"), tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("kind", ["blur", "noise", "jpeg", "contrast", "colour"])
+def test_pictures_are_spoilt_the_more_the_stronger(kind: Any) -> None:
+    scenes = Scenes(2)
+    image = scenes[0]["image"].permute(1, 2, 0).numpy()
+    spoilt = [corrupt(image, kind, strength, seed=1) for strength in (1, 2, 3)]
+    errors = [np.abs(each.astype(float) - image).mean() for each in spoilt]
+    assert 1 < errors[0] < errors[1] < errors[2] < 80 and all(each.dtype == np.uint8 for each in spoilt)
+    assert np.array_equal(corrupt(image, kind, 3, seed=1), spoilt[2])
+    if kind == "contrast":  # 0.7 of each distance from the mean, by hand
+        mean = image.reshape(-1, 3).mean(0)
+        assert np.abs(spoilt[0] - (mean + 0.7 * (image - mean))).max() <= 0.51
+    dataset = Corrupted(scenes, kind, 2)
+    assert torch.equal(dataset[1]["label"], scenes[1]["label"]) and dataset.names[1] == f"evaluation-0-1-{kind}-2"
+    assert np.array_equal(
+        dataset[1]["image"].permute(1, 2, 0), corrupt(scenes[1]["image"].permute(1, 2, 0).numpy(), kind, 2, seed=1)
+    )
+
+
+def test_scenes_of_one_colour_have_the_same_masks_and_gray_stuff_of_one_contrast() -> None:
+    from sptseg.scenes.textures import STUFF, gray_tiles
+
+    for name in STUFF:
+        tile = gray_tiles(name)[:, 0].astype(float)
+        assert tile.mean((1, 2)) == pytest.approx(np.ones(4), abs=1e-4)
+        assert tile.std((1, 2)) == pytest.approx(np.full(4, 0.2), abs=1e-4)
+    gray, usual = Scenes(20, one_colour=True), Scenes(20)
+    saturations = {True: [], False: []}
+    for one, other in zip((gray[i] for i in range(20)), (usual[i] for i in range(20)), strict=True):
+        assert torch.equal(one["label"], other["label"])
+        stuff = one["label"] < len(STUFF)
+        for is_gray, sample in ((True, one), (False, other)):
+            pixels = sample["image"][:, stuff].float()
+            saturations[is_gray].append(float((pixels.amax(0) - pixels.amin(0)).mean()))
+    assert np.mean(saturations[True]) < 0.3 * np.mean(saturations[False])
+    assert set(gray.names).isdisjoint(usual.names)
+
+
+def test_both_embedded_clips_are_known_by_name() -> None:
+    words = ["a photo of a boat"]
+    clips = [load_clip(name) for name in EMBEDDED_CLIPS]
+    assert [clip.name for clip in clips] == ["tiny", "tiny-plain"]
+    assert not torch.allclose(clips[0].class_embeddings(words), clips[1].class_embeddings(words))

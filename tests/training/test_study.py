@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,9 @@ from torch import Tensor
 from sptseg.cli import main
 from sptseg.datasets import Corrupted, Pool, Scenes, Split, corrupt
 from sptseg.model import EMBEDDED_CLIPS, load_clip
-from sptseg.training import Plan, Study, interval
+from sptseg.training import Plan, Study, interval, loop
 from sptseg.training.report import flat
-from sptseg.training.study import RESULT
+from sptseg.training.study import RESULT, ended_at
 
 SMALL = {"base": "spt", "image_size": [64, 64], "decoder_layers": 1, "prompt_tokens": 2}
 PLAN: dict[str, Any] = {
@@ -84,23 +87,17 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     )
     assert pair[""]["miou_seen"][0] == pytest.approx(mine - other)
 
-    from sptseg.training import loop
-
     steps, original = iter(range(99)), loop.step
 
-    def slow(*arguments: Any) -> Any:
+    def stopped(*arguments: Any) -> Any:
         if next(steps) == 5:  # amid a run
-            time.sleep(max(0.0, limit - time.monotonic()) + 0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    limit = time.monotonic() + 15
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", slow)
-        study = Study(Plan.read(plan), two)
-        said: list[str] = []
-        assert not study.work((1, 2), limit, said.append)
-    assert said[-1].endswith("the same command goes on") and list(two.rglob("state.pt"))
-    assert not (two / "tables.md").exists()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop, "step", stopped)
+        main([*command, str(two)])
+    assert list(two.rglob("state.pt")) and not (two / "tables.md").exists()
     for share in ("1/2", "2/2"):
         main([*command, str(two), "--share", share])
     assert results(two) == runs
@@ -110,7 +107,14 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     assert (two / "tables.md").read_text() == tables
     plan.write_text(json.dumps({**PLAN, "scenes": {**PLAN["scenes"], "test": [4, 1000]}}))
     with pytest.raises(ValueError, match="is of another plan or CLIP; choose another output folder"):
-        Study(Plan.read(plan), two).work((1, 1), time.monotonic() + 9, print)
+        Study(Plan.read(plan), two).work((1, 1), math.inf, print)
+
+
+def test_the_time_limit_ends_the_work() -> None:
+    started = time.monotonic()
+    with ended_at(started + 0.1):
+        time.sleep(60)
+    assert time.monotonic() < started + 30
 
 
 @pytest.mark.parametrize(

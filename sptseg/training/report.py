@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from sptseg.datasets import CORRUPTIONS, Split
-from sptseg.inference import SUMMARY, ratios_of_tallies
+from sptseg.inference import ratios_of_tallies
 from sptseg.system import write
 from sptseg.training.ablation import FIGURES, mean_and_deviation
 from sptseg.training.study import COUNTS, SPOILT, Run, Study
 
 FLAT_STEPS, FLAT_GAIN = 500, 0.005  # the rule of `flat`
 KINDS = {kind: [f"{kind}-{strength}" for k, strength in SPOILT if k == kind] for kind in CORRUPTIONS}
-SETS = {"": ["test"], **KINDS, "all corruptions": [name for names in KINDS.values() for name in names]}
+SETS = {"test": ["test"], **KINDS, "all spoilt": [name for names in KINDS.values() for name in names]}
 
 
 class Group(NamedTuple):
@@ -45,30 +45,28 @@ def flat(curve: Mapping[int, float]) -> int | None:
 
 def drawn(count: int, draws: int, seed: int) -> Tensor:
     """How often each of `count` is drawn in as many draws with replacement: (1 + draws, count); first each once."""
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(count, (draws, count), generator=generator)
-    often = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(
-        1, picked, torch.ones(1, 1).double().expand(draws, count)
-    )
-    return torch.cat([torch.ones(1, count, dtype=torch.float64), often])
+    picked = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
+    often = torch.zeros(draws, count).scatter_add_(1, picked, torch.ones(picked.shape))
+    return torch.cat([torch.ones(1, count), often]).double()
 
 
-def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> Tensor:
-    """Difference of two rows, mine less other, its lower and its upper end (95 %): (3, 4), the figures of SUMMARY.
+def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> dict[str, list[float]]:
+    """Difference of two rows, mine less other, with the ends of its 95 % interval, of each figure of `FIGURES` and of
+    the gap, mIoU of seen less that of unseen classes.
 
     Counts (S, P, K, 3, C) of the same seeds and pictures, see `tallies`. Seeds and pictures are drawn with replacement,
     the same ones for both rows; a seed's figures are those of its pooled pictures, means over the K data sets.
     """
     seeds, pictures = drawn(len(mine), draws, 0), drawn(mine.shape[1], draws, 1)
 
-    def figures(counts: Tensor) -> Tensor:  # (S, P, K, 3, C) -> (1 + draws, S, 4)
+    def figures(counts: Tensor) -> Tensor:  # (S, P, K, 3, C) -> (1 + draws, S, 5)
         by_seed = [(pictures @ each.flatten(1)).unflatten(1, each.shape[1:]) for each in counts.double()]
-        return torch.stack([ratios_of_tallies(each, split)[..., : len(SUMMARY)].mean(1) for each in by_seed], dim=1)
+        values = torch.stack([ratios_of_tallies(each, split)[..., :4].mean(1) for each in by_seed], dim=1)
+        return torch.cat([values, values[..., 1:2] - values[..., 2:3]], dim=-1)
 
-    gain = figures(mine) - figures(other)
-    means = (seeds[:, :, None] * gain).sum(1) / len(mine)
+    means = (seeds[:, :, None] * (figures(mine) - figures(other))).sum(1) / len(mine)
     ends = means[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return torch.cat([means[:1], ends])
+    return dict(zip((*FIGURES, "gap"), torch.cat([means[:1], ends]).T.tolist(), strict=True))
 
 
 class Found:
@@ -90,83 +88,69 @@ class Found:
         seeds = {seed for runs in self.runs[group].values() for seed in runs}
         return self.runs[group].get(row) or {seed: run for run in untrained.values() for seed in seeds}
 
-    def counts(self, group: Group, row: str, seeds: Sequence[int], names: Sequence[str]) -> Tensor | None:
+    def counts(self, group: Group, row: str, seeds: Iterable[int], names: Sequence[str]) -> Tensor | None:
         """(S, P, K, 3, C), None if a run was not scored on one of the data sets."""
-        _, _, changed = row.partition(", ")
-        found = []
+        changed, found = row.partition(", ")[2], []
+        wanted = [changed] if changed and names == ["test"] else [f"{changed}{name}" for name in names]
         for seed in seeds:
             with np.load(self.study.folder / self.seeds(group, row)[seed].place / COUNTS) as file:
-                wanted = [changed or name for name in names]
-                if not set(wanted) <= set(file.files) or (changed and names != ["test"]):
+                if not set(wanted) <= set(file.files):
                     return None
                 found.append(np.stack([file[name] for name in wanted], axis=1).astype(np.int32))
         return torch.from_numpy(np.stack(found))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Every row of every group: scores seed by seed, its rate, its curve, when that is flat."""
-        found = []
-        for group, rows in self.runs.items():
-            for row, runs in rows.items():
-                results = [self.study.result(run.place) for run in runs.values()]
-                scores = [self.scores(group, row, seed) for seed in runs]
-                curves = [result["curve"] for result in results]
-                curve = {int(step): statistics.mean(c[step] for c in curves) for step in curves[0]}
-                spectra = [r["spectra"] for r in results if r.get("spectra")] if ", " not in row else []
-                found.append({
-                    **group._asdict(), "row": row, "seeds": list(runs), "rate": results[0]["rate"], "scores": scores,
-                    "curve": curve, "flat": flat(curve), "seconds": [result.get("seconds") for result in results],
-                    "spectra": {name: [s[name] for s in spectra] for name in (spectra[0] if spectra else ())},
-                })  # fmt: skip
-        return found
+    def rows(self, group: Group) -> Iterator[dict[str, Any]]:
+        """Every row: scores seed by seed, its rate, its curve, when that is flat."""
+        for row, runs in self.runs[group].items():
+            results = [self.study.result(run.place) for run in runs.values()]
+            counts = self.counts(group, row, runs, ["test"])
+            assert counts is not None
+            curves, spectra = [r["curve"] for r in results], [r["spectra"] for r in results if r.get("spectra")]
+            curve = {int(step): statistics.mean(each[step] for each in curves) for step in curves[0]}
+            yield {
+                **group._asdict(), "row": row, "seeds": [*runs], "rate": results[0]["rate"],
+                "scores": [self.study.summary(each[:, 0]) for each in counts], "curve": curve, "flat": flat(curve),
+                "seconds": [result.get("seconds") for result in results],
+                "spectra": {name: [each[name] for each in spectra] for name in (spectra[0] if spectra else ())},
+            }  # fmt: skip
 
-    def scores(self, group: Group, row: str, seed: int) -> dict[str, Any]:
-        counts = self.counts(group, row, [seed], ["test"])
-        assert counts is not None
-        return self.study.summary(counts[0, :, 0])
-
-    def pairs(self) -> list[dict[str, Any]]:
-        """Every pair of the plan in every group that has both rows, plainly and on spoilt pictures, on common seeds."""
-        found = []
-        for group in self.runs:
-            for question, row, other in self.study.plan.pairs:
-                seeds = sorted(self.seeds(group, row).keys() & self.seeds(group, other).keys())
-                for pictures, names in SETS.items() if seeds else ():
-                    both = [self.counts(group, each, seeds, names) for each in (row, other)]
-                    if both[0] is not None and both[1] is not None:
-                        ends = interval(both[0], both[1], self.study.split).tolist()
-                        figures = {name: [each[i] for each in ends] for i, name in enumerate(SUMMARY)}
-                        found.append({
-                            **group._asdict(), "question": question, "row": row, "other": other, "pictures": pictures,
-                            "seeds": seeds, **figures,
-                        })  # fmt: skip
-        return found
+    def pairs(self, group: Group) -> Iterator[dict[str, Any]]:
+        """Every pair of the plan that has both rows, on plain and on spoilt pictures, on the seeds that both have."""
+        for question, row, other in self.study.plan.pairs:
+            seeds = sorted(self.seeds(group, row).keys() & self.seeds(group, other).keys())
+            for pictures, names in SETS.items() if seeds else ():
+                mine, theirs = (self.counts(group, each, seeds, names) for each in (row, other))
+                if mine is not None and theirs is not None:
+                    about = {"question": question, "row": row, "other": other, "pictures": pictures, "seeds": seeds}
+                    yield {**group._asdict(), **about, **interval(mine, theirs, self.study.split)}
 
 
 def write_report(study: Study) -> str:
     """Writes tables.md and record.json, what the tables and curves are made of, to the study's folder: the tables."""
-    found = Found(study)
-    rows, pairs = found.rows(), found.pairs()
-    lines = []
-    for group in found.runs:
-        lines += [f"\n## {group.clip}, {group.world}, {group.steps} steps\n"]
-        head = " | ".join(("row", "rate", "seeds", *FIGURES.values(), "validation hIoU", "flat at"))
-        lines += [f"| {head} |", "|---" * 9 + "|"]
-        for row in (row for row in rows if Group(row["clip"], row["world"], row["steps"]) == group):
-            cells = [mean_and_deviation([scores[figure] for scores in row["scores"]]) for figure in FIGURES]
-            last = [f"{100 * [*row['curve'].values()][-1]:.1f}" if row["curve"] else "-", str(row["flat"] or "-")]
-            cells = [row["row"], f"{row['rate']:g}", str(len(row["seeds"])), *cells, *last]
-            lines.append(f"| {' | '.join(cells)} |")
-        own = [pair for pair in pairs if Group(pair["clip"], pair["world"], pair["steps"]) == group]
-        if own:
-            head = " | ".join(list(FIGURES.values())[1:])
-            lines += [f"\n| question | difference | pictures | seeds | {head} |", "|---" * 7 + "|"]
-        for pair in own:
-            cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in pair[name])) for name in SUMMARY[1:]]
-            what = f"{pair['row']} less {pair['other']}"
-            cells = [pair["question"], what, pair["pictures"] or "test", str(len(pair["seeds"])), *cells]
-            lines.append(f"| {' | '.join(cells)} |")
+    found, record = Found(study), {"rows": [], "pairs": []}
     left = sum(not study.finished(run) for run in study.plan.runs())
-    text = f"Mean ± sd over seeds, in %; differences with 95 % intervals. {left} runs are left.\n" + "\n".join(lines)
-    write(study.folder / "tables.md", text + "\n")
-    write(study.folder / "record.json", json.dumps({"rows": rows, "pairs": pairs}) + "\n")
+    text = f"Mean ± sd over seeds, in %; differences with 95 % intervals. {left} runs are left.\n"
+    for group in found.runs:
+        rows, pairs = [*found.rows(group)], [*found.pairs(group)]
+        record = {"rows": record["rows"] + rows, "pairs": record["pairs"] + pairs}
+        text += f"\n## {group.clip}, {group.world}, {group.steps} steps\n\n"
+        text += line("row", "rate", "seeds", *FIGURES.values(), "validation hIoU", "flat at") + "|---" * 9 + "|\n"
+        for row in rows:
+            means = [mean_and_deviation([scores[figure] for scores in row["scores"]]) for figure in FIGURES]
+            end = mean_and_deviation([*row["curve"].values()][-1:])
+            text += line(row["row"], row["rate"], len(row["seeds"]), *means, end, row["flat"] or "-")
+        if pairs:
+            heads = "question", "difference", "pictures", "seeds", "mIoU(S)", "mIoU(U)", "hIoU", "gap"
+            text += "\n" + line(*heads) + "|---" * 8 + "|\n"
+        for pair in pairs:
+            ends = ([100 * x for x in pair[name]] for name in ("miou_seen", "miou_unseen", "hiou", "gap"))
+            cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*each) for each in ends]
+            what = f"{pair['row']} less {pair['other']}"
+            text += line(pair["question"], what, pair["pictures"], len(pair["seeds"]), *cells)
+    write(study.folder / "tables.md", text)
+    write(study.folder / "record.json", json.dumps(record) + "\n")
     return text
+
+
+def line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"

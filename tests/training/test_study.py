@@ -19,6 +19,7 @@ from torch import Tensor
 from sptseg.cli import main
 from sptseg.datasets import Corrupted, Pool, Scenes, Split, corrupt
 from sptseg.model import EMBEDDED_CLIPS, load_clip
+from sptseg.system import claimed
 from sptseg.training import Plan, Study, interval, loop
 from sptseg.training.report import flat
 from sptseg.training.study import RESULT, ended_at
@@ -80,12 +81,12 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     assert row["rate"] == max(chosen, key=lambda rate: chosen[rate]["scores"]["hiou"])
     assert row["seeds"] == [0, 1] and [*row["curve"]] == ["2", "3"] and len(row["spectra"]["gain_low"]) == 2
     pair = {pair["pictures"]: pair for pair in record["pairs"] if pair["other"] == "read"}
-    assert set(pair) == {"", "blur", "noise", "jpeg", "contrast", "colour", "all corruptions"}
+    assert set(pair) == {"test", "blur", "noise", "jpeg", "contrast", "colour", "all spoilt"}
     mine, other = (
         next(np.mean([s["miou_seen"] for s in row["scores"]]) for row in record["rows"] if row["row"] == name)
         for name in ("with", "read")
     )
-    assert pair[""]["miou_seen"][0] == pytest.approx(mine - other)
+    assert pair["test"]["miou_seen"][0] == pytest.approx(mine - other)
 
     steps, original = iter(range(99)), loop.step
 
@@ -108,6 +109,13 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     plan.write_text(json.dumps({**PLAN, "scenes": {**PLAN["scenes"], "test": [4, 1000]}}))
     with pytest.raises(ValueError, match="is of another plan or CLIP; choose another output folder"):
         Study(Plan.read(plan), two).work((1, 1), math.inf, print)
+
+
+def test_what_one_process_holds_no_other_gets(tmp_path: Path) -> None:
+    with claimed(tmp_path / "lock") as mine, claimed(tmp_path / "lock") as other:
+        assert mine and not other
+    with claimed(tmp_path / "lock") as again:
+        assert again
 
 
 def test_the_time_limit_ends_the_work() -> None:
@@ -146,16 +154,16 @@ def counted(*hits: tuple[int, int]) -> Tensor:
 
 
 def test_an_interval_over_seeds_and_pictures_by_hand() -> None:
-    """One picture, two seeds: mIoU(S) differs by 0.1 and 0.3; drawn means are 0.1, 0.2 (half of them) and 0.3."""
-    mine, other = (torch.stack([counted(h)[:, None] for h in seeds]) for seeds in ([(3, 5), (6, 5)], [(2, 5), (3, 5)]))
-    ends = interval(mine, other, TWO)
-    assert ends[:, 1].tolist() == pytest.approx([0.2, 0.1, 0.3]) and ends[:, 2].tolist() == pytest.approx([0, 0, 0])
-    # Two pictures, one seed: pooled IoU 5/10, 5/20+..: of the first alone 0.6 - 0.2, of the second alone 0.4 - 0.4
-    mine, other = counted((6, 5), (4, 5))[None, :, None], counted((2, 5), (4, 5))[None, :, None]
-    assert interval(mine, other, TWO)[:, 1].tolist() == pytest.approx([0.2, 0.0, 0.4])
-    # Two data sets: figures are means over them
-    both = torch.cat([mine, other], dim=2)
-    assert interval(both, torch.cat([other, other], dim=2), TWO)[:, 1].tolist() == pytest.approx([0.1, 0.0, 0.2])
+    """Mine less other, lower end, upper end; a quarter of the draws holds one of two seeds (or pictures) only."""
+    mine = torch.stack([counted((3, 5))[:, None], counted((6, 5))[:, None]])  # two seeds, a picture, one data set
+    other = torch.stack([counted((2, 5))[:, None], counted((3, 5))[:, None]])
+    ends = interval(mine, other, TWO)  # mIoU(S) 0.3 less 0.2, and 0.6 less 0.3
+    assert ends["miou_seen"] == pytest.approx([0.2, 0.1, 0.3]) == ends["gap"]
+    assert ends["miou_unseen"] == [0, 0, 0]
+    mine, other = counted((6, 5), (4, 5))[None, :, None], counted((2, 5), (4, 5))[None, :, None]  # a seed, two pictures
+    assert interval(mine, other, TWO)["miou_seen"] == pytest.approx([0.2, 0.0, 0.4])  # pooled 10/20 less 6/20
+    mine, other = torch.cat([mine, other], dim=2), torch.cat([other, other], dim=2)  # the mean over two data sets
+    assert interval(mine, other, TWO)["miou_seen"] == pytest.approx([0.1, 0.0, 0.2])
 
 
 def test_flat_is_half_a_point_in_500_steps() -> None:

@@ -79,6 +79,7 @@ class Train:
         else:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
+        model.to(PartialState().device)  # on a GPU the thousands of prompts of many classes take seconds, not a minute
         report = preflight(model, dataset, split, self.train, folder=self.output)
         main = PartialState().is_main_process
         if main:

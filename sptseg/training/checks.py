@@ -303,7 +303,7 @@ def measure(
     if not any(group["params"] for group in groups):
         report.faults.append("the model has nothing to train: no prompts and no decoder")
         return
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     if device.type == "cuda":
         step(accelerator, trainee, optimizer, batches, split, config)  # the first step also loads kernels
         torch.cuda.reset_peak_memory_stats(device)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from accelerate import PartialState
 
 from sptseg.checkpoints import load_model
 from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
@@ -78,6 +79,7 @@ class Train:
         else:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
+        model.to(PartialState().device)  # on a GPU the thousands of prompts of many classes take seconds, not a minute
         report = preflight(model, dataset, split, self.train, folder=self.output)
         print(report.text())
         report.raise_on_fault()

@@ -106,7 +106,7 @@ def filtered(tokens: Tensor, prompt: SpectralPrompt, grid: tuple[int, int]) -> T
     """irfft2(rfft2(X) * F) of tokens (B, N, D), F being 0 outside the band."""
     weight, (low, high) = resample_filter(torch.view_as_complex(prompt.weight), prompt.grid, grid), prompt.band
     radius = torch.fft.fftfreq(grid[0])[:, None].square().add(torch.fft.rfftfreq(grid[1]).square()).sqrt()
-    weight = torch.where(((low <= radius) & (radius < high))[..., None], weight, 0)
+    weight = torch.where(((low <= radius) & (radius < high))[..., None].to(weight.device), weight, 0)
     spectrum = torch.fft.rfft2(tokens.unflatten(1, grid), dim=(1, 2), norm="ortho")
     return torch.fft.irfft2(spectrum * weight, s=grid, dim=(1, 2), norm="ortho").flatten(1, 2)
 

@@ -1,7 +1,7 @@
 """How fast and how small it is: ratios within one run, against the bare CLIP encoder and against plain PyTorch.
 
 Absolute times differ from machine to machine and from minute to minute; so all that is compared runs in turns in one
-process, and ratios are medians over the turns. Peak memory is measured in a process of its own for each case.
+process, and ratios are medians over the turns. Peak memory is that above what a case begins with.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -55,7 +56,7 @@ class Sizes:
     pictures: int = 32
 
 
-SIZES = {"cpu": Sizes(), "cuda": Sizes(windows=64, batch=16, trained=(20, 171), steps=40)}
+SIZES = {"cpu": Sizes(), "cuda": Sizes(windows=64, loss_batch=4, batch=16, trained=(20, 171), steps=40)}
 QUICK = Sizes(
     TINY, side=64, few=3, many=5, large=160, loss_classes=6, batch=2, trained=(3, 5), steps=2, turns=2, pictures=4
 )
@@ -100,6 +101,12 @@ def to_labels(model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
     return [logits.labels(size) for logits in window_logits(model, images, text, window_batch=max(4, len(images)))]
 
 
+@torch.inference_mode()
+def plain_labels(plain: ModuleType, model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
+    """A few windows at a time: all maps of 64 would fill a GPU."""
+    return [plain.labels(model, part, text) for part in images.split(8)]
+
+
 def large_picture(sizes: Sizes, device: torch.device) -> Work:
     model = new_model(sizes, device)
     text = unit(sizes.many, model.encoder.visual.output_dim).to(device)
@@ -128,8 +135,8 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             if name != "plain":
                 against[f"read-out {name}, {width}"] = f"read-out plain, {width}"
     for count, embeddings in text.items() if PLAIN.is_file() else ():
-        plain = torch.inference_mode()(plain_twins().labels)
-        cases[name := f"plain PyTorch, {count} classes, float32"] = partial(plain, model, images, embeddings)
+        plain = partial(plain_labels, plain_twins(), model, images, embeddings)
+        cases[name := f"plain PyTorch, {count} classes, float32"] = plain
         against[name] = "bare encoder, float32"
     for row in watch.compare("inference", cases, against):
         yield with_rate(row, "windows_per_second", len(images))
@@ -237,14 +244,15 @@ def training_steps(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             row = replace(with_rate(row, "images_per_second", sizes.batch), peak_gib=peak)
         yield row
     for trainer, presets in zip(trainers.values(), PRESETS, strict=False):
+        workers = training.PRESETS["voc"].train.workers
         with TemporaryDirectory() as folder:
-            batches = trainer.loaded(folder, sizes.pictures, training.PRESETS["voc"].train.workers)
+            batches = trainer.loaded(folder, sizes.pictures, workers)
 
             def run(steps: int, trainer: Trainer = trainer, batches: Iterator[Any] = batches) -> None:
                 for batch in (next(batches) for _ in range(steps)):
                     trainer.step(batch.image, batch.target)
 
-            run(2)  # workers start
+            run(workers)  # they start, and what each read before the clock did is used up
             rate = sizes.steps * sizes.batch / watch.seconds(partial(run, sizes.steps))
         runs = {preset: training.PRESETS[preset].train for preset in presets}
         hours = {f"hours_{preset}": each.iterations * each.batch_size / rate / 3600 for preset, each in runs.items()}
@@ -255,12 +263,12 @@ def training_steps(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
 def data(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     """Augmented training pictures a second: from files in one process and in several; drawn scenes."""
     trainer = Trainer(replace(sizes, clip=TINY), sizes.few, torch.device("cpu"))
-    count = max(2, sizes.pictures // sizes.batch)
     for workers in (0, cores()):
+        count = max(sizes.pictures // sizes.batch, 4 * workers)  # each reads two ahead
         with TemporaryDirectory() as folder:
             batches = trainer.loaded(folder, sizes.pictures, workers)
             next(batches)
-            seconds = watch.seconds(lambda batches=batches: [next(batches) for _ in range(count)])
+            seconds = watch.seconds(partial(list, islice(batches, count)))
             rate = {"images_per_second": count * sizes.batch / seconds}
             yield Row("data", f"crops of {sizes.side}, {workers} workers", extra=rate)
             del batches

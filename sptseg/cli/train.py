@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from accelerate import PartialState
 
 from sptseg.analysis import spectral_summary
 from sptseg.checkpoints import load_model
@@ -86,6 +87,7 @@ class Train:
         else:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
+        model.to(PartialState().device)  # on a GPU the thousands of prompts of many classes take seconds, not a minute
         report = preflight(model, dataset, split, self.train, folder=self.output)
         print(report.text())
         report.raise_on_fault()

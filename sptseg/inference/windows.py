@@ -15,6 +15,7 @@ from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Au
 from sptseg.model import ModelConfig, SpectralPrompt, SptSeg, interpolation, maps_at_once, upsample
 
 STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
+SAID_WITHOUT_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # by torch on a CPU, and by CUDA's libraries
 Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
 
@@ -160,5 +161,5 @@ def window_logits(
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory, or the host's, was too small; torch has a class for the former only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether a GPU's memory, or the host's, was too small; torch has a class for some of these faults."""
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in SAID_WITHOUT_MEMORY)

@@ -185,6 +185,9 @@ def try_out(
     """
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
+    before = torch.cuda.memory_allocated()  # also of the model itself; 0 without a GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         first, second = fit(copy, dataset, split, few, augment=augment).history
     report.terms = {name: first[name] for name in ("focal", "ssim", "dice", "total") if name in first}
@@ -193,7 +196,7 @@ def try_out(
         seconds = max(seconds - reading, reading / config.workers)
     memory, what = psutil.Process().memory_info().rss, "of the process"
     if copy.device.type == "cuda":
-        memory, what = torch.cuda.max_memory_allocated(copy.device), "at the peak on the GPU"
+        memory, what = torch.cuda.max_memory_allocated(copy.device) - before, "at the peak on the GPU"
     report.findings += [
         "first loss: " + ", ".join(f"{name} {value:.4g}" for name, value in report.terms.items()),
         f"time: {seconds:.3g} s an iteration, about {seconds * config.iterations / 3600:.2g} h without validation",

@@ -74,7 +74,8 @@ def fit(
             the inductive setting also for `halfway.safetensors`, from which transductive training goes on.
         validation: looked at every `config.validate_every` iterations.
         augment: by default `training_augmentation`.
-        resume: go on from the state in `output`, if there is one.
+        resume: go on from the state in `output`, if there is one; with the same bits on a GPU only in PyTorch's
+            deterministic mode: torch.use_deterministic_algorithms(True), CUBLAS_WORKSPACE_CONFIG=:4096:8 set.
         about: JSON values to keep in `config.json` and in the checkpoints, such as the preset's name.
     """
     config = config or TrainConfig()

@@ -8,24 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from conftest import DEVICE, Reference
+from conftest import DEVICE, Reference, small_clip
+from PIL import Image
 from torch.testing import assert_close
 from toys import SPLIT, Toys, toy_config, toy_model
 
+from sptseg import scenes
+from sptseg.analysis import failures, spectra
 from sptseg.checkpoints.checkpoint import load_model
+from sptseg.cli import main
 from sptseg.cli.benchmark import benchmark
 from sptseg.datasets import splits
 from sptseg.datasets.folders import Scenes
 from sptseg.inference.evaluation import evaluate
-from sptseg.inference.windows import at_precision
+from sptseg.inference.segmentation import segment
+from sptseg.inference.windows import Precision, at_precision, window_logits
 from sptseg.model import ops
 from sptseg.model.clip import TEMPLATES, TINY
+from sptseg.model.readouts import OPTIONS, read_out
 from sptseg.model.spt_seg import build_model
 from sptseg.training.checks import preflight
 from sptseg.training.loop import FitResult, fit
@@ -37,7 +43,7 @@ if GPU and not torch.cuda.is_available():
         "PyTorch finds no GPU; SPTSEG_TEST_DEVICE=cpu runs these tests small, on the CPU", allow_module_level=True
     )
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS's sums may differ from run to run
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:This DataLoader will create")]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # what libraries say of a GPU is no fault of ours
 
 
 @pytest.fixture(autouse=True)
@@ -92,16 +98,28 @@ def test_learned_filters_of_any_grid(grid: ops.Grid) -> None:
     assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("setting", ["inductive", "transductive"])
-def test_a_hundred_steps(setting: str) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_read_outs(name: str) -> None:
+    """Embeddings are unit vectors, so the largest difference of one is relative."""
+    images = torch.randn(2, 3, 32, 48)
+    expected = read_out(small_clip().visual, images, name)
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        found = read_out(small_clip().visual.to(DEVICE, dtype), images.to(DEVICE), name)
+        apart = [(ours.cpu().float() - theirs).norm(dim=1).max() for ours, theirs in zip(found, expected, strict=True)]
+        assert max(apart) < most
+
+
+@pytest.mark.parametrize("options", [{}, {"setting": "transductive"}, {"accumulation": 2, "checkpointing": True}])
+def test_a_hundred_steps(options: dict[str, Any]) -> None:
     """Rounding grows from step to step: the first losses are equal, the last ones nearly."""
-    runs = (trained(device, setting=setting, iterations=100) for device in (DEVICE, "cpu"))
+    runs = (trained(device, iterations=100, **options) for device in (DEVICE, "cpu"))
     ours, expected = ([row["total"] for row in run.history] for run in runs)
     assert ours[:3] == pytest.approx(expected[:3], rel=1e-3)
     assert sum(ours[-10:]) == pytest.approx(sum(expected[-10:]), rel=0.05)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", *["fp16"] * GPU])
 def test_a_stopped_run_goes_on_with_the_same_bits(precision: str, tmp_path: Path) -> None:
     """With dropout, whichever process reads the pictures; in PyTorch's deterministic mode, as attention on GPUs adds up
     its gradients in any order otherwise."""
@@ -117,16 +135,62 @@ def test_a_stopped_run_goes_on_with_the_same_bits(precision: str, tmp_path: Path
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_evaluation(narrow: bool) -> None:
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_evaluation(precision: Precision) -> None:
     """Rounding turns few pixels."""
     scenes, scores = Scenes(60 if GPU else 4, seed=4), []
     for device in (DEVICE, "cpu"):
         with accelerated_by(device):
-            model = at_precision(load_model().to(device), "bf16" if narrow and device == DEVICE else "no")
+            model = at_precision(load_model().to(device), precision if device == DEVICE else "no")
             scores.append(evaluate(model, scenes, scenes.split, progress=False).as_dict())
     one, other = ({**each.pop("iou"), **each} for each in scores)
-    assert one == pytest.approx(other, abs=0.05 if narrow else 0.005)
+    assert one == pytest.approx(other, abs=0.005 if precision == "no" else 0.05)
+
+
+def test_pictures_in_windows_and_their_analysis() -> None:
+    data, (image, _), found = Scenes(4, seed=4), scenes.draw(3, size=200), []
+    for device in (DEVICE, "cpu"):
+        model = load_model().to(device)
+        result = segment(model, image, data.split.classes, full_resolution=True)
+        assert len(result.logits.boxes) == 4
+        effects = spectra.prompt_effects(model.encoder, torch.ones(1, 3, 128, 128, device=device))
+        pixels = failures.collect(model, data, data.split).confusions().diagonal(axis1=1, axis2=2).sum(axis=1)
+        found.append((result.scores("sky"), result.labels, effects.astype(float).to_numpy(), pixels))
+    (scores, labels, effects, pixels), expected = found
+    assert_close(scores, expected[0], atol=1e-3, rtol=0)
+    assert (labels != expected[1]).mean() < 0.005
+    assert_close(effects, expected[2], atol=1e-3, rtol=1e-3)
+    assert pixels == pytest.approx(expected[3], rel=0.005)
+
+
+@pytest.mark.skipif(not GPU, reason="takes a GPU's memory away")
+def test_fewer_windows_where_memory_runs_out() -> None:
+    model, images = load_model().to(DEVICE), torch.randn(512, 3, 128, 128)
+    text = model.class_embeddings(["tree", "sky"])
+    window_logits(model, images[:1], text)
+    torch.cuda.empty_cache()
+    share = (torch.cuda.memory_reserved() + 2**29) / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        with pytest.warns(UserWarning, match="memory ran out with 512 windows at once"):
+            found = window_logits(model, images, text, window_batch=512)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (expected,) = window_logits(model, images[-1:], text)
+    assert_close(found[-1].logits, expected.logits, atol=1e-3, rtol=1e-3)
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training at its default precision with reading processes, stopped states, scores, a picture."""
+    few = "--train.iterations 6 --train.batch-size 4 --train.workers 2 --train.validate-every 6 --images 8"
+    more = "--train.save-every 3 --train.validation-images 4"
+    with accelerated_by(DEVICE):
+        main(["train", "--output", f"{tmp_path}/run", *few.split(), *more.split()])
+        main(["evaluate", "--model", f"{tmp_path}/run", "--limit", "4"])
+        Image.fromarray(scenes.draw(1)[0]).save(tmp_path / "picture.png")
+        main(["segment", f"{tmp_path}/picture.png", "--classes", "tree,sky", "--out", f"{tmp_path}/out.png"])
+    said = capsys.readouterr().out
+    assert "preflight: 0 faults" in said and "| pAcc |" in said and (tmp_path / "out.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["voc", "coco-stuff"])
@@ -138,7 +202,7 @@ def test_a_step_of_a_preset_and_its_memory(name: str, capsys: pytest.CaptureFixt
     split = split if GPU else splits.scenes()  # of words that the tiny CLIP knows
     train = preset.train if GPU else replace(preset.train, batch_size=2)
     with accelerated_by(DEVICE):
-        report = preflight(build_model(config), Toys(32), split, train)
+        report = preflight(build_model(config).to(DEVICE), Toys(32), split, train)
     with capsys.disabled():
         print(f"\n{name}, a step of {train.batch_size} pictures:", *report.findings[-3:], sep="\n  ")
     assert not report.faults and (not GPU or "on the GPU" in report.findings[-1]) and report.terms["total"] > 0

@@ -141,7 +141,12 @@ def test_a_batch_gives_what_its_pictures_give_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", None]
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        None,
+    ],
 )
 def test_where_memory_runs_out_fewer_windows_go_at_once(message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """5 windows, and memory for 1: after 4 and 2 at once, all come one by one, and are as they would have been."""

@@ -138,7 +138,7 @@ class Ablate:
         plan: a study's file, such as data/study.json; of the other options only those below count then.
         share: of a plan, I/N takes every N-th row from the I-th on: for machines that share no folder.
         minutes: of a plan, after so many the state is saved and the command ends; 0 only writes the tables.
-        device: what computes a plan: "cpu", or by default a GPU where there is one.
+        device: of a plan, what computes it: "auto" is a GPU where there is one.
     """
 
     output: Path = Path("runs/ablation")
@@ -152,7 +152,7 @@ class Ablate:
     plan: Path | None = None
     share: str = "1/1"
     minutes: float | None = None
-    device: Literal["", "cpu"] = ""
+    device: Literal["auto", "cpu"] = "auto"
 
     def run(self) -> None:
         output_place(self.output, folder=True)
@@ -164,7 +164,7 @@ class Ablate:
         unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
         if unknown:
             raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
-        clip = {"clip": self.clip} if self.clip else {}
+        clip = {"clip": self.clip, "clip_weights": None} if self.clip else {}
         preset = replace(preset, model=replace(preset.model, **clip))
         configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
         dataset, _ = self.data.load("training")
@@ -175,6 +175,10 @@ class Ablate:
         until = time.monotonic() + 60 * (math.inf if self.minutes is None else self.minutes)
         if self.device == "cpu":
             os.environ["ACCELERATE_USE_CPU"] = "true"
+        elif torch.cuda.is_available():  # the same bits each time, see `fit`
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         share = re.fullmatch(r"(\d+)/(\d+)", self.share)
         i, n = map(int, share.groups()) if share else (0, 0)
         if not 1 <= i <= n:

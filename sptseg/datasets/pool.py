@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from sptseg.system import claimed, cores, write
 
 Array = np.ndarray
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
-CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
-STRENGTHS = {  # weak, middle, strong
+STRENGTHS: dict[Corruption, tuple[float, float, float]] = {  # weak, middle, strong
     "blur": (0.7, 1.2, 2.0),  # standard deviation of a Gaussian, pixels
     "noise": (8, 16, 32),  # standard deviation of Gaussian noise, of 255
     "jpeg": (50, 25, 10),  # quality
@@ -32,22 +30,17 @@ STRENGTHS = {  # weak, middle, strong
 
 
 def corrupt(image: Array, kind: Corruption, strength: int, seed: int | Sequence[int] = 0) -> Array:
-    """A picture (H, W, 3) uint8, spoilt: "blur", "noise", "jpeg", less "contrast" or shifted "colour"; strength 1 to 3.
+    """A picture (H, W, 3) uint8, spoilt as in `STRENGTHS`, of strength 1 to 3.
 
     Noise and the direction of the shift come from `seed`; values that leave 0..255 are cut off.
     """
-    if kind not in CORRUPTIONS or strength not in (1, 2, 3):
-        raise ValueError(
-            f"corruption {kind!r} of strength {strength}; wanted {', '.join(CORRUPTIONS)}, strength 1 to 3"
-        )
-    amount, rng = STRENGTHS[kind][strength - 1], np.random.default_rng(seed)
+    amount, rng, values = STRENGTHS[kind][strength - 1], np.random.default_rng(seed), image.astype(np.float32)
     if kind == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
     if kind == "jpeg":
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=amount)
+        Image.fromarray(image).save(buffer, "JPEG", quality=int(amount))
         return np.asarray(Image.open(buffer))
-    values = image.astype(np.float32)
     if kind == "noise":
         values += np.float32(amount) * rng.standard_normal(image.shape, np.float32)
     elif kind == "contrast":
@@ -59,25 +52,22 @@ def corrupt(image: Array, kind: Corruption, strength: int, seed: int | Sequence[
     return np.rint(values).clip(0, 255).astype(np.uint8)
 
 
-@dataclass(frozen=True)
 class Corrupted(Dataset[Sample]):
-    """A data set whose pictures are spoilt, picture by picture from its own seed."""
+    """A data set whose pictures are spoilt, each from a seed of its own."""
 
-    dataset: Dataset[Sample]
-    kind: Corruption
-    strength: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"{name}-{self.kind}-{self.strength}" for name in self.dataset.names)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # pyright: ignore[reportArgumentType]
+    def __init__(self, dataset: Dataset[Sample], kind: Corruption, strength: int) -> None:
+        self.dataset, self.strength = dataset, strength
+        self.kind: Corruption = kind
+        self.names = tuple(f"{name}-{kind}-{strength}" for name in names_of(dataset))
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         image = corrupt(sample["image"].permute(1, 2, 0).numpy(), self.kind, self.strength, seed=index)
         return {**sample, "image": tv_tensors.Image(torch.from_numpy(image.copy()).permute(2, 0, 1))}
+
+
+def names_of(dataset: Any) -> tuple[str, ...]:
+    return dataset.names
 
 
 class Pool(Dataset[Sample]):
@@ -87,7 +77,7 @@ class Pool(Dataset[Sample]):
     """
 
     def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
-        self.names: tuple[str, ...] = dataset.names  # pyright: ignore[reportAttributeAccessIssue]
+        self.names = names_of(dataset)
         with claimed(file.with_suffix(".lock"), wait=True):
             if not file.is_file():
                 buffer = io.BytesIO()

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sptseg.datasets import CORRUPTIONS, Split
+from sptseg.datasets import STRENGTHS, Split
 from sptseg.inference import ratios_of_tallies
 from sptseg.system import write
 from sptseg.training.ablation import FIGURES, mean_and_deviation
 from sptseg.training.study import COUNTS, SPOILT, Run, Study
 
 FLAT_STEPS, FLAT_GAIN = 500, 0.005  # the rule of `flat`
-KINDS = {kind: [f"{kind}-{strength}" for k, strength in SPOILT if k == kind] for kind in CORRUPTIONS}
+KINDS = {kind: [f"{kind}-{strength}" for k, strength in SPOILT if k == kind] for kind in STRENGTHS}
 SETS = {"test": ["test"], **KINDS, "all spoilt": [name for names in KINDS.values() for name in names]}
 
 

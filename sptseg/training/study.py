@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.datasets import CORRUPTIONS, Corrupted, Pool, Sample, Scenes, Split
+from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes, Split
 from sptseg.inference import confusion_matrix, new_accelerator, predictions, scores_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
@@ -35,7 +35,7 @@ from sptseg.training.stream import label_table
 
 Measure = Callable[[SptSeg, Dataset[Sample]], dict[str, float]]
 RESULT, COUNTS = "result.json", "counts.npz"
-SPOILT = tuple((kind, strength) for kind in CORRUPTIONS for strength in (1, 2, 3))
+SPOILT = tuple((kind, strength) for kind in STRENGTHS for strength in (1, 2, 3))
 
 
 @dataclass(frozen=True)

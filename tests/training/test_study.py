@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from torch import Tensor
 
 from sptseg.cli import main
@@ -136,6 +137,15 @@ def test_a_faulty_plan_is_refused(change: dict[str, Any], said: str, plan: Path)
     plan.write_text(json.dumps({**PLAN, **change}))
     with pytest.raises(ValueError, match=said):
         Plan.read(plan)
+
+
+@pytest.mark.parametrize("share", ["3/2", "0/1", "half"])
+def test_a_faulty_share_is_refused(
+    share: str, plan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    command = ["ablate", "--device", "cpu", "--output", plan.parent, "--plan", plan, "--share", share]
+    assert "wanted I/N with I from 1 to N" in refused(capsys, *command)
 
 
 def test_the_plan_of_the_project_can_be_read() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -264,7 +264,7 @@ def spectral_summary(model: SptSeg, dataset: Dataset[Sample], count: int = 16) -
         return {}
     response = filter_response(model.encoder.spectral_prompt)
     radius = np.hypot(np.fft.fftfreq(response.shape[0])[:, None], np.fft.fftfreq(response.shape[1]))
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for band, inside in (("low", radius < 0.25), ("high", radius >= 0.25)):
         values = response[inside]
         found |= {f"gain_{band}": np.abs(values).mean(), f"phase_{band}": np.abs(np.angle(values, deg=True)).mean()}

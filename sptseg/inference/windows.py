@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation
-from sptseg.model import ModelConfig, SpectralPrompt, SptSeg, interpolation, maps_at_once, upsample
+from sptseg.model import ModelConfig, SpectralPrompt, SptSeg, about_weights, interpolation, maps_at_once, upsample
 
 STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
 Precision = Literal["no", "bf16", "fp16"]
@@ -22,7 +22,10 @@ Box = tuple[int, int, int, int]
 def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
     """The protocol's crop and test size for a model, in proportion to its `image_size` (512: into 2048 x 512)."""
     side = min(config.image_size)
-    mean, std = (CLIP_MEAN, CLIP_STD) if config.normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if config.normalization == "clip":
+        about = about_weights(config.clip, config.clip_weights)
+        mean, std = about.get("mean", CLIP_MEAN), about.get("std", CLIP_STD)
     return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), mean=mean, std=std)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sptseg.model.towers import check_visual, tower, usable_models
+from sptseg.model.towers import USABLE, check_visual, tower, usable_models
 from sptseg.model.weights import load_weights
 from sptseg.system import write
 
@@ -178,9 +178,8 @@ def check_public(name: str, weights: str | None) -> None:
 def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """A frozen CLIP in evaluation mode.
 
-    `name`: "tiny" (embedded; `weights` is None or a file made by `sptseg pretrain`) or an open_clip model whose image
-    tower is a vision transformer with a class token or an attention pool, see `sptseg.model.towers`. `weights`: an
-    open_clip tag such as "openai", a file (see `read_weights`) such as OpenAI's own ViT-B-16.pt, or None for random
+    `name`: "tiny" (embedded; `weights` is None or a file made by `sptseg pretrain`) or an open_clip model with a
+    vision transformer, see `sptseg.model.towers`. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as OpenAI's own ViT-B-16.pt, or None for random
     weights (from torch's global seed).
     """
     file = None if weights is None else Path(weights).expanduser()
@@ -188,10 +187,7 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
         return load_tiny_clip(file or data_file("tiny_clip.safetensors"))
     if name not in usable_models():
         usable = ", ".join((TINY, *usable_models()))
-        raise ValueError(
-            f"{name!r} is no open_clip model whose image tower is a vision transformer with a class token or an "
-            f"attention pool; use {usable}"
-        )
+        raise ValueError(f"{name!r} is no open_clip model with a {USABLE}; use {usable}")
     tokenizer = tokenizer_of(name)
     config = cast("dict[str, Any]", open_clip.get_model_config(name))
     tag = open_clip.get_pretrained_cfg(name, weights or "")
@@ -218,24 +214,20 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
 
 
 def tokenizer_of(name: str) -> Callable[[list[str]], Tensor]:
-    """An open_clip model's tokenizer; those of SigLIP, CLIPA and towers of other texts are transformers' own."""
+    """An open_clip model's tokenizer; some are of the package transformers, such as SigLIP's and CLIPA's."""
     try:
         return open_clip.get_tokenizer(name)
     except Exception as error:  # there is no list of what transformers and the network may raise
         raise ValueError(
-            f"the tokenizer of {name} could not be loaded ({type(error).__name__}); it is one of the package "
-            f"transformers (pip install transformers), which downloads it once where there is a network"
+            f"the tokenizer of {name} could not be loaded ({type(error).__name__}); pip install transformers, which "
+            f"downloads it once where there is a network"
         ) from error
 
 
 def about_weights(name: str, weights: str | None) -> dict[str, Any]:
-    """What open_clip says of a model's weights, such as the `mean` and `std` of its pictures.
-
-    Of a file's and of random ones, what it says of the model's first tag; of a model without tags, nothing.
-    """
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    about = open_clip.get_pretrained_cfg(name, weights or "")
-    return about or (open_clip.get_pretrained_cfg(name, tags[0]) if tags else {})
+    """What open_clip says of weights, such as their pictures' `mean` and `std`; if they have no tag, of the first."""
+    tags = (weights or "", *open_clip.list_pretrained_tags_by_model(name))
+    return next(filter(None, (open_clip.get_pretrained_cfg(name, tag) for tag in tags)), {})
 
 
 def refuse_quick_gelu(name: str, weights: str | None) -> None:

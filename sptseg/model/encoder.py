@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sptseg.model.ops import Grid, fourier_filter, radial_frequency, resample_filter
 from sptseg.model.readouts import OPTIONS, ReadOut, gem, read_block
-from sptseg.model.towers import Tower, embed, embeddings, grid_of, pool_mean, run_block, tower
+from sptseg.model.towers import Tower, embed, embeddings, grid_of, run_block, tower
 
 
 def last(items: Iterator[Tensor]) -> Tensor:
@@ -87,7 +87,7 @@ class PromptedEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.visual = visual.requires_grad_(False).eval()
-        width, layers = self.tower.width, len(self.tower.blocks)
+        width, layers = self.tower.positions.shape[1], len(self.tower.blocks)
         if not 0 <= prompt_depth < layers:
             raise ValueError(f"prompt_depth is {prompt_depth}; this CLIP has {layers} blocks, so 0 to {layers - 1} go")
         if not set(spectral_layers) <= set(range(layers)):
@@ -179,6 +179,5 @@ class PromptedEncoder(nn.Module):
             x = gem(parts.blocks, self.embed(images), grid=grid, rotation=rotation, pooled=parts.pooled)
         else:
             x = last(self.states(images, of_prompts=False))
-        x = pool_mean(self.visual, x, grid)
-        x = self.prompt_norm(x.to(self.prompt_norm.weight.dtype))  # CPUs add up its gradients in x's own
-        return embeddings(self.visual, x, grid)
+        x = x.to(self.prompt_norm.weight.dtype)  # CPUs add up its gradients in x's own
+        return embeddings(self.visual, x, grid, self.prompt_norm)

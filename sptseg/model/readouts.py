@@ -29,7 +29,6 @@ from sptseg.model.towers import (
     feed_forward,
     grid_of,
     normed,
-    pool_mean,
     project,
     run_block,
     tower,
@@ -99,7 +98,7 @@ def read_out(
         for block in earlier:
             x = run_block(block, x, rotation=given["rotation"])
         tokens = read_block(last, x, name=name, **given, **chosen)
-    return embeddings(visual, pool_mean(visual, tokens, grid), grid)
+    return embeddings(visual, tokens, grid)
 
 
 def read_block(
@@ -122,38 +121,38 @@ def read_block(
     only. `rotation` as in `project`.
     """
     count = grid[0] * grid[1]
-    patches = slice(x.shape[1] - count, x.shape[1])
     if name == "plain":
         x = run_block(block, x, context, rotation)
-        return x if pooled == CLASS_TOKEN else torch.cat([x[:, pooled], x[:, patches]], dim=1)
-    query, key, value = project(block, x, context, rotation)
+        return x if pooled == CLASS_TOKEN else torch.cat([x[:, pooled], x[:, -count:]], dim=1)
+    query, key, value = project(block, x if context is None else torch.cat([context, x], dim=1), rotation=rotation)
 
     def among(*alike: Tensor, bias: Tensor | None = None) -> Tensor:
         """The sum of softmax(S(a) + bias) v over a, at the patches: (B, h, N, d)."""
-        return attend_by([(a[:, :, patches], a) for a in alike], value, bias)
+        return attend_by([(a[:, :, -count:], a) for a in alike], value, bias)
 
     match name:
         case "maskclip":
-            mixed = value[:, :, patches]
+            mixed = value[:, :, -count:]
         case "sclip":
             mixed = among(query, key)
         case "clearclip":
             mixed = among(query)
         case _:
-            mixed = among(key, bias=spatial_bias(grid, key, sigma, patches.start))
-    output = attention_output(block, torch.cat([attend(query[:, :, pooled], key, value), mixed], dim=2))
-    x = torch.cat([x[:, pooled], x[:, patches]], dim=1)
+            mixed = among(key, bias=spatial_bias(grid, key, sigma))
+    looking = query[:, :, -x.shape[1] :][:, :, pooled]
+    output = attention_output(block, torch.cat([attend(looking, key, value), mixed], dim=2))
+    x = torch.cat([x[:, pooled], x[:, -count:]], dim=1)
     if not bare:
         return feed_forward(block, x + output)
     return torch.cat([feed_forward(block, (x + output)[:, :-count]), output[:, -count:]], dim=1)
 
 
-def spatial_bias(grid: Grid, key: Tensor, sigma: float | None, first: int) -> Tensor | None:
-    """NACLIP's G for the patches' rows, 0 for keys off the grid: (N, M) for keys (B, h, M, d), `first` before them."""
+def spatial_bias(grid: Grid, key: Tensor, sigma: float | None) -> Tensor | None:
+    """NACLIP's G for the patches' rows, 0 for keys off the grid, which come first: (N, M) for keys (B, h, M, d)."""
     if sigma is None:
         return None
-    rows = gaussian(grid, sigma, key.device, key.dtype)[1:, 1 - first :]
-    return F.pad(rows, (0, key.shape[2] - rows.shape[1]))
+    rows = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
+    return F.pad(rows, (key.shape[2] - rows.shape[1], 0))
 
 
 @lru_cache(maxsize=4)

@@ -70,10 +70,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
         )
     mean = about_weights(config.clip, config.clip_weights).get("mean", OPENAI_DATASET_MEAN)
     if config.normalization == "imagenet" and mean not in (OPENAI_DATASET_MEAN, IMAGENET_MEAN):
-        raise ValueError(
-            f"normalization is imagenet, but {config.clip} was trained on pictures normalised with mean {mean}; set "
-            f"it to clip"
-        )
+        raise ValueError(f"normalization is imagenet, but {config.clip} was trained with mean {mean}; set it to clip")
     layers = len(parts.blocks)
     encoder = PromptedEncoder(
         clip.visual,

@@ -18,27 +18,29 @@ from typing import Any, Literal, cast
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, apply_rot_embed_cat, build_rotary_pos_embed
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sptseg.model.ops import Grid, attend, join_heads, linear, resize_positions, split_heads, tokens_to_grid
 
-POOLS: dict[str, Literal["token", "mean", "attention"]] = {
-    "tok": "token", "token": "token", "avg": "mean", "map": "attention"
+BLOCKS = {  # what blocks call the norms before their halves, and what scales or norms the output of these
+    ResidualAttentionBlock: ("ln_", "ls_"), Block: ("norm", "ls"), EvaBlock: ("norm", "gamma_"),
+    EvaBlockPostNorm: ("", "norm"),
 }  # fmt: skip
+USABLE = "vision transformer with a class token, an attention pool or a mean of patches"
+OPEN_CLIP_POOLS = {("tok", False, True): "token", ("tok", True, True): "token", ("avg", True, True): "mean"}
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The parts of an image tower: views of its own modules and parameters.
+    """The parts of an image tower: its own modules and parameters, or views of them.
 
-    grid: that `positions` (H * W, D), or (1 + H * W, D), are for. `rotary`: rotary positions of queries and keys.
+    `grid`: that of `positions` (H * W, D) or (1 + H * W, D). `pool`: "token", "mean" or an attention pool. `rotary`:
+    rotary positions of queries and keys.
     """
 
     stem: Callable[[Tensor], Tensor]
@@ -46,18 +48,13 @@ class Tower:
     grid: Grid
     class_token: Tensor | None
     positions: Tensor
-    norm_before: Callable[[Tensor], Tensor]
+    norm_before: nn.Module
     blocks: Sequence[nn.Module]
-    norm_after: Callable[[Tensor], Tensor]
-    pool: Literal["token", "mean", "attention"]
-    attention_pool: AttentionPoolLatent | None
+    norm_after: nn.Module
+    pool: str | AttentionPoolLatent
     head: Callable[[Tensor], Tensor]
     output_dim: int
-    rotary: RotaryEmbeddingCat | None = None
-
-    @property
-    def width(self) -> int:
-        return self.positions.shape[-1]
+    rotary: RotaryEmbeddingCat | None
 
     @property
     def pooled(self) -> slice:
@@ -73,21 +70,21 @@ class Tower:
         return torch.cat(build_rotary_pos_embed(list(grid), device=self.positions.device, **options), dim=-1)
 
 
-def tower(visual: nn.Module) -> Tower:
+def tower(visual: Any) -> Tower:
     """The parts of an open_clip image tower that `check_visual` accepts."""
     if isinstance(visual, VisionTransformer):
-        v: Any = visual
         return Tower(
-            v.conv1, v.patch_size, v.grid_size, v.class_embedding, v.positional_embedding, v.ln_pre,
-            v.transformer.resblocks, v.ln_post, POOLS[v.pool_type], None, lambda x: linear(x, v.proj.T), v.output_dim,
+            visual.conv1, cast(Grid, visual.patch_size), visual.grid_size, visual.class_embedding,
+            visual.positional_embedding, visual.ln_pre, cast(Any, visual.transformer.resblocks),
+            visual.ln_post, OPEN_CLIP_POOLS[visual.pool_type, visual.final_ln_after_pool, visual.attn_pool is None],
+            lambda x: linear(x, cast(Tensor, visual.proj).T), visual.output_dim, None,
         )  # fmt: skip
-    trunk = cast(Any, visual).trunk
-    embed = trunk.patch_embed  # called in parts, as the whole refuses other sizes than its own
-    class_token = None if trunk.cls_token is None else trunk.cls_token[0, 0]
+    trunk, embed = visual.trunk, visual.trunk.patch_embed  # whose parts are called, as it refuses other sizes
     return Tower(
         lambda images: embed.proj(embed.backbone(images) if hasattr(embed, "backbone") else images),
-        embed.feat_ratio(as_scalar=False), embed.grid_size, class_token, trunk.pos_embed[0], trunk.norm_pre,
-        trunk.blocks, trunk.norm, POOLS[trunk.global_pool], trunk.attn_pool, trunk.head,
+        embed.feat_ratio(as_scalar=False), embed.grid_size, None if trunk.cls_token is None else trunk.cls_token[0, 0],
+        trunk.pos_embed[0], trunk.norm_pre, trunk.blocks, trunk.norm,
+        {"token": "token", "map": trunk.attn_pool}[trunk.global_pool], trunk.head,
         trunk.num_classes or trunk.num_features, getattr(trunk, "rope", None),
     )  # fmt: skip
 
@@ -105,38 +102,22 @@ def usable_config(config: dict | None) -> bool:
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:  # only timm's transformers have these pools
         return vision.get("timm_pool") in ("token", "map") and vision.get("timm_proj") in (None, "none")
-    odd = ("attentional_pool", "block_type", "qk_norm")
-    pools = {"tok": (True, False), "avg": (True,)}
-    return (
-        isinstance(vision.get("layers"), int)
-        and not any(vision.get(key) for key in odd)
-        and vision.get("final_ln_after_pool", False) in pools.get(vision.get("pool_type", "tok"), ())
-    )
+    pool = vision.get("pool_type", "tok"), vision.get("final_ln_after_pool", False), not vision.get("attentional_pool")
+    odd = any(vision.get(key) for key in ("block_type", "qk_norm"))
+    return isinstance(vision.get("layers"), int) and pool in OPEN_CLIP_POOLS and not odd
 
 
 def check_visual(name: str, visual: object) -> None:
     """Refuses image towers that are no vision transformer with the parts of a `Tower`."""
-    if isinstance(visual, TimmModel):
-        trunk: Any = visual.trunk
-        usable = (
-            isinstance(trunk, (TimmVisionTransformer, Eva))
-            and len(visual.head) == 0
-            and trunk.global_pool in ("token", "map")
-            and trunk.pos_embed is not None
-            and isinstance(getattr(trunk, "rope", None), (RotaryEmbeddingCat, type(None)))
-            and all(type(block) in (TimmBlock, EvaBlock, EvaBlockPostNorm) for block in trunk.blocks)
-        )
-    else:
-        usable = (
-            isinstance(visual, VisionTransformer)
-            and visual.attn_pool is None
-            and (visual.pool_type == "tok" or (visual.pool_type == "avg" and visual.final_ln_after_pool))
-            and all(isinstance(block, ResidualAttentionBlock) for block in visual.transformer.resblocks)
-        )
-    if not usable:
+    try:
+        blocks: Sequence[Any] = tower(visual).blocks
+    except (AttributeError, KeyError, TypeError):
+        blocks = ()
+    norms = [getattr(block.attn, part, None) for block in blocks for part in ("q_norm", "gate")]
+    if not blocks or not {*map(type, blocks)} <= BLOCKS.keys() or not {*map(type, norms)} <= {nn.Identity, type(None)}:
         raise ValueError(
-            f"the image tower of {name!r} is {type(visual).__name__}, not a vision transformer with a class token or "
-            f"an attention pool; use one of {', '.join(usable_models())}"
+            f"the image tower of {name!r} is {type(visual).__name__}, not a {USABLE}; "
+            f"use one of {', '.join(usable_models())}"
         )
 
 
@@ -166,27 +147,18 @@ def embed(visual: nn.Module, images: Tensor, *, class_embedding_twice: bool = Fa
     return parts.norm_before(x)
 
 
-def pool_mean(visual: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
-    """Of a tower that pools by the mean, tokens as read from the last block, (B, M + N, D) -> (B, 1 + N, D).
-
-    M = P + N tokens are what the block itself made. Other towers' tokens are returned as they are.
-    """
-    if tower(visual).pool != "mean":
-        return tokens
-    count = grid[0] * grid[1]
-    return torch.cat([tokens[:, -2 * count : -count].mean(dim=1, keepdim=True), tokens[:, -count:]], dim=1)
-
-
-def embeddings(visual: nn.Module, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def embeddings(visual: nn.Module, tokens: Tensor, grid: Grid, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
     """Tokens as read from the last block -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E).
 
-    The last N tokens are the patches; those before them are what the pool reads: one, or, of an attention pool, P + N.
+    The last N tokens are the patches; those before them are what the pool reads, see `read_block`. `norm`: a further
+    one before the tower's own.
     """
     parts, count = tower(visual), grid[0] * grid[1]
-    x = parts.norm_after(tokens)
-    if parts.attention_pool is not None:
-        image = parts.attention_pool(x[:, :-count])[:, None]
-        x = torch.cat([image, pool_alone(parts.attention_pool, x[:, -count:])], dim=1)
+    if parts.pool == "mean":
+        tokens = torch.cat([tokens[:, -2 * count : -count].mean(dim=1, keepdim=True), tokens[:, -count:]], dim=1)
+    x = parts.norm_after(tokens if norm is None else norm(tokens))
+    if isinstance(parts.pool, AttentionPoolLatent):
+        x = torch.cat([parts.pool(x[:, :-count])[:, None], pool_alone(parts.pool, x[:, -count:])], dim=1)
     embedded = parts.head(x)
     embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
     return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]
@@ -229,48 +201,43 @@ def projection(block: Any) -> tuple[Tensor, Tensor | None, int]:
     if attention.qkv is None:
         three = (attention.q_proj, attention.k_proj, attention.v_proj)
         weight, biases = torch.cat([part.weight for part in three]), [part.bias for part in three]
+    elif getattr(attention, "q_bias", None) is None:
+        return attention.qkv.weight, attention.qkv.bias, attention.head_dim
     else:
-        weight, biases = attention.qkv.weight, [getattr(attention, f"{letter}_bias", None) for letter in "qkv"]
-        if biases[0] is None:
-            return weight, attention.qkv.bias, attention.head_dim
-    zeros = weight.new_zeros(len(weight) // 3)  # EVA-CLIP's keys have no bias
-    return weight, torch.cat([zeros if bias is None else bias for bias in biases]), attention.head_dim
+        weight, biases = attention.qkv.weight, [attention.q_bias, None, attention.v_bias]
+    bias = [
+        weight.new_zeros(len(weight) // 3) if bias is None else bias for bias in biases
+    ]  # EVA-CLIP's keys have none
+    return weight, torch.cat(bias), attention.head_dim
 
 
-def normed(block: Any, half: Literal[1, 2], x: Tensor) -> Tensor:
+def normed(block: nn.Module, half: Literal[1, 2], x: Tensor) -> Tensor:
     """The input of a block's attention (half 1) or MLP (half 2)."""
-    if isinstance(block, EvaBlockPostNorm):
-        return x
-    return getattr(block, f"ln_{half}" if isinstance(block, ResidualAttentionBlock) else f"norm{half}")(x)
+    name = BLOCKS[type(block)][0]
+    return getattr(block, f"{name}{half}")(x) if name else x
 
 
-def scaled(block: Any, half: Literal[1, 2], x: Tensor) -> Tensor:
-    """What a block adds of its attention's (half 1) or MLP's (half 2) output: all of it, or scaled per channel."""
-    if isinstance(block, EvaBlockPostNorm):
-        return getattr(block, f"norm{half}")(x)
-    if isinstance(block, EvaBlock):
-        scale = getattr(block, f"gamma_{half}")
-        return x if scale is None else scale * x
-    return getattr(block, f"ls_{half}" if isinstance(block, ResidualAttentionBlock) else f"ls{half}")(x)
+def scaled(block: nn.Module, half: Literal[1, 2], x: Tensor) -> Tensor:
+    """What a block adds of its attention's (half 1) or MLP's (half 2) output."""
+    part = getattr(block, f"{BLOCKS[type(block)][1]}{half}")
+    return part(x) if isinstance(part, nn.Module) else x if part is None else part * x
 
 
 def attention_output(block: Any, mixed: Tensor) -> Tensor:
     """What the heads mixed of the values (B, h, N, d), through the output projection: (B, N, D), to be added to x."""
-    attention, x = block.attn, join_heads(mixed)
-    if isinstance(block, ResidualAttentionBlock):
-        return scaled(block, 1, linear(x, attention.out_proj.weight, attention.out_proj.bias))
-    return scaled(block, 1, linear(attention.norm(x), attention.proj.weight, attention.proj.bias))
+    ours, x = isinstance(block, ResidualAttentionBlock), join_heads(mixed)
+    last = block.attn.out_proj if ours else block.attn.proj
+    return scaled(block, 1, linear(x if ours else block.attn.norm(x), last.weight, last.bias))
 
 
 def feed_forward(block: Any, x: Tensor) -> Tensor:
     """The second half of a block, x + MLP(LN(x))."""
     hidden = normed(block, 2, x)
-    if isinstance(block, ResidualAttentionBlock):
-        expand, activation, contract = cast(Any, block.mlp)
-        hidden = linear(activation(linear(hidden, expand.weight, expand.bias)), contract.weight, contract.bias)
-    else:
-        hidden = block.mlp(hidden)
-    return x + scaled(block, 2, hidden)
+    if not isinstance(block, ResidualAttentionBlock):
+        return x + scaled(block, 2, block.mlp(hidden))
+    expand, activation, contract = cast(Any, block.mlp)
+    hidden = activation(linear(hidden, expand.weight, expand.bias))
+    return x + scaled(block, 2, linear(hidden, contract.weight, contract.bias))
 
 
 def run_block(block: nn.Module, x: Tensor, context: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:

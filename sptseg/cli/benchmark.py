@@ -86,7 +86,7 @@ def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
 
 def bare_encoder(model: SptSeg, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
     """open_clip's own image tower, unchanged but for its positions, which it does not resize itself."""
-    visual = deepcopy(model.encoder.visual)
+    visual: Any = deepcopy(model.encoder.visual)
     grid = model.encoder.grid_of(torch.empty(1, 3, sizes.side, sizes.side))
     positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
     visual.positional_embedding = nn.Parameter(positions, requires_grad=False)

@@ -179,8 +179,8 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """A frozen CLIP in evaluation mode.
 
     `name`: "tiny" (embedded; `weights` is None or a file made by `sptseg pretrain`) or an open_clip model with a
-    vision transformer, see `sptseg.model.towers`. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as OpenAI's own ViT-B-16.pt, or None for random
-    weights (from torch's global seed).
+    vision transformer, see `usable_models`. `weights`: an open_clip tag such as "openai", a file (see `read_weights`)
+    such as OpenAI's own ViT-B-16.pt, or None for random weights (from torch's global seed).
     """
     file = None if weights is None else Path(weights).expanduser()
     if name == TINY:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, cast
 
 import open_clip
@@ -89,7 +88,6 @@ def tower(visual: Any) -> Tower:
     )  # fmt: skip
 
 
-@cache
 def usable_models() -> list[str]:
     """Names of the open_clip models whose image tower has the parts of a `Tower`."""
     return [name for name in open_clip.list_models() if usable_config(open_clip.get_model_config(name))]

@@ -15,13 +15,24 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor
 from torch.testing import assert_close
 
+from sptseg.cli import commands
+from sptseg.datasets import Note
 from sptseg.model.clip import Clip
 from sptseg.model.config import DENSE_CLIP, ModelConfig
 from sptseg.model.encoder import PromptedEncoder
 from sptseg.model.ops import grid_to_tokens
 from sptseg.model.readouts import OPTIONS, default_readout, gaussian, read_out
 from sptseg.model.spt_seg import build_model
-from sptseg.model.towers import attention_output, check_visual, embed, project, run_block, tower, usable_models
+from sptseg.model.towers import (
+    attention_output,
+    check_visual,
+    embed,
+    project,
+    run_block,
+    tower,
+    usable_config,
+    usable_models,
+)
 
 GRID = (4, 6)
 SIDES = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": (32, 48)}
@@ -127,6 +138,26 @@ def test_models_of_towers_without_class_token(monkeypatch: pytest.MonkeyPatch) -
         build_model(ModelConfig(**changes), clip)
     with pytest.raises(ValueError, match=r"imagenet, but ViT-B-16-SigLIP was trained .* mean \(0.5, 0.5, 0.5\); set"):
         build_model(ModelConfig(**{**changes, "normalization": "imagenet"}), clip)
+
+
+def test_windows_of_the_command_line_are_multiples_of_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "load_clip", lambda *_: small_clip(image_size=28, patch_size=14))
+    with pytest.warns(Note, match="small: it sees windows of 518 x 518 pixels: 512 is no multiple of its patch size"):
+        model = commands.Which(clip="small").load()
+    assert (model.config.image_size, model.config.normalization) == ((518, 518), "clip")
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"layers": (1, 1, 1, 1)}, {"attentional_pool": True}, {"pool_type": "avg"}, {"qk_norm": True},
+        {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg"}, {"timm_model_name": "x", "timm_pool": "tok"},
+    ],
+)  # fmt: skip
+def test_configurations_of_other_towers(vision: dict) -> None:
+    config: Any = open_clip.get_model_config("ViT-B-32")
+    assert usable_config(config) and not usable_config(None) and not usable_config({**config, "multimodal_cfg": {}})
+    assert not usable_config({**config, "vision_cfg": {**config["vision_cfg"], **vision}})
 
 
 def test_which_models_with_public_weights_are_usable() -> None:

@@ -29,6 +29,7 @@ from sptseg.model import (
     data_file,
     default_readout,
     fingerprint,
+    fitted,
     load_clip,
 )
 from sptseg.system import write
@@ -91,7 +92,8 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None, *, rev
     """
     if source == "dense-clip":
         clip = load_clip() if clip is None else clip
-        return build_model(dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name)), clip).eval()
+        config = dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name))
+        return build_model(fitted(config, clip), clip).eval()
     path = find_checkpoint(source, revision)
     header, state = read_header(path), load_file(path)
     if header.get("sha256") not in (None, checksum(state)):  # the earliest files have none

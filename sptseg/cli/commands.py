@@ -34,7 +34,7 @@ from sptseg.datasets import (
 )
 from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, Clip, SptSeg, build_model, default_readout, load_clip, tower
+from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, fitted, load_clip
 from sptseg.system import is_main_process, one_voice, output_place, write
 from sptseg.training import PretrainConfig, pretrain
 
@@ -75,9 +75,7 @@ class Which:
             clip, weights = self.clip or TINY, clip_weights(self.clip or TINY, self.clip_weights)
             readout: Any = self.readout or (default_readout(clip) if name == "dense-clip" else "plain")
             loaded = load_clip(clip, weights)
-            chosen = {"clip": clip, "clip_weights": weights, "readout": readout, "image_size": window(loaded)}
-            config = replace(UNTRAINED[name], **chosen, normalization="imagenet" if clip == TINY else "clip")
-            return build_model(config, loaded).eval()
+            return build_model(fitted(replace(UNTRAINED[name], readout=readout), loaded), loaded).eval()
         if self.readout:
             raise ValueError(
                 f"--readout {self.readout} goes with --model dense-clip or untrained; {name} has the one that it was "
@@ -88,17 +86,6 @@ class Which:
         if name in EMBEDDED:
             raise ValueError(f"model {name} has its own CLIP: leave out --clip, or take dense-clip or untrained")
         return load_model(name, load_clip(self.clip, clip_weights(self.clip, self.clip_weights)))
-
-
-def window(clip: Clip) -> tuple[int, int]:
-    """The picture size for a CLIP: 128 for the tiny one, else 512 or, which is said, the next multiple of its patch."""
-    if clip.name == TINY:
-        return (128, 128)
-    height, width = (512 + -512 % side for side in tower(clip.visual).patch_size)
-    if (height, width) != (512, 512):
-        said = f"it sees windows of {height} x {width} pixels: 512 is no multiple of its patch size"
-        warnings.warn(Note(clip.name, said), stacklevel=2)
-    return height, width
 
 
 def evaluate_command(

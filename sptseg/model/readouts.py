@@ -54,8 +54,8 @@ def default_readout(clip: str) -> ReadOut:
     With OpenAI's ViT-B/16 NACLIP has the highest mean mIoU over VOC21, Context60, VOC20, Context59, COCO-Stuff,
     Cityscapes and ADE150 in the papers' own tables: 40.3 (SCLIP 39.8, ClearCLIP 38.8, GEM 37.8, plain 12.6).
     """
-    config: Any = open_clip.get_model_config(clip) or {"vision_cfg": {}}
-    return "plain" if clip == TINY or config["vision_cfg"].get("timm_pool") == "map" else "naclip"
+    config: Any = open_clip.get_model_config(clip) if clip in open_clip.list_models() else None
+    return "plain" if clip == TINY or (config and config["vision_cfg"].get("timm_pool") == "map") else "naclip"
 
 
 def read_out(

@@ -143,7 +143,7 @@ def test_models_of_towers_without_class_token(monkeypatch: pytest.MonkeyPatch) -
 def test_windows_of_the_command_line_are_multiples_of_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "load_clip", lambda *_: small_clip(image_size=28, patch_size=14))
     with pytest.warns(Note, match="small: it sees windows of 518 x 518 pixels: 512 is no multiple of its patch size"):
-        model = commands.Which(clip="small").load()
+        model = commands.Which(clip="small", clip_weights="none").load()
     assert (model.config.image_size, model.config.normalization) == ((518, 518), "clip")
 
 

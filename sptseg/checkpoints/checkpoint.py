@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sptseg.checkpoints.research import IMPORTED, check_architecture, clip_architecture, clip_from_architecture
+from sptseg.inference import fitted
 from sptseg.model import (
     DENSE_CLIP,
     OLD_FINGERPRINT,
@@ -29,7 +30,6 @@ from sptseg.model import (
     data_file,
     default_readout,
     fingerprint,
-    fitted,
     load_clip,
 )
 from sptseg.system import write

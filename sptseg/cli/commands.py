@@ -32,9 +32,9 @@ from sptseg.datasets import (
     sorted_images,
     where,
 )
-from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
+from sptseg.inference import Precision, at_precision, by_training, evaluate, fitted, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, fitted, load_clip
+from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
 from sptseg.system import is_main_process, one_voice, output_place, write
 from sptseg.training import PretrainConfig, pretrain
 

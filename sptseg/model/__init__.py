@@ -14,6 +14,6 @@ from sptseg.model.ops import (
     to_windows, tokens_to_grid,
 )
 from sptseg.model.readouts import ReadOut, default_readout, read_out
-from sptseg.model.spt_seg import SptSeg, build_model, fitted, upsample
+from sptseg.model.spt_seg import SptSeg, build_model, upsample
 from sptseg.model.towers import run_block, tower
 from sptseg.model.weights import read_weights

@@ -32,7 +32,7 @@ from sptseg.model.towers import (
     project,
     run_block,
     tower,
-)
+)  # fmt: skip
 
 ReadOut = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "gem"]
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults

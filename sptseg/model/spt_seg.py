@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +9,7 @@ import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, OPENAI_DATASET_MEAN
 from torch import Tensor, nn
 
-from sptseg.datasets import Note
-from sptseg.model.clip import TINY, Clip, about_weights, load_clip
+from sptseg.model.clip import Clip, about_weights, load_clip
 from sptseg.model.config import ModelConfig
 from sptseg.model.decoder import Decoder
 from sptseg.model.encoder import PromptedEncoder
@@ -59,19 +56,6 @@ class SptSeg(nn.Module):
     def to(self, *args, **kwargs) -> SptSeg:
         self.clip.model.to(*args, **kwargs)  # the text tower comes along
         return super().to(*args, **kwargs)
-
-
-def fitted(config: ModelConfig, clip: Clip) -> ModelConfig:
-    """A configuration for the tiny CLIP, for any: its name, weights, statistics, and windows of 512 pixels or, which
-    is said, of the next multiple of its patch size."""
-    if clip.name == TINY:
-        return config
-    height, width = (512 + -512 % side for side in tower(clip.visual).patch_size)
-    if (height, width) != (512, 512):
-        said = f"it sees windows of {height} x {width} pixels: 512 is no multiple of its patch size"
-        warnings.warn(Note(clip.name, said), stacklevel=2)
-    chosen: Any = {"clip": clip.name, "clip_weights": clip.weights, "normalization": "clip"}
-    return replace(config, image_size=(height, width), **chosen)
 
 
 def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:

@@ -5,6 +5,12 @@ EVA-CLIP, MobileCLIP-B), the mean patch (CLIPA), or an attention pool's query (S
 picture is the image embedding. A patch's embedding is what it would make of that picture if the pool saw this patch
 alone. Under an attention pool that is a MaskCLIP: a patch keeps its own value there.
 
+Every such tower has all read-outs, prompts and decoders; spectral prompts need a class token, which SigLIP and the
+largest PE-Core lack. Weights and tokenizers of such models come from open_clip and transformers; what is tested here is
+equality with open_clip's own towers, with random weights. No towers in this sense are CoCa's (its pool has 256 queries
+and other norms, and its text tower a decoder), ViTamin's (its blocks follow stages of convolutions), ResNets, ConvNeXt
+and FastViT (no blocks). The first two would need a pool and a stem of their own here, and a rule for positions.
+
 Symbols: B pictures, N = H * W patches, P = 0 or 1 class token, D width, h heads of width d, E embedding width.
 """
 

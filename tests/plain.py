@@ -24,7 +24,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def encode(encoder: PromptedEncoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Unit patch embeddings (B, E, H, W) and image embeddings (B, E); open_clip's own blocks, no dropout."""
-    clip = encoder.visual
+    clip: Any = encoder.visual
     grid = images.shape[2] // encoder.patch_size[0], images.shape[3] // encoder.patch_size[1]
     patches = F.conv2d(images, clip.conv1.weight, stride=clip.patch_size).flatten(2).transpose(1, 2)
     token = clip.class_embedding.expand(len(images), 1, -1)

@@ -194,7 +194,7 @@ def prompt_states(encoder: PromptedEncoder, images: Tensor) -> Iterator[tuple[Te
     """
     prompt, grid = spectral_prompt_of(encoder), encoder.grid_of(images)
     weight = prompt.filter(grid)
-    for class_token, tokens in islice(_depths(encoder, images), len(encoder.visual.transformer.resblocks)):
+    for class_token, tokens in islice(_depths(encoder, images), len(encoder.tower.blocks)):
         x = tokens.unflatten(1, grid)
         yield x, prompt(x, class_token, weight) - x, class_token
 

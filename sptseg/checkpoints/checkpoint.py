@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sptseg.checkpoints.research import IMPORTED, check_architecture, clip_architecture, clip_from_architecture
+from sptseg.inference import fitted
 from sptseg.model import (
     DENSE_CLIP,
     OLD_FINGERPRINT,
@@ -91,7 +92,8 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None, *, rev
     """
     if source == "dense-clip":
         clip = load_clip() if clip is None else clip
-        return build_model(dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name)), clip).eval()
+        config = dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name))
+        return build_model(fitted(config, clip), clip).eval()
     path = find_checkpoint(source, revision)
     header, state = read_header(path), load_file(path)
     if header.get("sha256") not in (None, checksum(state)):  # the earliest files have none

@@ -89,7 +89,7 @@ def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
 
 def bare_encoder(model: SptSeg, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
     """open_clip's own image tower, unchanged but for its positions, which it does not resize itself."""
-    visual = deepcopy(model.encoder.visual)
+    visual: Any = deepcopy(model.encoder.visual)
     grid = model.encoder.grid_of(torch.empty(1, 3, sizes.side, sizes.side))
     positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
     visual.positional_embedding = nn.Parameter(positions, requires_grad=False)
@@ -109,7 +109,7 @@ def plain_labels(plain: ModuleType, model: SptSeg, images: Tensor, text: Tensor)
 
 def large_picture(sizes: Sizes, device: torch.device) -> Work:
     model = new_model(sizes, device)
-    text = unit(sizes.many, model.encoder.visual.output_dim).to(device)
+    text = unit(sizes.many, model.encoder.tower.output_dim).to(device)
     return partial(to_labels, model, torch.randn(1, 3, sizes.large, sizes.large), text)
 
 
@@ -118,7 +118,7 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     device = watch.device
     images = torch.randn(sizes.windows, 3, sizes.side, sizes.side, device=device)
     model = new_model(sizes, device).requires_grad_(False)
-    text = {count: unit(count, model.encoder.visual.output_dim).to(device) for count in (sizes.few, sizes.many)}
+    text = {count: unit(count, model.encoder.tower.output_dim).to(device) for count in (sizes.few, sizes.many)}
     cases: dict[str, Work] = {}
     against = {"bare encoder, bf16": "bare encoder, float32"}
     widths: dict[Precision, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16}
@@ -191,7 +191,7 @@ class Trainer:
         self.split = Split.from_names("benchmark", [f"class {i}" for i in range(classes)])
         self.accelerator = new_accelerator(self.precision, cpu=device.type == "cpu")
         self.model = new_model(sizes, device).train()
-        self.trainee = training.Trainee(self.model, unit(classes, self.model.encoder.visual.output_dim).to(device))
+        self.trainee = training.Trainee(self.model, unit(classes, self.model.encoder.tower.output_dim).to(device))
         self.optimizer = torch.optim.AdamW(training.parameter_groups(self.model, 0.01), lr=1e-4, fused=True)
         self.images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device)
         self.labels = drawn_labels(sizes.batch, sizes.side, list(range(min(8, classes)))).to(device)

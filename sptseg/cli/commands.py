@@ -33,7 +33,7 @@ from sptseg.datasets import (
     sorted_images,
     where,
 )
-from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
+from sptseg.inference import Precision, at_precision, by_training, evaluate, fitted, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
@@ -75,9 +75,10 @@ class Which:
         if name in UNTRAINED:
             clip, weights = self.clip or TINY, clip_weights(self.clip or TINY, self.clip_weights)
             readout: Any = self.readout or (default_readout(clip) if name == "dense-clip" else "plain")
-            size = (128, 128) if clip in EMBEDDED_CLIPS else (512, 512)
-            chosen = {"clip": clip, "clip_weights": weights, "readout": readout, "image_size": size}
-            return build_model(replace(UNTRAINED[name], **chosen)).eval()
+            loaded = load_clip(clip, weights)
+            return build_model(
+                fitted(replace(UNTRAINED[name], readout=readout, clip_weights=weights), loaded), loaded
+            ).eval()
         if self.readout:
             raise ValueError(
                 f"--readout {self.readout} goes with --model dense-clip or untrained; {name} has the one that it was "

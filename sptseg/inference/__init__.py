@@ -12,5 +12,6 @@ from sptseg.inference.metrics import (
 )
 from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (
-    Precision, WindowLogits, at_precision, augmentation, pad_to_patches, window_logits, window_starts, windows_of,
+    Precision, WindowLogits, at_precision, augmentation, fitted, pad_to_patches, window_logits, window_starts,
+    windows_of,
 )

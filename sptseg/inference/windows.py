@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation
-from sptseg.model import ModelConfig, SpectralPrompt, SptSeg, interpolation, maps_at_once, upsample
+from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, Note
+from sptseg.model import (
+    EMBEDDED_CLIPS,
+    Clip,
+    ModelConfig,
+    SpectralPrompt,
+    SptSeg,
+    about_weights,
+    interpolation,
+    maps_at_once,
+    tower,
+    upsample,
+)  # fmt: skip
 
 STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
 SAID_WITHOUT_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # by torch on a CPU, and by CUDA's libraries
@@ -20,10 +31,26 @@ Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
 
 
+def fitted(config: ModelConfig, clip: Clip) -> ModelConfig:
+    """A configuration for a tiny CLIP, for any: its name, weights, statistics, and windows of 512 pixels or, which
+    is said, of the next multiple of its patch size."""
+    if clip.name in EMBEDDED_CLIPS:
+        return replace(config, clip=clip.name)
+    height, width = (512 + -512 % side for side in tower(clip.visual).patch_size)
+    if (height, width) != (512, 512):
+        said = f"it sees windows of {height} x {width} pixels: 512 is no multiple of its patch size"
+        warnings.warn(Note(clip.name, said), stacklevel=2)
+    size = (height, width)
+    return replace(config, clip=clip.name, clip_weights=clip.weights, image_size=size, normalization="clip")
+
+
 def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
     """The protocol's crop and test size for a model, in proportion to its `image_size` (512: into 2048 x 512)."""
     side = min(config.image_size)
-    mean, std = (CLIP_MEAN, CLIP_STD) if config.normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if config.normalization == "clip":
+        about = about_weights(config.clip, config.clip_weights)
+        mean, std = about.get("mean", CLIP_MEAN), about.get("std", CLIP_STD)
     return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), mean=mean, std=std)
 
 

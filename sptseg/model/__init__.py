@@ -3,8 +3,8 @@
 # fmt: off
 from sptseg.model import clip, decoder, encoder, ops, readouts
 from sptseg.model.clip import (
-    Clip, EMBEDDED_CLIPS, OLD_FINGERPRINT, TINY, check_public, data_file, fingerprint, load_clip,
-    new_tiny_clip, run_block, save_tiny_clip,
+    Clip, EMBEDDED_CLIPS, OLD_FINGERPRINT, TINY, about_weights, check_public, data_file, fingerprint, load_clip,
+    new_tiny_clip, save_tiny_clip,
 )
 from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, SPT_RELEASED, ZEGCLIP, check_values
 from sptseg.model.decoder import HighLowAttention
@@ -15,4 +15,5 @@ from sptseg.model.ops import (
 )
 from sptseg.model.readouts import ReadOut, default_readout, read_out
 from sptseg.model.spt_seg import SptSeg, build_model, upsample
+from sptseg.model.towers import run_block, tower
 from sptseg.model.weights import read_weights

@@ -13,12 +13,12 @@ from typing import Any, cast
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from sptseg.model.ops import Grid, attend, join_heads, linear, resize_positions, split_heads, tokens_to_grid
+from sptseg.model.towers import USABLE, check_visual, tower, usable_models
 from sptseg.model.weights import load_weights
 from sptseg.system import write
 
@@ -77,17 +77,18 @@ class WordTokenizer:
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model with its name, weights and tokenizer."""
+    """A CLIP model (open_clip's CLIP or CustomTextCLIP) with its name, weights and tokenizer."""
 
     name: str
     weights: str | None
-    model: open_clip.CLIP
+    model: Any
     tokenizer: Callable[[list[str]], Tensor]
     cache: dict[tuple[tuple[str, ...], ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def visual(self) -> VisionTransformer:
-        return cast(VisionTransformer, self.model.visual)  # see usable_models
+    def visual(self) -> Any:
+        """The image tower, open_clip's VisionTransformer or TimmModel; see `sptseg.model.towers`."""
+        return self.model.visual
 
     @torch.no_grad()
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
@@ -126,11 +127,15 @@ def fingerprint(clip: Clip, like: str = "") -> str:
     tensors = [f"visual.{name}" for name in ("conv1.weight", "positional_embedding", "ln_post.weight", "proj")]
     if not earlier:
         tensors = sorted(state)
-        blocks: Any = [*clip.visual.transformer.resblocks, *clip.model.transformer.resblocks]
-        built = [(block.attn.num_heads, *(type(part).__name__ for part in block.mlp)) for block in blocks]
+        if isinstance(clip.model, open_clip.CLIP) and isinstance(clip.visual, VisionTransformer):
+            blocks: Any = [*clip.visual.transformer.resblocks, *clip.model.transformer.resblocks]
+            built = [(block.attn.num_heads, *(type(part).__name__ for part in block.mlp)) for block in blocks]
+        else:
+            modules = clip.model.named_modules()
+            built = [(name, type(part).__name__, getattr(part, "num_heads", 0)) for name, part in modules]
         words = clip.tokenizer.words if isinstance(clip.tokenizer, WordTokenizer) else ()
         shapes = [(name, tuple(state[name].shape)) for name in tensors]
-        digest.update(repr((built, words, clip.visual.grid_size, shapes)).encode())
+        digest.update(repr((built, words, tower(clip.visual).grid, shapes)).encode())
     for name in tensors:
         digest.update(state[name].float().cpu().contiguous().numpy())
     return digest.hexdigest()[: OLD_FINGERPRINT if earlier else 32]
@@ -176,16 +181,18 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """A frozen CLIP in evaluation mode.
 
     `name`: "tiny" or "tiny-plain" (embedded; trained to be dense, and by the contrast of picture and caption alone;
-    `weights` is None or a file made by `sptseg pretrain`), or an open_clip model name with a standard
-    VisionTransformer. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as
-    OpenAI's own ViT-B-16.pt, or None for random weights (from torch's global seed).
+    `weights` is None or a file made by `sptseg pretrain`), or an open_clip model with a vision transformer, see
+    `usable_models`. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as OpenAI's own
+    ViT-B-16.pt, or None for random weights (from torch's global seed).
     """
     file = None if weights is None else Path(weights).expanduser()
     if name in EMBEDDED_CLIPS:
         return load_tiny_clip(file or data_file(EMBEDDED_CLIPS[name]), name)
     if name not in usable_models():
         usable = ", ".join((*EMBEDDED_CLIPS, *usable_models()))
-        raise ValueError(f"{name!r} is no open_clip model with a standard VisionTransformer; use {usable}")
+        raise ValueError(f"{name!r} is no open_clip model with a {USABLE}; use {usable}")
+    tokenizer = tokenizer_of(name)
+    config = cast("dict[str, Any]", open_clip.get_model_config(name))
     tag = open_clip.get_pretrained_cfg(name, weights or "")
     if tag:
         if tag.get("quick_gelu"):
@@ -201,10 +208,29 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
         if file is not None and not file.is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise ValueError(f"{weights} is no file, and no tag of {name}; open_clip's tags of it: {tags}")
-        model = open_clip.CLIP(**cast("dict[str, Any]", open_clip.get_model_config(name)))
+        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+        model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
         if file is not None and load_weights(model, file, name):
             refuse_quick_gelu(name, weights)
-    return Clip(name, weights, model.eval().requires_grad_(False), open_clip.get_tokenizer(name))
+    check_visual(name, model.visual)
+    return Clip(name, weights, model.eval().requires_grad_(False), tokenizer)
+
+
+def tokenizer_of(name: str) -> Callable[[list[str]], Tensor]:
+    """An open_clip model's tokenizer; some are of the package transformers, such as SigLIP's and CLIPA's."""
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # there is no list of what transformers and the network may raise
+        raise ValueError(
+            f"the tokenizer of {name} could not be loaded ({type(error).__name__}); pip install transformers, which "
+            f"downloads it once where there is a network"
+        ) from error
+
+
+def about_weights(name: str, weights: str | None) -> dict[str, Any]:
+    """What open_clip says of weights, such as their pictures' `mean` and `std`; if they have no tag, of the first."""
+    tags = (weights or "", *open_clip.list_pretrained_tags_by_model(name))
+    return next(filter(None, (open_clip.get_pretrained_cfg(name, tag) for tag in tags)), {})
 
 
 def refuse_quick_gelu(name: str, weights: str | None) -> None:
@@ -212,104 +238,3 @@ def refuse_quick_gelu(name: str, weights: str | None) -> None:
     if not cast("dict[str, Any]", open_clip.get_model_config(name)).get("quick_gelu"):
         other = f"{name}-quickgelu"
         raise ValueError(f"the weights {weights} were trained with QuickGELU, which {name!r} lacks; use {other!r}")
-
-
-def usable_models() -> list[str]:
-    """Names of the open_clip models whose image tower is a standard VisionTransformer."""
-    return [name for name in open_clip.list_models() if standard_vision_config(open_clip.get_model_config(name))]
-
-
-def standard_vision_config(config: dict | None) -> bool:
-    """Whether an open_clip model configuration builds the VisionTransformer that the prompted encoder drives."""
-    if not config or "multimodal_cfg" in config or "custom_text" in config:
-        return False
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    odd = ("timm_model_name", "attentional_pool", "no_ln_pre", "final_ln_after_pool", "block_type", "qk_norm")
-    return (
-        isinstance(vision.get("layers"), int)
-        and not any(vision.get(key) for key in odd)
-        and vision.get("pool_type", "tok") == "tok"
-        and not any(text.get(key) for key in ("hf_model_name", "hf_tokenizer_name"))
-    )
-
-
-def check_visual(name: str, visual: object) -> None:
-    """Refuses image towers that are not open_clip's standard VisionTransformer with a class token."""
-    standard = (
-        isinstance(visual, VisionTransformer)
-        and visual.attn_pool is None
-        and visual.pool_type == "tok"
-        and not visual.final_ln_after_pool
-        and isinstance(visual.ln_pre, torch.nn.LayerNorm)
-        and all(isinstance(block, ResidualAttentionBlock) for block in visual.transformer.resblocks)
-    )
-    if not standard:
-        raise ValueError(
-            f"the image tower of {name!r} is {type(visual).__name__}, not a standard VisionTransformer with a class "
-            f"token; use one of {', '.join(usable_models())}"
-        )
-
-
-def grid_of(visual: VisionTransformer, images: Tensor) -> Grid:
-    """The token grid of images (B, 3, height, width), whose sides must be multiples of the patch size."""
-    (height, width), (patch_height, patch_width) = images.shape[-2:], cast(Grid, visual.patch_size)
-    if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"images are {height} x {width}; both sides must be multiples of the patch size {patch_height} x "
-            f"{patch_width}; resize or pad them, or use sptseg.segment, which does"
-        )
-    return height // patch_height, width // patch_width
-
-
-def embed(
-    visual: VisionTransformer, images: Tensor, *, class_embedding_twice: bool = False, bicubic: bool = False
-) -> Tensor:
-    """Tokens before the first block (B, 1 + N, D), the class token first; positions resized to the images' grid."""
-    patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-    token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-    mode = "bicubic" if bicubic else "bilinear"
-    positions = resize_positions(visual.positional_embedding, visual.grid_size, grid_of(visual, images), mode)
-    x = torch.cat([token, patches], dim=1) + positions.to(patches.dtype)
-    if class_embedding_twice:
-        x = torch.cat([x[:, :1] + token, x[:, 1:]], dim=1)
-    return visual.ln_pre(x)
-
-
-def embeddings(visual: VisionTransformer, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Tokens after the last block (B, 1 + N, D) -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
-    embedded = linear(visual.ln_post(tokens), cast(Tensor, visual.proj).T)
-    embedded = F.normalize(embedded.float(), dim=-1).to(embedded.dtype)
-    return tokens_to_grid(embedded[:, 1:], grid), embedded[:, 0]
-
-
-def project(block: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's queries (B, h, N, d) of tokens x (B, N, D), its keys and values (B, h, N + K, d) of x and a context."""
-    weight, bias, width = block.attn.in_proj_weight, block.attn.in_proj_bias, x.shape[-1]
-    head_width = width // block.attn.num_heads
-    query, key, value = split_heads(linear(block.ln_1(x), weight, bias), 3, head_width)
-    if context is not None:
-        further = split_heads(linear(block.ln_1(context), weight[width:], bias[width:]), 2, head_width)
-        key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), further, strict=True))
-    return query, key, value
-
-
-def attention_output(block: Any, mixed: Tensor) -> Tensor:
-    """What the heads mixed of the values (B, h, N, d), through the output projection: (B, N, D), to be added to x."""
-    return block.ls_1(linear(join_heads(mixed), block.attn.out_proj.weight, block.attn.out_proj.bias))
-
-
-def feed_forward(block: Any, x: Tensor) -> Tensor:
-    """The second half of a block, x + MLP(LN(x))."""
-    expand, activation, contract = block.mlp
-    hidden = activation(linear(block.ln_2(x), expand.weight, expand.bias))
-    return x + block.ls_2(linear(hidden, contract.weight, contract.bias))
-
-
-def run_block(block: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
-    """open_clip's residual attention block on tokens x (B, N, D), equal to `block(x)`.
-
-    With `context` (B, K, D), equal to the first N tokens of `block(cat([x, context], dim=1))`: all that is computed of
-    the context are its keys and values.
-    """
-    assert isinstance(block, ResidualAttentionBlock)
-    return feed_forward(block, x + attention_output(block, attend(*project(block, x, context))))

@@ -76,7 +76,8 @@ class ModelConfig:
             `start`: with "dense_clip" a residual, RMS norms and a scale, so that the first logits are dense CLIP's.
         loss: "spt" (focal + SSIM) or "zegclip" (focal + dice).
         templates: prompt templates of the class names.
-        normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip".
+        normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip", those of CLIP's own training;
+            CLIPs that saw other ones than OpenAI's or ImageNet's, such as SigLIP, need "clip".
         seen_offset: what evaluation lowers the scores of seen classes by (paper: 0.1 inductive, 0 else).
     """
 

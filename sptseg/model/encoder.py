@@ -1,4 +1,4 @@
-"""The prompted image encoder: open_clip's own VisionTransformer, frozen, with deep prompts and spectral prompts."""
+"""The prompted image encoder: open_clip's own image tower, frozen, with deep prompts and spectral prompts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sptseg.model.clip import embed, embeddings, grid_of, run_block
 from sptseg.model.ops import Grid, fourier_filter, radial_frequency, resample_filter
 from sptseg.model.readouts import OPTIONS, ReadOut, gem, read_block
+from sptseg.model.towers import Tower, embed, embeddings, grid_of, run_block, tower
 
 
 def last(items: Iterator[Tensor]) -> Tensor:
@@ -53,20 +51,20 @@ class SpectralPrompt(nn.Module):
 
 
 class PromptedEncoder(nn.Module):
-    """A frozen VisionTransformer whose blocks see learned prompts.
+    """A frozen image tower whose blocks see learned prompts.
 
     Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`.
     Everything in `visual` is frozen and stays in evaluation mode.
 
     Args:
-        visual: open_clip's image tower, of L blocks, width D, patch size P.
+        visual: open_clip's image tower, of L blocks and width D; see `towers`.
         grid: the token grid that the spectral filter is made for.
         prompt_tokens: K; 0 for none.
         prompt_depth: how many blocks after the first get prompts of their own (paper: L - 1, all of them).
-        spectral_layers: blocks before which the spectral prompt is added (paper: the first two).
+        spectral_layers: blocks before which the spectral prompt is added (paper: the first two); needs a class token.
         spectral_band, spectral_trained: see `SpectralPrompt`, and whether F is learned (paper: all of it is).
         class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
-            otherwise CLIP's own class token.
+            otherwise CLIP's own class token, if it has one.
         readout: how the last block is read, see `sptseg.read_out`; "gem" has no place for prompts.
     """
 
@@ -75,7 +73,7 @@ class PromptedEncoder(nn.Module):
 
     def __init__(
         self,
-        visual: VisionTransformer,
+        visual: nn.Module,
         *,
         grid: Grid,
         prompt_tokens: int,
@@ -89,11 +87,16 @@ class PromptedEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.visual = visual.requires_grad_(False).eval()
-        width, layers = visual.positional_embedding.shape[1], len(visual.transformer.resblocks)
+        width, layers = self.tower.positions.shape[1], len(self.tower.blocks)
         if not 0 <= prompt_depth < layers:
             raise ValueError(f"prompt_depth is {prompt_depth}; this CLIP has {layers} blocks, so 0 to {layers - 1} go")
         if not set(spectral_layers) <= set(range(layers)):
             raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has the blocks 0 to {layers - 1}")
+        if spectral_layers and self.tower.class_token is None:
+            raise ValueError(
+                f"spectral_layers is {tuple(spectral_layers)}, but this CLIP's image tower has no class token to gate "
+                f"the spectral prompt with; wanted ()"
+            )
         self.checkpointing = (
             False  # gradient checkpointing: blocks run again in the backward pass instead of being kept
         )
@@ -103,7 +106,7 @@ class PromptedEncoder(nn.Module):
         self.class_embedding_twice = class_embedding_twice
         self.prompts = self.spectral_prompt = None
         if prompt_tokens:
-            bound = math.sqrt(6 / (3 * math.prod(visual.patch_size) + width))
+            bound = math.sqrt(6 / (3 * math.prod(self.patch_size) + width))
             self.prompts = nn.Parameter(torch.empty(1 + prompt_depth, prompt_tokens, width).uniform_(-bound, bound))
             self.prompt_projection = nn.Linear(width, width)
             nn.init.kaiming_normal_(self.prompt_projection.weight, mode="fan_out")
@@ -118,29 +121,34 @@ class PromptedEncoder(nn.Module):
         return self
 
     @property
+    def tower(self) -> Tower:
+        return tower(self.visual)
+
+    @property
     def patch_size(self) -> Grid:
-        return cast(Grid, self.visual.patch_size)
+        return self.tower.patch_size
 
     def grid_of(self, images: Tensor) -> Grid:
         """The token grid of images (B, 3, height, width), see `sptseg.clip.grid_of`."""
         return grid_of(self.visual, images)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens before the first block (B, 1 + N, D)."""
+        """Tokens before the first block (B, P + N, D), P = 1 class token or 0."""
         return embed(self.visual, images, class_embedding_twice=self.class_embedding_twice)
 
     def states(self, images: Tensor, *, of_prompts: bool = True) -> Iterator[Tensor]:
-        """Tokens after every block: (B, 1 + K + N, D) while the block has prompts, else (B, 1 + N, D).
+        """Tokens after every block: (B, P + K + N, D) while the block has prompts, else (B, P + N, D).
 
         Nothing reads what a block makes of its prompts. So without `of_prompts` it makes keys and values of them only,
-        and the tokens are always (B, 1 + N, D), after the last block as the read-out gives them.
+        and the tokens are always (B, P + N, D), after the last block as `read_block` gives them.
         """
-        grid = self.grid_of(images)
-        x = self.embed(images)
-        class_token, patches = x[:, :1], x[:, 1:]
+        grid, parts = self.grid_of(images), self.tower
+        x, rotation = self.embed(images), parts.rotation(grid)
+        first = x.shape[1] - math.prod(grid)
+        class_token, patches = x[:, :first], x[:, first:]
         weight = self.spectral_prompt.filter(grid) if self.spectral_prompt is not None else None
         projected = None if self.prompts is None else self.prompt_projection(self.prompts)  # (1 + depth, K, D)
-        for i, block in enumerate(self.visual.transformer.resblocks):
+        for i, block in enumerate(parts.blocks):
             if self.spectral_prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
                 patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
@@ -152,21 +160,24 @@ class PromptedEncoder(nn.Module):
             else:
                 tokens, context = torch.cat([class_token, patches], dim=1), prompts
             run = run_block
-            if block is self.visual.transformer.resblocks[-1] and not of_prompts:
-                run = partial(read_block, grid=grid, name=self.readout, **OPTIONS[self.readout])
+            if block is parts.blocks[-1] and not of_prompts:
+                chosen = OPTIONS[self.readout]
+                run = partial(read_block, grid=grid, name=self.readout, pooled=parts.pooled, **chosen)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run, block, tokens, context, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(run, block, tokens, context, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = run(block, tokens, context)
+                x = run(block, tokens, context, rotation)
             yield x
-            class_token, patches = x[:, :1], x[:, -patches.shape[1] :]
+            class_token, patches = x[:, :first], x[:, -patches.shape[1] :]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
         if self.readout == "gem":  # which has no prompts, see `ModelConfig`
-            x = gem(self.visual.transformer.resblocks, self.embed(images))
+            parts = self.tower
+            rotation = parts.rotation(grid)
+            x = gem(parts.blocks, self.embed(images), grid=grid, rotation=rotation, pooled=parts.pooled)
         else:
-            x = last(self.states(images, of_prompts=False))  # (B, 1 + N, D) after the last block
-        x = self.prompt_norm(x.to(self.prompt_norm.weight.dtype))  # CPUs add up its gradients in x's own
-        return embeddings(self.visual, x, grid)
+            x = last(self.states(images, of_prompts=False))
+        x = x.to(self.prompt_norm.weight.dtype)  # CPUs add up its gradients in x's own
+        return embeddings(self.visual, x, grid, self.prompt_norm)

@@ -200,20 +200,21 @@ def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -
 
 
 def resize_positions(embedding: Tensor, source: Grid, target: Grid, mode: str = "bilinear") -> Tensor:
-    """Resizes the patch part of a position embedding (1 + H*W, D) to another grid; the class token's stays.
+    """Resizes the patch part of a position embedding (P + H*W, D) to another grid; a class token's (P = 1) stays.
 
     Source: released code, "bilinear"; training-free read-outs are published with "bicubic". `align_corners=False`, no
     antialiasing.
     """
-    if embedding.shape[0] != 1 + source[0] * source[1]:
+    first = embedding.shape[0] - source[0] * source[1]
+    if first not in (0, 1):
         raise ValueError(
             f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid"
         )
     if source == tuple(target):
         return embedding
-    patches = tokens_to_grid(embedding[None, 1:], source)
+    patches = tokens_to_grid(embedding[None, first:], source)
     resized = F.interpolate(patches.float(), size=target, mode=mode, align_corners=False)
-    return torch.cat([embedding[:1], grid_to_tokens(resized)[0].to(embedding.dtype)])
+    return torch.cat([embedding[:first], grid_to_tokens(resized)[0].to(embedding.dtype)])
 
 
 PIXELS_AT_ONCE = 2**18  # what stays in the cache of a CPU core

@@ -10,26 +10,29 @@ scaled product of a with itself, a aᵀ / sqrt(d). "Bare": the block's residual 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sptseg.model.clip import (
-    TINY,
+from sptseg.model.clip import TINY
+from sptseg.model.ops import Grid, attend, attend_by
+from sptseg.model.towers import (
     attention_output,
     check_visual,
     embed,
     embeddings,
     feed_forward,
     grid_of,
+    normed,
     project,
     run_block,
-)
-from sptseg.model.ops import Grid, attend, attend_by
+    tower,
+)  # fmt: skip
 
 ReadOut = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "gem"]
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults
@@ -41,19 +44,22 @@ OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults
     "gem": {"blocks": None},
 }
 GEM_BLOCKS = 6
+CLASS_TOKEN = slice(0, 1)
 
 
 def default_readout(clip: str) -> ReadOut:
-    """What reads a CLIP that nothing was trained on: NACLIP, and plain for the tiny CLIP, whose patches were trained.
+    """What reads a CLIP that nothing was trained on: NACLIP; plain for the tiny CLIP, whose patches were trained, and
+    under an attention pool, where a patch keeps its own value (see `towers`) and no read-out of the block is published.
 
     With OpenAI's ViT-B/16 NACLIP has the highest mean mIoU over VOC21, Context60, VOC20, Context59, COCO-Stuff,
     Cityscapes and ADE150 in the papers' own tables: 40.3 (SCLIP 39.8, ClearCLIP 38.8, GEM 37.8, plain 12.6).
     """
-    return "plain" if clip == TINY else "naclip"
+    config: Any = open_clip.get_model_config(clip) if clip in open_clip.list_models() else None
+    return "plain" if clip == TINY or (config and config["vision_cfg"].get("timm_pool") == "map") else "naclip"
 
 
 def read_out(
-    visual: VisionTransformer, images: Tensor, name: str, *, bicubic: bool = False, **options: Any
+    visual: nn.Module, images: Tensor, name: str, *, bicubic: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Unit patch embeddings (B, E, H, W) by a read-out, and CLIP's own unit image embeddings (B, E).
 
@@ -83,14 +89,15 @@ def read_out(
     chosen = OPTIONS[name] | options
     if chosen.get("sigma") is not None and not chosen["sigma"] > 0:
         raise ValueError(f"sigma is {chosen['sigma']}; wanted more than 0 patches, or None for no spatial term")
-    grid, x = grid_of(visual, images), embed(visual, images, bicubic=bicubic)
+    grid, x, parts = grid_of(visual, images), embed(visual, images, bicubic=bicubic), tower(visual)
+    given: Any = {"grid": grid, "rotation": parts.rotation(grid), "pooled": parts.pooled}
     if name == "gem":
-        tokens = gem(visual.transformer.resblocks, x, **chosen)
+        tokens = gem(parts.blocks, x, **given, **chosen)
     else:
-        *earlier, last = visual.transformer.resblocks
+        *earlier, last = parts.blocks
         for block in earlier:
-            x = run_block(block, x)
-        tokens = read_block(last, x, grid=grid, name=name, **chosen)
+            x = run_block(block, x, rotation=given["rotation"])
+        tokens = read_block(last, x, name=name, **given, **chosen)
     return embeddings(visual, tokens, grid)
 
 
@@ -98,47 +105,54 @@ def read_block(
     block: nn.Module,
     x: Tensor,
     context: Tensor | None = None,
+    rotation: Tensor | None = None,
     *,
     grid: Grid,
     name: str,
     bare: bool = False,
     sigma: float | None = None,
+    pooled: slice = CLASS_TOKEN,
 ) -> Tensor:
-    """The last block by any read-out but GEM: tokens x (B, 1 + N, D), the class token first -> (B, 1 + N, D).
+    """The last block by any read-out but GEM: tokens x (B, P + N, D), a class token first -> (B, M + N, D).
 
-    The class token leaves it as it leaves the block itself. A `context` (B, K, D), such as prompts, is seen by patches
-    as further tokens of the sequence, without a place on the grid; MaskCLIP's patches see themselves only.
+    The last N are patches as the read-out has them. The M before them are the tokens `pooled` of x, from which the
+    image embedding is read, as the block itself makes them: the class token, or all P + N. A `context` (B, K, D), such
+    as prompts, is seen by patches as further tokens, without a place on the grid; MaskCLIP's patches see themselves
+    only. `rotation` as in `project`.
     """
+    count = grid[0] * grid[1]
     if name == "plain":
-        return run_block(block, x, context)
-    query, key, value = project(block, x if context is None else torch.cat([x, context], dim=1))
-    patches = slice(1, x.shape[1])
+        x = run_block(block, x, context, rotation)
+        return x if pooled == CLASS_TOKEN else torch.cat([x[:, pooled], x[:, -count:]], dim=1)
+    query, key, value = project(block, x if context is None else torch.cat([context, x], dim=1), rotation=rotation)
 
     def among(*alike: Tensor, bias: Tensor | None = None) -> Tensor:
         """The sum of softmax(S(a) + bias) v over a, at the patches: (B, h, N, d)."""
-        return attend_by([(a[:, :, patches], a) for a in alike], value, bias)
+        return attend_by([(a[:, :, -count:], a) for a in alike], value, bias)
 
     match name:
         case "maskclip":
-            mixed = value[:, :, patches]
+            mixed = value[:, :, -count:]
         case "sclip":
             mixed = among(query, key)
         case "clearclip":
             mixed = among(query)
         case _:
             mixed = among(key, bias=spatial_bias(grid, key, sigma))
-    output = attention_output(block, torch.cat([attend(query[:, :, :1], key, value), mixed], dim=2))
+    looking = query[:, :, -x.shape[1] :][:, :, pooled]
+    output = attention_output(block, torch.cat([attend(looking, key, value), mixed], dim=2))
+    x = torch.cat([x[:, pooled], x[:, -count:]], dim=1)
     if not bare:
         return feed_forward(block, x + output)
-    return torch.cat([feed_forward(block, x[:, :1] + output[:, :1]), output[:, 1:]], dim=1)
+    return torch.cat([feed_forward(block, (x + output)[:, :-count]), output[:, -count:]], dim=1)
 
 
 def spatial_bias(grid: Grid, key: Tensor, sigma: float | None) -> Tensor | None:
-    """NACLIP's G for the patches' rows, 0 for keys beyond the grid: (N, M) for keys (B, h, M, d)."""
+    """NACLIP's G for the patches' rows, 0 for keys off the grid, which come first: (N, M) for keys (B, h, M, d)."""
     if sigma is None:
         return None
-    rows = gaussian(grid, sigma, key.device, key.dtype)[1:]
-    return F.pad(rows, (0, key.shape[2] - rows.shape[1]))
+    rows = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
+    return F.pad(rows, (key.shape[2] - rows.shape[1], 0))
 
 
 @lru_cache(maxsize=4)
@@ -153,29 +167,38 @@ def gaussian(grid: Grid, sigma: float, device: torch.device, dtype: torch.dtype)
         return F.pad(torch.kron(rows, columns), (1, 0, 1, 0)).to(dtype)
 
 
-def gem(resblocks: nn.ModuleList, x: Tensor, blocks: int | None = None) -> Tensor:
-    """GEM: tokens x (B, 1 + N, D) before the first block -> (B, 1 + N, D), patches of the second path.
+def gem(
+    resblocks: Sequence[nn.Module],
+    x: Tensor,
+    blocks: int | None = None,
+    *,
+    grid: Grid,
+    rotation: Tensor | None = None,
+    pooled: slice = CLASS_TOKEN,
+) -> Tensor:
+    """GEM: tokens x (B, P + N, D) before the first block -> (B, M + N, D), patches of the second path.
 
     Beside the last `blocks` the second path adds up, from the same input, what self-self attention makes of the first
     path's tokens, without any MLP: the mean over a = v, k, q of softmax(a aᵀ t) v, where a is made unit, replaced by
-    softmax(a aᵀ t) a and made unit again, and t is the tokens' mean length after the layer norm, over sqrt(d).
+    softmax(a aᵀ t) a and made unit again, and t is the tokens' mean length after the layer norm, over sqrt(d). M,
+    `rotation` and `pooled` as in `read_block`.
     """
     count = min(GEM_BLOCKS, len(resblocks)) if blocks is None else blocks
     if not 1 <= count <= len(resblocks):
         raise ValueError(f"blocks is {blocks}; this CLIP has {len(resblocks)}, so 1 to {len(resblocks)} go")
     for block in resblocks[:-count]:
-        x = run_block(block, x)
+        x = run_block(block, x, rotation=rotation)
     second = x
     for i, block in enumerate(resblocks[-count:], start=1):
-        query, key, value = project(block, x)
-        length = cast(Any, block).ln_1(x).norm(dim=-1).mean(dim=1)[:, None, None, None]
+        query, key, value = project(block, x, rotation=rotation)
+        length = normed(block, 1, x).norm(dim=-1).mean(dim=1)[:, None, None, None]
         units = [unit(a) for a in (value, key, query)]
         clustered = [unit(attend(a * length, a, a)) for a in units]
         second = second + attention_output(block, attend_by([(a * length, a) for a in clustered], value) / 3)
-        if i == count:  # of the last block's own path, only the class token is read
-            x, query = x[:, :1], query[:, :, :1]
+        if i == count:  # of the last block's own path, only what the image embedding is made of is read
+            x, query = x[:, pooled], query[:, :, pooled]
         x = feed_forward(block, x + attention_output(block, attend(query, key, value)))
-    return torch.cat([x, second[:, 1:]], dim=1)
+    return torch.cat([x, second[:, -grid[0] * grid[1] :]], dim=1)
 
 
 def unit(a: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.constants import IMAGENET_MEAN, OPENAI_DATASET_MEAN
 from torch import Tensor, nn
 
-from sptseg.model.clip import Clip, load_clip
+from sptseg.model.clip import Clip, about_weights, load_clip
 from sptseg.model.config import ModelConfig
 from sptseg.model.decoder import Decoder
 from sptseg.model.encoder import PromptedEncoder
+from sptseg.model.towers import tower
 
 
 class SptSeg(nn.Module):
@@ -59,16 +61,19 @@ class SptSeg(nn.Module):
 def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
     """A new model with weights from torch's global seed; `clip` saves loading it again."""
     clip = load_clip(config.clip, config.clip_weights) if clip is None else clip
-    visual = clip.visual
-    patch_height, patch_width = visual.patch_size
+    parts = tower(clip.visual)
+    patch_height, patch_width = parts.patch_size
     if config.image_size[0] % patch_height or config.image_size[1] % patch_width or min(config.image_size) <= 0:
         raise ValueError(
             f"image_size is {config.image_size}; {config.clip} needs positive multiples of its patch size "
-            f"{visual.patch_size}"
+            f"{parts.patch_size}"
         )
-    layers = len(visual.transformer.resblocks)
+    mean = about_weights(config.clip, config.clip_weights).get("mean", OPENAI_DATASET_MEAN)
+    if config.normalization == "imagenet" and mean not in (OPENAI_DATASET_MEAN, IMAGENET_MEAN):
+        raise ValueError(f"normalization is imagenet, but {config.clip} was trained with mean {mean}; set it to clip")
+    layers = len(parts.blocks)
     encoder = PromptedEncoder(
-        visual,
+        clip.visual,
         grid=(config.image_size[0] // patch_height, config.image_size[1] // patch_width),
         prompt_tokens=config.prompt_tokens,
         prompt_depth=layers - 1 if config.prompt_depth is None else config.prompt_depth,
@@ -82,7 +87,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
     decoder = None
     if config.decoder != "none":
         decoder = Decoder(
-            visual.output_dim,
+            parts.output_dim,
             kind=config.decoder,
             layers=config.decoder_layers,
             heads=config.decoder_heads,

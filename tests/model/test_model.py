@@ -17,10 +17,11 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sptseg.model.clip import Clip, run_block
+from sptseg.model.clip import Clip
 from sptseg.model.config import DENSE_CLIP, SPT_RELEASED, ZEGCLIP, ModelConfig
 from sptseg.model.decoder import START_THRESHOLD, products
 from sptseg.model.spt_seg import SptSeg, build_model
+from sptseg.model.towers import run_block
 from sptseg.training.losses import segmentation_loss
 
 few = settings(max_examples=10, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -32,9 +33,9 @@ from sptseg.datasets import (
     sorted_images,
     where,
 )
-from sptseg.inference import Precision, at_precision, by_training, evaluate, segment
+from sptseg.inference import Background, CocoMasks, Precision, at_precision, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
+from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, write
 from sptseg.training import PretrainConfig, pretrain
 
@@ -143,27 +144,38 @@ def segment_command(
     pictures: tyro.conf.Positional[tuple[Path, ...]],
     classes: str,
     which: Annotated[Which, tyro.conf.arg(name="")],
+    background: str = "",
     out: Path = Path("segmentation.png"),
     full_resolution: bool = False,
     max_pixels: int | None = None,
 ) -> None:
     """Segments photographs into classes given by name.
 
-    Pictures that cannot be read are left out and named; the exit code is 2 then.
+    Beside each picture with its masks go label PNGs, scores at the model's own resolution (.npz), the names of the
+    labels and all masks as COCO JSON. Pictures that cannot be read are left out and named; the exit code is 2 then.
 
     Args:
         pictures: image files, or folders of them.
-        classes: names, comma-separated: "road, tree, car".
+        classes: names, comma-separated, and other words for the same between bars: "road, tree, car|automobile". A
+            single one is a question of yes or no.
         which: the model.
-        out: the picture to write; for several pictures a folder, which gets overlays, label PNGs and areas.csv.
+        background: what is none of the classes, and gets label 255: words for it, such as "sky, wall"; "usual" for 26
+            words from SCLIP's evaluation (which are printed); or the score that a class must reach, such as 0.3.
+            Without it every pixel gets a class; with a single class it is "usual".
+        out: the picture to write; for several pictures a folder, which gets areas.csv too.
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
         max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
     """
     if not pictures:
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
-    results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
-    taken = [path.resolve() for path in (*files, *results)]
+    ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
+    results = [out.with_name(f"{out.stem}{e}") if out.suffix else out / f"{f.stem}{e}" for f in files for e in ends]
+    coco_json, names_json, areas_csv = (
+        out.with_name(f"{out.stem}-{name}") if out.suffix else out / name
+        for name in ("coco.json", "names.json", "areas.csv")
+    )
+    taken = [path.resolve() for path in (*files, *results, coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     if out.suffix and len(files) != 1:
@@ -172,30 +184,44 @@ def segment_command(
             f"{shlex.quote(str(out.with_suffix('')))}"
         )
     output_place(out, folder=not out.suffix)
-    model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    if out.suffix:
-        pixels = as_array(files[0], max_pixels)
-        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
-        result.save(out)
-        print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
-        print(f"wrote {out}")
-        return
-    table, unread = io.StringIO(), []
-    writer = csv.writer(table)
-    writer.writerow(["picture", *names(classes)])
-    for file in files:
+    model = which.load().to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    told = names(classes)
+    chosen: Background = float(background) if re.fullmatch(r"\d*\.?\d+", background) else background or None
+    options: dict[str, Any] = {"background": "usual" if len(told) == 1 and chosen is None else chosen}
+    options["full_resolution"] = full_resolution
+    masks, rows, unread = CocoMasks([synonyms(name)[0] for name in told]), [], []
+    for i, file in enumerate(files):
         try:
             pixels = as_array(file, max_pixels)
         except OSError as error:
+            if out.suffix:
+                raise
             unread.append(str(error))
             print(f"left out: {error}")
             continue
-        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
-        result.save(out / f"{file.stem}.png")
-        result.save_labels(out / f"{file.stem}-labels.png")
-        writer.writerow([file.name, *(f"{share:.4f}" for share in result.areas().values())])
-        print(f"wrote {out / file.stem}.png")
-    write(out / "areas.csv", table.getvalue())
+        result = segment(model, pixels, told, **options)
+        if not rows:
+            write(names_json, json.dumps(result.named, indent=1, ensure_ascii=False) + "\n")
+            if isinstance(result.background, tuple):
+                print(f"none stands for {', '.join(result.background)}")
+        picture, labels, scores = results[i * len(ends) : (i + 1) * len(ends)]
+        result.save(picture)
+        result.save_labels(labels)
+        result.save_scores(scores)
+        masks.add(file.name, result.labels)
+        rows.append({"picture": file.name, **{name: f"{share:.4f}" for name, share in result.areas().items()}})
+        if out.suffix:
+            print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
+        print(f"wrote {picture}")
+    write(coco_json, masks.json())
+    if out.suffix:
+        print(f"wrote beside it {', '.join(each.name for each in (*results[1:], coco_json, names_json))}")
+        return
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]) if rows else ["picture"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write(areas_csv, table.getvalue())
     if unread:
         raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 

@@ -2,6 +2,7 @@
 
 # fmt: off
 from sptseg.inference import evaluation, metrics
+from sptseg.inference.coco import CocoMasks
 from sptseg.inference.evaluation import (
     by_training, confusion_matrices, evaluate, first, new_accelerator, predictions, summary,
 )
@@ -13,3 +14,4 @@ from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (
     Precision, WindowLogits, at_precision, augmentation, pad_to_patches, window_logits, window_starts, windows_of,
 )
+from sptseg.inference.words import Background, USUAL

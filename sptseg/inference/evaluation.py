@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sptseg.datasets import Sample, Split, test_transform
 from sptseg.inference.metrics import Scores, SegmentationMetrics, confusion_matrix
 from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
+from sptseg.inference.words import told
 from sptseg.model import SptSeg
 from sptseg.system import usable_workers
 
@@ -94,9 +95,10 @@ def predictions(
     is added to `left_out`, if that is given. `workers` processes read ahead.
     """
     model.eval()
-    text = model.class_embeddings(split.texts())
-    offset = torch.zeros(len(split.classes))
-    offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
+    words, owners = told(split.texts())
+    text = model.class_embeddings(words)
+    lowered = model.config.seen_offset if seen_offset is None else seen_offset
+    offset = torch.tensor([lowered if owner in split.seen else 0.0 for owner in owners])
     prepare = test_transform(augmentation(model.config))
     indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
     reading = {"num_workers": usable_workers(workers), "collate_fn": list, "pin_memory": model.device.type == "cuda"}
@@ -116,7 +118,7 @@ def predictions(
             same = [i for i, image in enumerate(images) if image.shape == size]
             stacked = torch.stack([images[i] for i in same])
             with autocast():
-                logits = window_logits(model, stacked, text, offset=offset, window_batch=batch_size)
+                logits = window_logits(model, stacked, text, offset=offset, owners=owners, window_batch=batch_size)
             found |= zip(same, logits, strict=True)
         yield from ((sample, found[i]) for i, sample in enumerate(samples))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
@@ -51,10 +52,11 @@ def pad_to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class WindowLogits:
-    """Mask logits of every window at token resolution, from which scores of any class are drawn at any size.
+    """Mask logits of every window at token resolution, from which scores of any word are drawn at any size.
 
-    logits (windows, C, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
-    `size`. `offset` (C,) is subtracted from the scores.
+    logits (windows, W, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
+    `size`. `offset` (W,) is subtracted from the scores. `owners[i]` is the class of word i, ascending; None: each is a
+    class of its own, so W is C.
     """
 
     logits: Tensor
@@ -62,10 +64,16 @@ class WindowLogits:
     window: tuple[int, int]
     size: tuple[int, int]
     offset: Tensor
+    owners: Sequence[int] | None = None
 
-    def scores(self, classes: slice, size: tuple[int, int]) -> Tensor:
-        """Sigmoid scores of some classes (c, *size): averaged where windows overlap, lowered by the offset, resized."""
-        logits, device = self.logits[:, classes], self.logits.device
+    def words(self, classes: Collection[int] | None = None) -> list[int]:
+        """The words of some classes (None: of all)."""
+        owners = range(self.logits.shape[1]) if self.owners is None else self.owners
+        return [i for i, owner in enumerate(owners) if classes is None or owner in classes]
+
+    def scores(self, words: slice | list[int], size: tuple[int, int]) -> Tensor:
+        """Sigmoid scores of some words (w, *size): averaged where windows overlap, lowered by the offset, resized."""
+        logits, device = self.logits[:, words], self.logits.device
         rows, columns = (  # upsampling as two matrix products: several times as fast on a CPU
             interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
         )
@@ -80,25 +88,27 @@ class WindowLogits:
                 total[:, *here] += (rows[:height] @ window @ columns[:width].T).sigmoid_()
                 count[here] += 1
             total /= count
-        total -= self.offset[classes, None, None]
+        total -= self.offset[words, None, None]
         return total if size == self.size else upsample(total[None], size)[0]
 
     def labels(self, size: tuple[int, int], classes_at_once: int | None = None) -> Tensor:
-        """Position of the highest score per pixel: (*size) int64, first of equals."""
+        """The class with the highest score per pixel: (*size) int64, first of equals."""
         return self.best(size, classes_at_once)[1]
 
-    def best(self, size: tuple[int, int], classes_at_once: int | None = None) -> tuple[Tensor, Tensor]:
-        """The highest score per pixel (*size) and its class's position, int64, first of equals.
+    def best(
+        self, size: tuple[int, int], classes_at_once: int | None = None, classes: Collection[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The highest score per pixel (*size) and its class, int64, first of equals; among some classes, or all.
 
-        Classes are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
+        Words are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
         """
-        device = self.logits.device
+        device, words = self.logits.device, self.words(classes)
         if classes_at_once is None:
             classes_at_once = maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
         best = torch.full(size, -torch.inf, device=device)
         labels = torch.zeros(size, dtype=torch.long, device=device)
-        for start in range(0, self.logits.shape[1], classes_at_once):
-            scores = self.scores(slice(start, start + classes_at_once), size)
+        for start in range(0, len(words), classes_at_once):
+            scores = self.scores(words[start : start + classes_at_once], size)
             if len(scores) == 1:
                 labels.masked_fill_(scores[0] > best, start)
                 torch.maximum(best, scores[0], out=best)
@@ -106,7 +116,8 @@ class WindowLogits:
                 value, index = scores.max(dim=0)
                 labels = torch.where(value > best, index + start, labels)
                 best = torch.maximum(best, value)
-        return best, labels
+        owners = words if self.owners is None else [self.owners[word] for word in words]
+        return best, labels if owners == [*range(len(owners))] else torch.tensor(owners, device=device)[labels]
 
 
 def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
@@ -129,12 +140,18 @@ def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
 
 @torch.inference_mode()
 def window_logits(
-    model: SptSeg, images: Tensor, text: Tensor, *, offset: Tensor | None = None, window_batch: int = 4
+    model: SptSeg,
+    images: Tensor,
+    text: Tensor,
+    *,
+    offset: Tensor | None = None,
+    owners: Sequence[int] | None = None,
+    window_batch: int = 4,
 ) -> list[WindowLogits]:
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
-    images (B, 3, H, W) normalised, text (C, E), offset (C,) or None -> one `WindowLogits` per picture. Where memory
-    runs out, the number of windows at a time is halved, with a warning.
+    images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one of these per
+    picture. Where memory runs out, the number of windows at a time is halved, with a warning.
     """
     size = (images.shape[-2], images.shape[-1])
     boxes = windows_of(size, model.config.image_size)
@@ -156,7 +173,7 @@ def window_logits(
     patch_height, patch_width = model.encoder.patch_size
     window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
     offset = torch.zeros(len(text)) if offset is None else offset
-    return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device)) for per_image in logits]
+    return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device), owners) for per_image in logits]
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

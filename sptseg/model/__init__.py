@@ -3,8 +3,8 @@
 # fmt: off
 from sptseg.model import clip, decoder, encoder, ops, readouts
 from sptseg.model.clip import (
-    Clip, OLD_FINGERPRINT, TINY, check_public, data_file, fingerprint, load_clip, new_tiny_clip, run_block,
-    save_tiny_clip,
+    Clip, OLD_FINGERPRINT, TINY, WordTokenizer, check_public, data_file, fingerprint, load_clip, new_tiny_clip,
+    run_block, save_tiny_clip, synonyms,
 )
 from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, SPT_RELEASED, ZEGCLIP, check_values
 from sptseg.model.decoder import HighLowAttention

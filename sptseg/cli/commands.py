@@ -11,17 +11,18 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TextIO
 
 import torch
 import tyro
 
-from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
+from sptseg.checkpoints import import_research, save_model
 from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
-from sptseg.cli.train import Ablate, Train, clip_weights, print_left_out, with_preset
+from sptseg.cli.train import Ablate, Train, print_left_out, with_preset
+from sptseg.cli.which import TRAINING_FREE, Which
 from sptseg.datasets import (
     Data,
     Note,
@@ -33,61 +34,11 @@ from sptseg.datasets import (
     sorted_images,
     where,
 )
-from sptseg.inference import Background, CocoMasks, Precision, at_precision, by_training, evaluate, segment
+from sptseg.inference import Background, CocoMasks, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import DENSE_CLIP, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip, synonyms
+from sptseg.model import TINY, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, write
-from sptseg.training import PretrainConfig, pretrain
-
-UNTRAINED = {"dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
-
-
-@dataclass(frozen=True)
-class Which:
-    """Which model.
-
-    Attributes:
-        model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "untrained"
-            (SPT-SEG with random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or
-            "dense-clip" if `clip` is given.
-        clip: for "dense-clip" and "untrained": "tiny" or an open_clip model, such as ViT-B-16-quickgelu; for a
-            checkpoint only if its CLIP's weights are a file.
-        clip_weights: its weights: an open_clip tag such as openai (downloaded once), a file, or "none" for random ones.
-        readout: for "dense-clip" and "untrained", how CLIP's last block is read: plain, maskclip, sclip, clearclip,
-            naclip or gem (sptseg.read_out says what they are). Default: for "dense-clip" naclip, which has the highest
-            mean over seven data sets in the papers' own tables; plain for the tiny CLIP, whose patches were trained.
-        precision: the type of its weights: "bf16" and "fp16" are faster where the hardware has them, "no" is float32.
-    """
-
-    model: str = ""
-    clip: str = ""
-    clip_weights: str = ""
-    readout: str = ""
-    precision: Precision = "no"
-
-    def load(self) -> SptSeg:
-        return at_precision(self.in_float32(), self.precision)
-
-    def in_float32(self) -> SptSeg:
-        name = self.model or ("dense-clip" if self.clip else "embedded")
-        if self.clip_weights and not self.clip:
-            raise ValueError(f"--clip-weights {self.clip_weights} needs --clip, such as ViT-B-16-quickgelu")
-        if name in UNTRAINED:
-            clip, weights = self.clip or TINY, clip_weights(self.clip or TINY, self.clip_weights)
-            readout: Any = self.readout or (default_readout(clip) if name == "dense-clip" else "plain")
-            size = (128, 128) if clip == TINY else (512, 512)
-            chosen = {"clip": clip, "clip_weights": weights, "readout": readout, "image_size": size}
-            return build_model(replace(UNTRAINED[name], **chosen)).eval()
-        if self.readout:
-            raise ValueError(
-                f"--readout {self.readout} goes with --model dense-clip or untrained; {name} has the one that it was "
-                f"trained with"
-            )
-        if not self.clip:
-            return load_model(name)
-        if name in EMBEDDED:
-            raise ValueError(f"model {name} has its own CLIP: leave out --clip, or take dense-clip or untrained")
-        return load_model(name, load_clip(self.clip, clip_weights(self.clip, self.clip_weights)))
+from sptseg.training import WORDS, PretrainConfig, beside_published, pretrain
 
 
 def evaluate_command(
@@ -116,7 +67,10 @@ def evaluate_command(
     if json_file is not None:
         output_place(json_file)
     dataset, split = data.load("evaluation")
-    model = which.load()
+    if which.model == TRAINING_FREE and data.layout in WORDS and not data.prompts:
+        split = split.with_prompts(WORDS[data.layout])
+        print("words of the usual recipe:", ", ".join(f"{name}={words}" for name, words in split.prompts))
+    model = which.load(data.layout)
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
     across = bool(shown) and {*shown, *new} != set(split.classes)
     seen_offset = 0.0 if across and seen_offset is None else seen_offset
@@ -134,6 +88,9 @@ def evaluate_command(
             f"trained on {found['split']}: mIoU {all_of_them} of all classes, {old} of the {len(found['shown'])} whose "
             f"names training showed masks of, {others} of the others"
         )
+    published = beside_published(model.config, data.layout, by_training(scores, ())["miou"])
+    if published and limit is None:
+        print(published)
     if model.config.clip == TINY and data.data != "scenes":
         print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
     if json_file is not None and is_main_process():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -13,18 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation
-from sptseg.model import ModelConfig, SpectralPrompt, SptSeg, interpolation, maps_at_once, upsample
+from sptseg.model import PROTOCOL_STRIDE, ModelConfig, SpectralPrompt, SptSeg, interpolation, maps_at_once, upsample
 
-STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
 Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
 
 
 def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
     """The protocol's crop and test size for a model, in proportion to its `image_size` (512: into 2048 x 512)."""
-    side = min(config.image_size)
+    side, short = min(config.image_size), config.short_side or min(config.image_size)
     mean, std = (CLIP_MEAN, CLIP_STD) if config.normalization == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
-    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), mean=mean, std=std)
+    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * short, short), mean=mean, std=std)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -34,13 +34,16 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-def windows_of(size: tuple[int, int], window: tuple[int, int]) -> list[Box]:
-    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is."""
+def windows_of(size: tuple[int, int], window: tuple[int, int], stride: float = PROTOCOL_STRIDE) -> list[Box]:
+    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is.
+
+    `stride`: from one to the next, as a share of the window.
+    """
     (height, width), (window_height, window_width) = size, window
     return [
         (top, left, min(window_height, height), min(window_width, width))
-        for top in window_starts(height, window_height, max(1, round(STRIDE_SHARE * window_height)))
-        for left in window_starts(width, window_width, max(1, round(STRIDE_SHARE * window_width)))
+        for top in window_starts(height, window_height, max(1, round(stride * window_height)))
+        for left in window_starts(width, window_width, max(1, round(stride * window_width)))
     ]
 
 
@@ -56,7 +59,7 @@ class WindowLogits:
 
     logits (windows, W, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
     `size`. `offset` (W,) is subtracted from the scores. `owners[i]` is the class of word i, ascending; None: each is a
-    class of its own, so W is C.
+    class of its own, so W is C. `softmax`: scores are not each word's sigmoid, but a softmax over all words.
     """
 
     logits: Tensor
@@ -65,6 +68,8 @@ class WindowLogits:
     size: tuple[int, int]
     offset: Tensor
     owners: Sequence[int] | None = None
+    softmax: bool = False
+    normalisers: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def words(self, classes: Collection[int] | None = None) -> list[int]:
         """The words of some classes (None: of all)."""
@@ -72,23 +77,36 @@ class WindowLogits:
         return [i for i, owner in enumerate(owners) if classes is None or owner in classes]
 
     def scores(self, words: slice | list[int], size: tuple[int, int]) -> Tensor:
-        """Sigmoid scores of some words (w, *size): averaged where windows overlap, lowered by the offset, resized."""
+        """Scores of some words (w, *size): averaged where windows overlap, resized, lowered by the offset.
+
+        A softmax is taken last, of logits that were averaged and resized.
+        """
+        scores = self.averaged(words, size)
+        if self.softmax:
+            if size not in self.normalisers:
+                maps = (self.averaged([word], size)[0] for word in self.words())
+                self.normalisers[size] = reduce(torch.logaddexp, maps)
+            scores = (scores - self.normalisers[size]).exp_()
+        return scores.sub_(self.offset[words, None, None])
+
+    def averaged(self, words: slice | list[int], size: tuple[int, int]) -> Tensor:
+        """Sigmoid scores, or for a softmax the logits, averaged where windows overlap, and resized: (w, *size)."""
+        squash = (lambda maps: maps) if self.softmax else torch.sigmoid_
         logits, device = self.logits[:, words], self.logits.device
         rows, columns = (  # upsampling as two matrix products: several times as fast on a CPU
             interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
         )
         if len(self.boxes) == 1:
             _, _, height, width = self.boxes[0]
-            total = (rows[:height] @ logits[0] @ columns[:width].T).sigmoid_()
+            total = squash(rows[:height] @ logits[0] @ columns[:width].T)
         else:
             total = logits.new_zeros(logits.shape[1], *self.size, dtype=torch.float32)
             count = logits.new_zeros(self.size, dtype=torch.float32)
             for window, (top, left, height, width) in zip(logits, self.boxes, strict=True):
                 here = slice(top, top + height), slice(left, left + width)
-                total[:, *here] += (rows[:height] @ window @ columns[:width].T).sigmoid_()
+                total[:, *here] += squash(rows[:height] @ window @ columns[:width].T)
                 count[here] += 1
             total /= count
-        total -= self.offset[words, None, None]
         return total if size == self.size else upsample(total[None], size)[0]
 
     def labels(self, size: tuple[int, int], classes_at_once: int | None = None) -> Tensor:
@@ -154,7 +172,7 @@ def window_logits(
     picture. Where memory runs out, the number of windows at a time is halved, with a warning.
     """
     size = (images.shape[-2], images.shape[-1])
-    boxes = windows_of(size, model.config.image_size)
+    boxes = windows_of(size, model.config.image_size, model.config.window_stride)
     crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
     parts, done = [], 0
     while done < len(crops):
@@ -173,7 +191,8 @@ def window_logits(
     patch_height, patch_width = model.encoder.patch_size
     window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
     offset = torch.zeros(len(text)) if offset is None else offset
-    return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device), owners) for per_image in logits]
+    softmax, offset = model.config.softmax_scale is not None, offset.to(logits.device)
+    return [WindowLogits(each, boxes, window, size, offset, owners, softmax) for each in logits]
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

@@ -6,7 +6,9 @@ from sptseg.model.clip import (
     Clip, OLD_FINGERPRINT, TINY, WordTokenizer, check_public, data_file, fingerprint, load_clip, new_tiny_clip,
     run_block, save_tiny_clip, synonyms,
 )
-from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, SPT_RELEASED, ZEGCLIP, check_values
+from sptseg.model.config import (
+    DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, PROTOCOL_STRIDE, SPT_RELEASED, ZEGCLIP, check_values,
+)
 from sptseg.model.decoder import HighLowAttention
 from sptseg.model.encoder import PromptedEncoder, SpectralPrompt
 from sptseg.model.ops import (

@@ -11,4 +11,5 @@ from sptseg.training.losses import present_pairs, segmentation_loss
 from sptseg.training.checks import preflight
 from sptseg.training.presets import PRESETS, PresetName, VOC, in_setting
 from sptseg.training.pretraining import PretrainConfig, pretrain
+from sptseg.training.recipe import WORDS, beside_published, training_free
 from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading

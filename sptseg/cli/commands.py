@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import shlex
 import sys
 import warnings
@@ -34,7 +33,7 @@ from sptseg.datasets import (
     sorted_images,
     where,
 )
-from sptseg.inference import Background, CocoMasks, by_training, evaluate, segment
+from sptseg.inference import CocoMasks, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import TINY, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, write
@@ -66,10 +65,10 @@ def evaluate_command(
     """
     if json_file is not None:
         output_place(json_file)
-    dataset, split = data.load("evaluation")
     if which.model == TRAINING_FREE and data.layout in WORDS and not data.prompts:
-        split = split.with_prompts(WORDS[data.layout])
-        print("words of the usual recipe:", ", ".join(f"{name}={words}" for name, words in split.prompts))
+        data = replace(data, prompts=WORDS[data.layout])
+        print(f"words of the usual recipe: {data.prompts}")
+    dataset, split = data.load("evaluation")
     model = which.load(data.layout)
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
     across = bool(shown) and {*shown, *new} != set(split.classes)
@@ -143,9 +142,7 @@ def segment_command(
     output_place(out, folder=not out.suffix)
     model = which.load().to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     told = names(classes)
-    chosen: Background = float(background) if re.fullmatch(r"\d*\.?\d+", background) else background or None
-    options: dict[str, Any] = {"background": "usual" if len(told) == 1 and chosen is None else chosen}
-    options["full_resolution"] = full_resolution
+    chosen = background or ("usual" if len(told) == 1 else None)
     masks, rows, unread = CocoMasks([synonyms(name)[0] for name in told]), [], []
     for i, file in enumerate(files):
         try:
@@ -156,7 +153,7 @@ def segment_command(
             unread.append(str(error))
             print(f"left out: {error}")
             continue
-        result = segment(model, pixels, told, **options)
+        result = segment(model, pixels, told, background=chosen, full_resolution=full_resolution)
         if not rows:
             write(names_json, json.dumps(result.named, indent=1, ensure_ascii=False) + "\n")
             if isinstance(result.background, tuple):

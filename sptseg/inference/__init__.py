@@ -14,4 +14,3 @@ from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (
     Precision, WindowLogits, at_precision, augmentation, pad_to_patches, window_logits, window_starts, windows_of,
 )
-from sptseg.inference.words import Background, USUAL

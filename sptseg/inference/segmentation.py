@@ -97,18 +97,15 @@ class Segmentation:
         picture.save(buffer, "png")
         write(path, buffer.getvalue())
 
-    def token_scores(self) -> np.ndarray:
-        """Mean scores of each of the names, `named`, in each patch that the model saw: (C, h, w) float32 in 0..1."""
+    def save_scores(self, path: str | PathLike[str]) -> None:
+        """Writes an .npz: "scores" (C, h, w), the means in each patch that the model saw, of the C "names"."""
         logits, count = self.logits, len(self.classes) + isinstance(self.background, tuple)
         sides = zip(logits.size, logits.window, logits.logits.shape[-2:], strict=True)
         h, w = (math.ceil(side * tokens / window) for side, window, tokens in sides)
         maps = (logits.best(logits.size, classes=[i])[0].cpu() for i in range(count))
-        return torch.stack([F.adaptive_avg_pool2d(each[None], (h, w))[0] for each in maps]).numpy()
-
-    def save_scores(self, path: str | PathLike[str]) -> None:
-        """Writes `token_scores` and their names as numpy's .npz: "scores" (C, h, w) and "names" (C,)."""
-        buffer, scores = io.BytesIO(), self.token_scores()
-        np.savez_compressed(buffer, scores=scores, names=np.array([*self.named.values()])[: len(scores)])
+        scores = torch.stack([F.adaptive_avg_pool2d(each[None], (h, w))[0] for each in maps]).numpy()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, scores=scores, names=np.array([*self.named.values()])[:count])
         write(path, buffer.getvalue())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from sptseg.datasets import BACKGROUND, names, plain, scenes
@@ -33,12 +34,15 @@ def resolved(background: Background, clip: Clip, texts: Sequence[str]) -> tuple[
 
     `background`: words, in a list or a text with commas; "usual" for those of `usual_background`; or the score, 0..1.
     """
+    if isinstance(background, str):
+        if re.fullmatch(r"[-+]?\d*\.?\d+", background):
+            background = float(background)
+        else:
+            background = usual_background(clip) if plain(background) == USUAL else names(background)
     if background is None or isinstance(background, float | int):
         if background is not None and not 0 <= background <= 1:
-            raise ValueError(f"background is the score {background}; scores, and so what they must reach, are in 0..1")
+            raise ValueError(f"background is the score {background}; wanted one in 0..1, as scores are, or words")
         return background
-    if isinstance(background, str):
-        background = usual_background(clip) if plain(background) == USUAL else names(background)
     taken = {plain(word).casefold() for word in told(texts)[0]}
     left = tuple(word for each in background for word in synonyms(plain(each)) if word.casefold() not in taken)
     if not left:

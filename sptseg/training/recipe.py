@@ -11,15 +11,10 @@ from sptseg.model import DENSE_CLIP, TINY, ModelConfig, ReadOut, default_readout
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # OpenAI's 80
 SHORT_SIDES = {"cityscapes": 560, "coco-stuff": 448}  # all others 336
-WORDS = {  # what SCLIP's evaluation tells CLIP of classes, where these are not their names
-    "voc2012": {
-        "boat": "ship",
-        "dining table": "table",
-        "person": "person|person in shirt|person in jeans|person in dress|person in sweater|person in skirt|"
-        "person in jacket",
-        "potted plant": "pottedplant",
-        "tv monitor": "television monitor|tv monitor|monitor|television|screen",
-    }
+WORDS = {  # what SCLIP's evaluation tells CLIP of classes where it is not their names, as `Data.prompts`
+    "voc2012": "boat=ship, dining table=table, person=person|person in shirt|person in jeans|person in dress|"
+    "person in sweater|person in skirt|person in jacket, potted plant=pottedplant, "
+    "tv monitor=television monitor|tv monitor|monitor|television|screen"
 }
 COLUMNS = {
     "voc2012": "VOC20", "context-otseg": "Context59", "context-cascade": "Context59", "coco-stuff": "COCO-Stuff",
@@ -57,9 +52,8 @@ def training_free(
         normalization="clip",
     )  # fmt: skip
     if clip == TINY:
-        return replace(
-            config, image_size=(128, 128), short_side=192, templates=scenes.TEMPLATES, normalization="imagenet"
-        )
+        own = {"templates": scenes.TEMPLATES, "normalization": DENSE_CLIP.normalization}
+        return replace(config, image_size=DENSE_CLIP.image_size, short_side=192, **own)
     if readout == "clearclip":
         side = 224 if layout == "cityscapes" else 448
         return replace(config, image_size=(side, side), window_stride=224 / side, short_side=448, softmax_scale=50.0)

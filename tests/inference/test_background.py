@@ -76,7 +76,12 @@ def test_words_of_the_background() -> None:
     assert told(["grass|boat", "tree"], ["water"]) == (["grass", "boat", "tree", "water"], [0, 0, 1, 2])
     for given in ("usual", "house, Grass; water|boat"):
         assert sorted(map(str.lower, resolved(given, clip, ["tree|boat"]))) == ["grass", "house", "water"]
-    for given, message in {1.5: "score 1.5; scores", "tree": "no word that is not a class's", "": "no word"}.items():
+    for given, message in {
+        1.5: "score 1.5; wanted",
+        "-.5": "score -0.5",
+        "tree": "no word that is not a class's",
+        "": "no word",
+    }.items():
         with pytest.raises(ValueError, match=message):
             resolved(given, clip, ["tree"])
     for classes in (["grass|", "tree"], ["grass", "tree|grass"], ["none", "tree"]):

@@ -125,6 +125,11 @@ def segment_command(
     if not pictures:
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
+    if out.suffix and len(files) != 1:
+        raise ValueError(
+            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
+            f"{shlex.quote(str(out.with_suffix('')))}"
+        )
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
     results = [out.with_name(f"{out.stem}{e}") if out.suffix else out / f"{f.stem}{e}" for f in files for e in ends]
     coco_json, names_json, areas_csv = (
@@ -134,11 +139,6 @@ def segment_command(
     taken = [path.resolve() for path in (*files, *results, coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
-    if out.suffix and len(files) != 1:
-        raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
-            f"{shlex.quote(str(out.with_suffix('')))}"
-        )
     output_place(out, folder=not out.suffix)
     model = which.load().to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     told = names(classes)

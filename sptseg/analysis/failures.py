@@ -108,10 +108,8 @@ def best_of(logits: WindowLogits, labels: Sequence[int], size: tuple[int, ...]) 
     """Highest score among some classes and which class has it: (H, W) float32 and uint8; -inf without classes."""
     if not labels:
         return np.full(size, -np.inf, np.float32), np.zeros(size, np.uint8)
-    chosen = list(labels)
-    some = replace(logits, logits=logits.logits[:, chosen], offset=logits.offset[chosen])
-    score, position = some.best((size[0], size[1]))
-    return score.cpu().numpy(), np.array(chosen, np.uint8)[position.cpu().numpy()]
+    score, label = logits.best((size[0], size[1]), classes=labels)
+    return score.cpu().numpy(), label.cpu().numpy().astype(np.uint8)
 
 
 def errors_by_direction(confusion: Array, split: Split) -> dict[str, int]:

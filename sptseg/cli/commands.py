@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TextIO
@@ -18,10 +18,11 @@ from typing import Annotated, Any, ClassVar, TextIO
 import torch
 import tyro
 
-from sptseg.checkpoints import EMBEDDED, import_research, load_model, save_model
+from sptseg.checkpoints import import_research, save_model
 from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
-from sptseg.cli.train import Ablate, Train, clip_weights, with_preset
+from sptseg.cli.train import Ablate, Train, with_preset
+from sptseg.cli.which import TRAINING_FREE, Which
 from sptseg.datasets import (
     Data,
     Note,
@@ -33,62 +34,11 @@ from sptseg.datasets import (
     sorted_images,
     where,
 )
-from sptseg.inference import Precision, at_precision, by_training, evaluate, fitted, segment
+from sptseg.inference import CocoMasks, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
-from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, SPT_RELEASED, TINY, SptSeg, build_model, default_readout, load_clip
+from sptseg.model import EMBEDDED_CLIPS, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
-from sptseg.training import PretrainConfig, pretrain, retrieval
-
-UNTRAINED = {"dense-clip": DENSE_CLIP, "untrained": SPT_RELEASED}
-
-
-@dataclass(frozen=True)
-class Which:
-    """Which model.
-
-    Attributes:
-        model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "untrained"
-            (SPT-SEG with random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or
-            "dense-clip" if `clip` is given.
-        clip: for "dense-clip" and "untrained": "tiny", "tiny-plain" (trained by picture and caption alone) or an
-            open_clip model, such as ViT-B-16-quickgelu; for a checkpoint only if its CLIP's weights are a file.
-        clip_weights: its weights: an open_clip tag such as openai (downloaded once), a file, or "none" for random ones.
-        readout: for "dense-clip" and "untrained", how CLIP's last block is read: plain, maskclip, sclip, clearclip,
-            naclip or gem (sptseg.read_out says what they are). Default: for "dense-clip" naclip, which has the highest
-            mean over seven data sets in the papers' own tables; plain for the tiny CLIP, whose patches were trained.
-        precision: the type of its weights: "bf16" and "fp16" are faster where the hardware has them, "no" is float32.
-    """
-
-    model: str = ""
-    clip: str = ""
-    clip_weights: str = ""
-    readout: str = ""
-    precision: Precision = "no"
-
-    def load(self) -> SptSeg:
-        return at_precision(self.in_float32(), self.precision)
-
-    def in_float32(self) -> SptSeg:
-        name = self.model or ("dense-clip" if self.clip else "embedded")
-        if self.clip_weights and not self.clip:
-            raise ValueError(f"--clip-weights {self.clip_weights} needs --clip, such as ViT-B-16-quickgelu")
-        if name in UNTRAINED:
-            clip, weights = self.clip or TINY, clip_weights(self.clip or TINY, self.clip_weights)
-            readout: Any = self.readout or (default_readout(clip) if name == "dense-clip" else "plain")
-            loaded = load_clip(clip, weights)
-            return build_model(
-                fitted(replace(UNTRAINED[name], readout=readout, clip_weights=weights), loaded), loaded
-            ).eval()
-        if self.readout:
-            raise ValueError(
-                f"--readout {self.readout} goes with --model dense-clip or untrained; {name} has the one that it was "
-                f"trained with"
-            )
-        if not self.clip:
-            return load_model(name)
-        if name in EMBEDDED:
-            raise ValueError(f"model {name} has its own CLIP: leave out --clip, or take dense-clip or untrained")
-        return load_model(name, load_clip(self.clip, clip_weights(self.clip, self.clip_weights)))
+from sptseg.training import WORDS, PretrainConfig, beside_published, pretrain, retrieval
 
 
 def evaluate_command(
@@ -114,8 +64,11 @@ def evaluate_command(
     """
     if json_file is not None:
         output_place(json_file)
+    if which.model == TRAINING_FREE and data.layout in WORDS and not data.prompts:
+        data = replace(data, prompts=WORDS[data.layout])
+        print(f"words of the usual recipe: {data.prompts}")
     dataset, split = data.load("evaluation")
-    model = which.load()
+    model = which.load(data.layout)
     shown, new = model.about.get("seen", ()), model.about.get("unseen", ())
     across = bool(shown) and {*shown, *new} != set(split.classes)
     seen_offset = 0.0 if across and seen_offset is None else seen_offset
@@ -131,6 +84,9 @@ def evaluate_command(
             f"trained on {found['split']}: mIoU {all_of_them} of all classes, {old} of the {len(found['shown'])} whose "
             f"names training showed masks of, {others} of the others"
         )
+    published = beside_published(model.config, data.layout, by_training(scores, ())["miou"])
+    if published and limit is None:
+        print(published)
     if model.config.clip in EMBEDDED_CLIPS and data.data != "scenes":
         print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
     if json_file is not None and is_main_process():
@@ -141,59 +97,82 @@ def segment_command(
     pictures: tyro.conf.Positional[tuple[Path, ...]],
     classes: str,
     which: Annotated[Which, tyro.conf.arg(name="")],
+    background: str = "",
     out: Path = Path("segmentation.png"),
     full_resolution: bool = False,
     max_pixels: int | None = None,
 ) -> None:
     """Segments photographs into classes given by name.
 
-    Pictures that cannot be read are left out and named; the exit code is 2 then.
+    Beside each picture with its masks go label PNGs, scores at the model's own resolution (.npz), the names of the
+    labels and all masks as COCO JSON. Pictures that cannot be read are left out and named; the exit code is 2 then.
 
     Args:
         pictures: image files, or folders of them.
-        classes: names, comma-separated: "road, tree, car".
+        classes: names, comma-separated, and other words for the same between bars: "road, tree, car|automobile". A
+            single one is a question of yes or no.
         which: the model.
-        out: the picture to write; for several pictures a folder, which gets overlays, label PNGs and areas.csv.
+        background: what is none of the classes, and gets label 255: words for it, such as "sky, wall"; "usual" for 26
+            words from SCLIP's evaluation (which are printed); or the score that a class must reach, such as 0.3.
+            Without it every pixel gets a class; with a single class it is "usual".
+        out: the picture to write; for several pictures a folder, which gets areas.csv too.
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
         max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
     """
     if not pictures:
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
-    results = [out] if out.suffix else [out / f"{file.stem}{end}" for file in files for end in (".png", "-labels.png")]
-    taken = [path.resolve() for path in (*files, *results)]
-    if len(set(taken)) < len(taken):
-        raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     if out.suffix and len(files) != 1:
         raise ValueError(
             f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
             f"{shlex.quote(str(out.with_suffix('')))}"
         )
+    ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
+    results = [out.with_name(f"{out.stem}{e}") if out.suffix else out / f"{f.stem}{e}" for f in files for e in ends]
+    coco_json, names_json, areas_csv = (
+        out.with_name(f"{out.stem}-{name}") if out.suffix else out / name
+        for name in ("coco.json", "names.json", "areas.csv")
+    )
+    taken = [path.resolve() for path in (*files, *results, coco_json, names_json, areas_csv)]
+    if len(set(taken)) < len(taken):
+        raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     (plots.picture_place if out.suffix else partial(output_place, folder=True))(out)
-    model = which.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    if out.suffix:
-        pixels = as_array(files[0], max_pixels)
-        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
-        result.save(out)
-        print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
-        print(f"wrote {out}")
-        return
-    table, unread = io.StringIO(), []
-    writer = csv.writer(table)
-    writer.writerow(["picture", *names(classes)])
-    for file in files:
+    model = which.load().to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    told = names(classes)
+    chosen = background or ("usual" if len(told) == 1 else None)
+    masks, rows, unread = CocoMasks([synonyms(name)[0] for name in told]), [], []
+    for i, file in enumerate(files):
         try:
             pixels = as_array(file, max_pixels)
         except OSError as error:
+            if out.suffix:
+                raise
             unread.append(str(error))
             print(f"left out: {error}")
             continue
-        result = segment(model, pixels, names(classes), full_resolution=full_resolution)
-        result.save(out / f"{file.stem}.png")
-        result.save_labels(out / f"{file.stem}-labels.png")
-        writer.writerow([file.name, *(f"{share:.4f}" for share in result.areas().values())])
-        print(f"wrote {out / file.stem}.png")
-    write(out / "areas.csv", table.getvalue())
+        result = segment(model, pixels, told, background=chosen, full_resolution=full_resolution)
+        if not rows:
+            write(names_json, json.dumps(result.named, indent=1, ensure_ascii=False) + "\n")
+            if isinstance(result.background, tuple):
+                print(f"none stands for {', '.join(result.background)}")
+        picture, labels, scores = results[i * len(ends) : (i + 1) * len(ends)]
+        result.save(picture)
+        result.save_labels(labels)
+        result.save_scores(scores)
+        masks.add(file.name, result.labels)
+        rows.append({"picture": file.name, **{name: f"{share:.4f}" for name, share in result.areas().items()}})
+        if out.suffix:
+            print("\n".join(f"{share:7.1%}  {name}" for name, share in result.areas().items()))
+        print(f"wrote {picture}")
+    write(coco_json, masks.json())
+    if out.suffix:
+        print(f"wrote beside it {', '.join(each.name for each in (*results[1:], coco_json, names_json))}")
+        return
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]) if rows else ["picture"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write(areas_csv, table.getvalue())
     if unread:
         raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 

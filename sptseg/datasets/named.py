@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from sptseg.datasets import folders as datasets
 from sptseg.datasets.folders import ImageMaskFiles, Sample
-from sptseg.datasets.splits import Split, names
+from sptseg.datasets.splits import Split, names, plain
 
 Stream = Literal["evaluation", "training"]
 Layout = Literal[
@@ -48,7 +48,7 @@ class Data:
         images: how many scenes to draw (data "scenes" only).
         seed: of the scenes.
         unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
-        prompts: other words for CLIP, comma-separated, such as "tv monitor=television".
+        prompts: other words for CLIP, comma-separated, such as "tv monitor=television|screen" (the best counts).
         values: labels that values in the masks' files stand for, comma-separated, such as "255=1,3=ignore".
         reduce_zero_label: the masks count classes from 1: 0 is ignored, 1 stands for label 0, and so on.
         max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
@@ -90,7 +90,8 @@ class Data:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
-            split = split.with_prompts({name.strip(): words.strip() for name, _, words in pairs})
+            told = {plain(name): words.strip() for name, _, words in pairs}
+            split = split.with_prompts({**dict(split.prompts), **told})
         return dataset, split
 
     def value_map(self, split: Split) -> dict[int, int]:

@@ -15,6 +15,11 @@ from sptseg.scenes import CLASSES
 
 IGNORE = 255
 WIDE_IGNORE = 65535
+BACKGROUND = (  # everything else, as SCLIP (Wang et al., ECCV 2024) names it for VOC, and those after it do
+    "sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk", "bed", "building",
+    "cloud", "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "floor", "hill", "rail",
+    "fence",
+)  # fmt: skip
 
 Colour = tuple[int, int, int]
 
@@ -42,7 +47,8 @@ class Split:
     """The classes of a data set and which of them are unseen in training.
 
     `classes[i]` is the name of label value `i`; `unseen` holds label values; 255 is "ignore", see `ignored_label`.
-    `prompts` holds (name, words) pairs: what CLIP is told where it is not the name. Names are made `plain`.
+    `prompts` holds (name, words) pairs: what CLIP is told where it is not the name. Names are made `plain`. A class of
+    several words, "car|automobile", goes by the first.
     """
 
     name: str
@@ -53,8 +59,10 @@ class Split:
     prompts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(map(plain, self.classes)))
-        object.__setattr__(self, "prompts", tuple((plain(name), words) for name, words in self.prompts))
+        several = {plain(each.split("|")[0]): plain(each) for each in self.classes if "|" in each}
+        prompts = several | {plain(name): words for name, words in self.prompts}
+        object.__setattr__(self, "classes", tuple(plain(each.split("|")[0]) for each in self.classes))
+        object.__setattr__(self, "prompts", tuple(prompts.items()))
         count = len(self.classes)
         unsorted = tuple(sorted({*self.unseen} & {*range(count)})) != self.unseen
         blank = [label for label, name in enumerate(self.classes) if not name]
@@ -78,11 +86,11 @@ class Split:
         return cls(name, tuple(classes), (), palette, source).with_unseen(unseen)
 
     def with_prompts(self, prompts: Mapping[str, str]) -> Split:
-        """The same classes, some told to CLIP in other words: {"tv monitor": "television"}."""
+        """The same classes, some told to CLIP in other words: {"tv monitor": "television|screen"}."""
         return replace(self, prompts=tuple(prompts.items()))
 
     def texts(self, labels: Iterable[int] | None = None) -> tuple[str, ...]:
-        """What CLIP is told of some label values (None: of all), in the order given."""
+        """What CLIP is told of some label values (None: of all), in the order given; several words between bars."""
         words = dict(self.prompts)
         return tuple(words.get(name, name) for name in (self.classes if labels is None else self.names(labels)))
 

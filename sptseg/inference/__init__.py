@@ -2,6 +2,7 @@
 
 # fmt: off
 from sptseg.inference import evaluation, metrics
+from sptseg.inference.coco import CocoMasks
 from sptseg.inference.evaluation import (
     by_training, confusion_matrices, evaluate, first_indices, new_accelerator, predictions, summary,
 )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sptseg.datasets import Sample, Split, read_batches, test_transform
 from sptseg.inference.metrics import Scores, SegmentationMetrics, confusion_matrix
 from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
+from sptseg.inference.words import told
 from sptseg.model import SptSeg
 from sptseg.system import ended_helpers
 
@@ -95,9 +96,10 @@ def predictions(
     None takes the model's own. `workers` processes read ahead. A picture that cannot be read raises OSError.
     """
     model.eval()
-    text = model.class_embeddings(split.texts())
-    offset = torch.zeros(len(split.classes))
-    offset[list(split.seen)] = model.config.seen_offset if seen_offset is None else seen_offset
+    words, owners = told(split.texts())
+    text = model.class_embeddings(words)
+    lowered = model.config.seen_offset if seen_offset is None else seen_offset
+    offset = torch.tensor([lowered if owner in split.seen else 0.0 for owner in owners])
     prepared = Prepared(dataset, test_transform(augmentation(model.config)))
     indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
     one_by_one, pin = [[i] for i in indices], model.device.type == "cuda"
@@ -108,7 +110,7 @@ def predictions(
             same = [i for i, (_, image) in enumerate(batch) if image.shape == size]
             stacked = torch.stack([batch[i][1] for i in same])
             with autocast():
-                logits = window_logits(model, stacked, text, offset=offset, window_batch=batch_size)
+                logits = window_logits(model, stacked, text, offset=offset, owners=owners, window_batch=batch_size)
             found |= zip(same, logits, strict=True)
         yield from ((sample, found[i]) for i, (sample, _) in enumerate(batch))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, Note
 from sptseg.model import (
     EMBEDDED_CLIPS,
+    PROTOCOL_STRIDE,
     Clip,
     ModelConfig,
     SpectralPrompt,
@@ -25,7 +28,6 @@ from sptseg.model import (
     upsample,
 )  # fmt: skip
 
-STRIDE_SHARE = 426 / 512  # of the window: the protocol's stride
 SAID_WITHOUT_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # by torch on a CPU, and by CUDA's libraries
 Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
@@ -46,12 +48,12 @@ def fitted(config: ModelConfig, clip: Clip) -> ModelConfig:
 
 def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augmentation:
     """The protocol's crop and test size for a model, in proportion to its `image_size` (512: into 2048 x 512)."""
-    side = min(config.image_size)
+    side, short = min(config.image_size), config.short_side or min(config.image_size)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if config.normalization == "clip":
         about = about_weights(config.clip, config.clip_weights)
         mean, std = about.get("mean", CLIP_MEAN), about.get("std", CLIP_STD)
-    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * side, side), mean=mean, std=std)
+    return Augmentation(crop=side, resize_base=None if full_resolution else (4 * short, short), mean=mean, std=std)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -61,13 +63,16 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-def windows_of(size: tuple[int, int], window: tuple[int, int]) -> list[Box]:
-    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is."""
+def windows_of(size: tuple[int, int], window: tuple[int, int], stride: float = PROTOCOL_STRIDE) -> list[Box]:
+    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is.
+
+    `stride`: from one to the next, as a share of the window.
+    """
     (height, width), (window_height, window_width) = size, window
     return [
         (top, left, min(window_height, height), min(window_width, width))
-        for top in window_starts(height, window_height, max(1, round(STRIDE_SHARE * window_height)))
-        for left in window_starts(width, window_width, max(1, round(STRIDE_SHARE * window_width)))
+        for top in window_starts(height, window_height, max(1, round(stride * window_height)))
+        for left in window_starts(width, window_width, max(1, round(stride * window_width)))
     ]
 
 
@@ -79,10 +84,11 @@ def pad_to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class WindowLogits:
-    """Mask logits of every window at token resolution, from which scores of any class are drawn at any size.
+    """Mask logits of every window at token resolution, from which scores of any word are drawn at any size.
 
-    logits (windows, C, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
-    `size`. `offset` (C,) is subtracted from the scores.
+    logits (windows, W, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
+    `size`. `offset` (W,) is subtracted from the scores. `owners[i]` is the class of word i, ascending; None: each is a
+    class of its own, so W is C. `softmax`: scores are not each word's sigmoid, but a softmax over all words.
     """
 
     logits: Tensor
@@ -90,43 +96,66 @@ class WindowLogits:
     window: tuple[int, int]
     size: tuple[int, int]
     offset: Tensor
+    owners: Sequence[int] | None = None
+    softmax: bool = False
+    normalisers: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def scores(self, classes: slice, size: tuple[int, int]) -> Tensor:
-        """Sigmoid scores of some classes (c, *size): averaged where windows overlap, lowered by the offset, resized."""
-        logits, device = self.logits[:, classes], self.logits.device
+    def words(self, classes: Collection[int] | None = None) -> list[int]:
+        """The words of some classes (None: of all)."""
+        owners = range(self.logits.shape[1]) if self.owners is None else self.owners
+        return [i for i, owner in enumerate(owners) if classes is None or owner in classes]
+
+    def scores(self, words: slice | list[int], size: tuple[int, int]) -> Tensor:
+        """Scores of some words (w, *size): averaged where windows overlap, resized, lowered by the offset.
+
+        A softmax is taken last, of logits that were averaged and resized.
+        """
+        scores = self.averaged(words, size)
+        if self.softmax:
+            if size not in self.normalisers:
+                maps = (self.averaged([word], size)[0] for word in self.words())
+                self.normalisers[size] = reduce(torch.logaddexp, maps)
+            scores = (scores - self.normalisers[size]).exp_()
+        return scores.sub_(self.offset[words, None, None])
+
+    def averaged(self, words: slice | list[int], size: tuple[int, int]) -> Tensor:
+        """Sigmoid scores, or for a softmax the logits, averaged where windows overlap, and resized: (w, *size)."""
+        squash = (lambda maps: maps) if self.softmax else torch.sigmoid_
+        logits, device = self.logits[:, words], self.logits.device
         rows, columns = (  # upsampling as two matrix products: several times as fast on a CPU
             interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
         )
         if len(self.boxes) == 1:
             _, _, height, width = self.boxes[0]
-            total = (rows[:height] @ logits[0] @ columns[:width].T).sigmoid_()
+            total = squash(rows[:height] @ logits[0] @ columns[:width].T)
         else:
             total = logits.new_zeros(logits.shape[1], *self.size, dtype=torch.float32)
             count = logits.new_zeros(self.size, dtype=torch.float32)
             for window, (top, left, height, width) in zip(logits, self.boxes, strict=True):
                 here = slice(top, top + height), slice(left, left + width)
-                total[:, *here] += (rows[:height] @ window @ columns[:width].T).sigmoid_()
+                total[:, *here] += squash(rows[:height] @ window @ columns[:width].T)
                 count[here] += 1
             total /= count
-        total -= self.offset[classes, None, None]
         return total if size == self.size else upsample(total[None], size)[0]
 
     def labels(self, size: tuple[int, int], classes_at_once: int | None = None) -> Tensor:
-        """Position of the highest score per pixel: (*size) int64, first of equals."""
+        """The class with the highest score per pixel: (*size) int64, first of equals."""
         return self.best(size, classes_at_once)[1]
 
-    def best(self, size: tuple[int, int], classes_at_once: int | None = None) -> tuple[Tensor, Tensor]:
-        """The highest score per pixel (*size) and its class's position, int64, first of equals.
+    def best(
+        self, size: tuple[int, int], classes_at_once: int | None = None, classes: Collection[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The highest score per pixel (*size) and its class, int64, first of equals; among some classes, or all.
 
-        Classes are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
+        Words are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
         """
-        device = self.logits.device
+        device, words = self.logits.device, self.words(classes)
         if classes_at_once is None:
             classes_at_once = maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
         best = torch.full(size, -torch.inf, device=device)
         labels = torch.zeros(size, dtype=torch.long, device=device)
-        for start in range(0, self.logits.shape[1], classes_at_once):
-            scores = self.scores(slice(start, start + classes_at_once), size)
+        for start in range(0, len(words), classes_at_once):
+            scores = self.scores(words[start : start + classes_at_once], size)
             if len(scores) == 1:
                 labels.masked_fill_(scores[0] > best, start)
                 torch.maximum(best, scores[0], out=best)
@@ -134,7 +163,8 @@ class WindowLogits:
                 value, index = scores.max(dim=0)
                 labels = torch.where(value > best, index + start, labels)
                 best = torch.maximum(best, value)
-        return best, labels
+        owners = words if self.owners is None else [self.owners[word] for word in words]
+        return best, labels if owners == [*range(len(owners))] else torch.tensor(owners, device=device)[labels]
 
 
 def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
@@ -157,15 +187,21 @@ def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
 
 @torch.inference_mode()
 def window_logits(
-    model: SptSeg, images: Tensor, text: Tensor, *, offset: Tensor | None = None, window_batch: int = 4
+    model: SptSeg,
+    images: Tensor,
+    text: Tensor,
+    *,
+    offset: Tensor | None = None,
+    owners: Sequence[int] | None = None,
+    window_batch: int = 4,
 ) -> list[WindowLogits]:
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
-    images (B, 3, H, W) normalised, text (C, E), offset (C,) or None -> one `WindowLogits` per picture. Where memory
-    runs out, the number of windows at a time is halved, with a warning.
+    images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one of these per
+    picture. Where memory runs out, the number of windows at a time is halved, with a warning.
     """
     size = (images.shape[-2], images.shape[-1])
-    boxes = windows_of(size, model.config.image_size)
+    boxes = windows_of(size, model.config.image_size, model.config.window_stride)
     crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
     parts, done = [], 0
     while done < len(crops):
@@ -184,7 +220,8 @@ def window_logits(
     patch_height, patch_width = model.encoder.patch_size
     window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
     offset = torch.zeros(len(text)) if offset is None else offset
-    return [WindowLogits(per_image, boxes, window, size, offset.to(logits.device)) for per_image in logits]
+    softmax, offset = model.config.softmax_scale is not None, offset.to(logits.device)
+    return [WindowLogits(each, boxes, window, size, offset, owners, softmax) for each in logits]
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

@@ -3,10 +3,12 @@
 # fmt: off
 from sptseg.model import clip, decoder, encoder, ops, readouts
 from sptseg.model.clip import (
-    Clip, EMBEDDED_CLIPS, OLD_FINGERPRINT, TINY, about_weights, check_public, data_file, fingerprint, load_clip,
-    new_tiny_clip, save_tiny_clip,
+    Clip, EMBEDDED_CLIPS, OLD_FINGERPRINT, TINY, WordTokenizer, about_weights, check_public, data_file, fingerprint,
+    load_clip, new_tiny_clip, save_tiny_clip, synonyms,
 )
-from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, SPT_RELEASED, ZEGCLIP, check_values
+from sptseg.model.config import (
+    DENSE_CLIP, EMBEDDED_CONFIG, LossKind, ModelConfig, PROTOCOL_STRIDE, SPT_RELEASED, ZEGCLIP, check_values,
+)
 from sptseg.model.decoder import HighLowAttention
 from sptseg.model.encoder import PromptedEncoder, SpectralPrompt
 from sptseg.model.ops import (

@@ -75,6 +75,11 @@ class WordTokenizer:
         return rows
 
 
+def synonyms(text: str) -> list[str]:
+    """The words for one class, between bars: "car|automobile"."""
+    return [word.strip() for word in text.split("|")]
+
+
 @dataclass(frozen=True)
 class Clip:
     """A CLIP model (open_clip's CLIP or CustomTextCLIP) with its name, weights and tokenizer."""
@@ -94,26 +99,29 @@ class Clip:
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
         """Unit text embeddings (C, E), float32, on the CPU: the templates' unit embeddings averaged, made unit again.
 
-        Source: ZegCLIP (one template for VOC, the average of several for COCO-Stuff).
+        Of a class with several words, "car|automobile", theirs are averaged too. Source: ZegCLIP (one template for VOC,
+        the average of several for COCO-Stuff).
         """
         names, templates = tuple(names), tuple(templates)
         if not names:
             raise ValueError("the list of classes is empty; name at least one class")
-        blank = [i for i, name in enumerate(names) if not name.strip()]
+        words = [synonyms(name) for name in names]
+        blank = [i for i, each in enumerate(words) if not all(each)]
         if blank:
             raise ValueError(f"the class name at position {blank[0]} is blank; give every class a name")
-        read = [" ".join(unicodedata.normalize("NFC", name).casefold().split()) for name in names]  # as tokenizers do
-        duplicates = sorted({name for name, same in zip(names, read, strict=True) if read.count(same) > 1})
+        each = [word for some in words for word in some] if max(map(len, words)) > 1 else names
+        read = [" ".join(unicodedata.normalize("NFC", word).casefold().split()) for word in each]  # as tokenizers do
+        duplicates = sorted({word for word, same in zip(each, read, strict=True) if read.count(same) > 1})
         if duplicates:
             raise ValueError(f"class names given twice: {', '.join(duplicates)}; name each class once")
         key = (names, templates)
         if key not in self.cache:
             device = next(self.model.parameters()).device
-            prompts = [template.format(name) for name in names for template in templates]
+            prompts = [template.format(word) for word in each for template in templates]
             tokens = self.tokenizer(prompts).to(device)
             embedded = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in tokens.split(256)]
-            per_class = torch.cat(embedded).unflatten(0, (len(names), len(templates)))  # (C, templates, E)
-            self.cache[key] = F.normalize(per_class.mean(dim=1), dim=-1).cpu()
+            per_class = torch.cat(embedded).split([len(some) * len(templates) for some in words])
+            self.cache[key] = F.normalize(torch.stack([each.mean(dim=0) for each in per_class]), dim=-1).cpu()
         return self.cache[key].clone()
 
 

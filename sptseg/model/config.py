@@ -13,6 +13,7 @@ from sptseg.model.decoder import Branches, DecoderKind, DecoderStart, Norms
 from sptseg.model.readouts import ReadOut
 
 LossKind = Literal["spt", "zegclip"]
+PROTOCOL_STRIDE = 426 / 512  # of the window
 
 
 def fits(value: object, hint: Any) -> bool:
@@ -49,6 +50,7 @@ def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> N
 RANGES = {  # far beyond use, and far below what no memory holds: configurations also come from strangers' files
     "image_size": (1, 8192), "prompt_tokens": (0, 10_000), "spectral_band": (0, 1), "decoder_layers": (1, 100),
     "decoder_heads": (1, 1024), "decoder_window": (1, 8192), "seen_offset": (-1, 1),
+    "short_side": (1, 8192), "window_stride": (0.05, 1), "softmax_scale": (0, 1000),
 }  # fmt: skip
 
 
@@ -79,6 +81,11 @@ class ModelConfig:
         normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip", those of CLIP's own training;
             CLIPs that saw other ones than OpenAI's or ImageNet's, such as SigLIP, need "clip".
         seen_offset: what evaluation lowers the scores of seen classes by (paper: 0.1 inductive, 0 else).
+        short_side: what test pictures' short side is resized to; None: that of `image_size`, the windows' size.
+        window_stride: from one window to the next, as a share of it.
+        bicubic: whether position embeddings are resized bicubically, as published with read-outs, or bilinearly.
+        softmax_scale: dense CLIP only: the logits are this many times the cosine of patch and text, and scores their
+            softmax over all names, after windows were averaged. None: CLIP's own scale, a softmax at each token.
     """
 
     clip: str = TINY
@@ -106,6 +113,10 @@ class ModelConfig:
     templates: tuple[str, ...] = TEMPLATES
     normalization: Literal["imagenet", "clip"] = "imagenet"
     seen_offset: float = 0.1
+    short_side: int | None = None
+    window_stride: float = PROTOCOL_STRIDE
+    bicubic: bool = False
+    softmax_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_values(self, RANGES)
@@ -114,6 +125,8 @@ class ModelConfig:
                 "readout gem reads the last blocks on a second path, which prompts would not reach; set prompt_tokens "
                 "to 0 and spectral_layers to (), or choose another read-out"
             )
+        if self.softmax_scale is not None and self.trains:
+            raise ValueError("softmax_scale is dense CLIP's, with decoder none and without prompts; leave it out")
         if len(set(self.spectral_layers)) < len(self.spectral_layers):
             raise ValueError(f"spectral_layers is {self.spectral_layers}; wanted each block once")
         if self.spectral_band[0] >= self.spectral_band[1]:

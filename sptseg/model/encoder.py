@@ -66,6 +66,7 @@ class PromptedEncoder(nn.Module):
         class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
             otherwise CLIP's own class token, if it has one.
         readout: how the last block is read, see `sptseg.read_out`; "gem" has no place for prompts.
+        bicubic: resize position embeddings bicubically instead of bilinearly.
     """
 
     prompts: nn.Parameter | None
@@ -83,6 +84,7 @@ class PromptedEncoder(nn.Module):
         spectral_trained: bool = True,
         class_embedding_twice: bool = True,
         readout: ReadOut = "plain",
+        bicubic: bool = False,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -101,6 +103,7 @@ class PromptedEncoder(nn.Module):
             False  # gradient checkpointing: blocks run again in the backward pass instead of being kept
         )
         self.readout: ReadOut = readout
+        self.bicubic = bicubic
         self.prompt_depth = prompt_depth
         self.spectral_layers = frozenset(spectral_layers)
         self.class_embedding_twice = class_embedding_twice
@@ -134,7 +137,7 @@ class PromptedEncoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block (B, P + N, D), P = 1 class token or 0."""
-        return embed(self.visual, images, class_embedding_twice=self.class_embedding_twice)
+        return embed(self.visual, images, class_embedding_twice=self.class_embedding_twice, bicubic=self.bicubic)
 
     def states(self, images: Tensor, *, of_prompts: bool = True) -> Iterator[Tensor]:
         """Tokens after every block: (B, P + K + N, D) while the block has prompts, else (B, P + N, D).

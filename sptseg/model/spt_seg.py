@@ -21,7 +21,7 @@ class SptSeg(nn.Module):
 
     `clip` gives text embeddings (`model.class_embeddings`); it is no part of the trained model. Without a decoder the
     logits are dense CLIP's: those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine
-    times CLIP's logit scale.
+    times CLIP's logit scale; with `config.softmax_scale` that many times the cosine.
     """
 
     def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
@@ -39,6 +39,8 @@ class SptSeg(nn.Module):
             return self.decoder(patches, image, text)
         with torch.autocast(patches.device.type, enabled=False):  # in half precision 1 - 1e-6 is 1: no finite logit
             similarity = torch.einsum("behw,ce->bchw", patches.float(), text.float())
+            if self.config.softmax_scale is not None:
+                return self.config.softmax_scale * similarity
             return (self.clip.model.logit_scale.float().exp() * similarity).softmax(dim=1).logit(eps=1e-6)
 
     def class_embeddings(self, names: list[str] | tuple[str, ...]) -> Tensor:
@@ -82,6 +84,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
         spectral_trained=config.spectral_trained,
         class_embedding_twice=config.class_embedding_twice,
         readout=config.readout,
+        bicubic=config.bicubic,
         dropout=config.dropout,
     )
     decoder = None

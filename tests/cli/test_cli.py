@@ -302,7 +302,8 @@ def test_segment_a_folder(full_resolution: bool, clip: list[str], photos: Path, 
     out, classes = tmp_path / "masks", ["grass", "water", "tree"]
     full = ["--full-resolution"] if full_resolution else []
     main(["segment", str(photos), "--classes", ",".join(classes), "--out", str(out), *clip, *full])
-    assert {f.name for f in out.iterdir()} == {"a.png", "a-labels.png", "b.png", "b-labels.png", "areas.csv"}
+    of_each = {f"{name}{end}" for name in "ab" for end in (".png", "-labels.png", "-scores.npz")}
+    assert {f.name for f in out.iterdir()} == {*of_each, "areas.csv", "coco.json", "names.json"}
     rows = list(csv.reader((out / "areas.csv").read_text().splitlines()))
     assert rows[0] == ["picture", *classes] and [row[0] for row in rows[1:]] == ["a.png", "b.jpg"]
     model = Which(clip="tiny", clip_weights=clip[-1]).load()
@@ -398,6 +399,7 @@ def test_import_writes_a_model_and_names_what_it_left_out(
 
 def test_pretrain_scales_and_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "pretrain", pretrain := Mock())
+    monkeypatch.setattr(cli, "retrieval", lambda _: 0.5)
     main(["pretrain", "--output", str(tmp_path / "x"), "--seed", "3", "--no-dense-losses", "--images", "2000"])
     config, output = pretrain.call_args.args
     assert (config.seed, config.dense_losses, output) == (3, False, tmp_path / "x")

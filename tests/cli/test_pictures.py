@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from sptseg import scenes
+from sptseg.checkpoints.checkpoint import load_model
 from sptseg.cli.commands import main
-from sptseg.datasets.images import open_mask
+from sptseg.datasets.images import Note, open_mask
+from sptseg.inference.segmentation import segment
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, list[str]]:
@@ -60,11 +62,24 @@ def test_every_picture_of_a_folder_is_segmented_or_named(
     assert {f"{name}{end}.png" for name in "abcdef" for end in ("", "-labels")} <= {file.name for file in out.iterdir()}
 
 
-def test_a_single_class_says_what_it_gets(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = run(capsys, "segment", photos / "a.JPG", "--classes", "grass", "--out", tmp_path / "a.png")
-    assert code == 0 and said == [
-        "note: classes: every pixel gets 'grass', as no other is named; commas separate names"
-    ]
+def test_a_single_class_is_a_question_of_yes_or_no(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here of the embedded model, which knows what is drawn; Python says that every pixel gets the class."""
+    image, label = scenes.draw(7, 128)
+    Image.fromarray(image).save(photos / "a.png")
+    name = scenes.CLASSES[np.bincount(label.ravel()).argmax()]
+    main(["segment", str(photos / "a.png"), "--classes", name, "--out", str(tmp_path / "a.png")])
+    assert "none stands for sky, " in capsys.readouterr().out
+    found, true = open_mask(tmp_path / "a-labels.png"), label == scenes.INDEX[name]
+    assert np.mean((found == 0) == true) > 0.9 and ((found == 0) | (found == 255)).all()
+    assert json.loads((tmp_path / "a-names.json").read_text()) == {"0": name, "255": "none"}
+    coco = json.loads((tmp_path / "a-coco.json").read_text())
+    assert [each["area"] for each in coco["annotations"]] == [(found == 0).sum()]
+    main(["segment", str(photos / "a.png"), "--classes", name, "--background", "1", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/areas.csv").read_text().splitlines() == [f"picture,{name},none", "a.png,0.0000,1.0000"]
+    with pytest.warns(Note, match=f"every pixel gets '{name}', as no other is named"):
+        assert not segment(load_model(), image, [name]).labels.any()
 
 
 def test_large_pictures_ask_for_a_flag(

@@ -31,8 +31,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Begun
 
     monkeypatch.setattr(Data, "load", begin)
-    commands = ("load_model", "import_research")
-    places = [f"sptseg.cli.commands.{name}" for name in commands]
+    places = ["sptseg.cli.which.load_model", "sptseg.cli.commands.import_research"]
     places += [
         "sptseg.cli.demo.load_model",
         "sptseg.cli.benchmark.machine",

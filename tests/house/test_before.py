@@ -48,7 +48,7 @@ def test_the_public_names_are_still_there() -> None:
 def test_every_option_is_still_there(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "80")  # one column of panels
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]

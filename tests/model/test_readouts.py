@@ -227,7 +227,7 @@ def test_without_a_trained_model_a_clip_is_read_by_naclip_but_the_tiny_one_plain
     assert Which(model="dense-clip", readout="gem").load().encoder.readout == "gem"
     assert sptseg.load_model("dense-clip", small_clip()).config.readout == "naclip"
     with pytest.raises(
-        ValueError, match="--readout sclip goes with --model dense-clip or untrained; embedded has the one"
+        ValueError, match="--readout sclip goes with --model dense-clip, training-free or untrained; embedded has"
     ):
         Which(readout="sclip").load()
 

@@ -15,7 +15,7 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor
 from torch.testing import assert_close
 
-from sptseg.cli import commands
+from sptseg.cli import which
 from sptseg.datasets import Note
 from sptseg.model.clip import Clip
 from sptseg.model.config import DENSE_CLIP, ModelConfig
@@ -141,9 +141,9 @@ def test_models_of_towers_without_class_token(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_windows_of_the_command_line_are_multiples_of_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "load_clip", lambda *_: small_clip(image_size=28, patch_size=14))
+    monkeypatch.setattr(which, "load_clip", lambda *_: small_clip(image_size=28, patch_size=14))
     with pytest.warns(Note, match="small: it sees windows of 518 x 518 pixels: 512 is no multiple of its patch size"):
-        model = commands.Which(clip="small", clip_weights="none").load()
+        model = which.Which(clip="small", clip_weights="none").load()
     assert (model.config.image_size, model.config.normalization) == ((518, 518), "clip")
 
 

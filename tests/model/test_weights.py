@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import sys
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
+from toys import Intruder
 
 from sptseg.model.clip import load_clip
 from sptseg.model.weights import read_weights
@@ -177,16 +177,6 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 # Files that would run code, or are none
-
-
-class Intruder:
-    """What a malicious file would hold: unpickling it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
 
 
 BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {  # the content, and the reason that is given

@@ -98,14 +98,6 @@ def test_directions_and_pairs_by_hand() -> None:
     assert len(failures.confused_pairs(confusion, FARM, most=99)) == 8, "only pairs that are confused"
 
 
-def test_distance_to_a_border_by_hand() -> None:
-    label = np.zeros((4, 5), np.uint8)
-    label[0, 4] = 1
-    wanted = [[4, 3, 2, 1, 1], [4, 3, 2, 1, 1], [4, 3, 2, 2, 2], [4, 3, 3, 3, 3]]
-    assert failures.border_distance(label, most=9).tolist() == wanted
-    assert failures.border_distance(label, most=3).max() == 3 and (failures.border_distance(0 * label, 5) == 5).all()
-
-
 @settings(max_examples=40, deadline=None)
 @given(MAPS)
 def test_distances_equal_a_search_over_all_pixels(maps: tuple[np.ndarray, np.ndarray]) -> None:

@@ -33,11 +33,6 @@ def test_class_bars_without_unseen_classes_draw() -> None:
     assert figure.axes[1].get_title(loc="left") == "unseen* classes, none"
 
 
-def test_class_bars_refuse_more_models_than_markers() -> None:
-    with pytest.raises(ValueError, match="6 other models; wanted 5 at most"):
-        charts.class_iou_bars({"a": 1.0}, (), "IoU", others={str(i): {"a": 0.5} for i in range(6)})
-
-
 def test_training_curves_show_what_the_history_holds() -> None:
     history = [
         {

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 from PIL import Image
 
 from sptseg.datasets import images, plots
@@ -187,8 +186,3 @@ def test_score_maps_run_from_0_to_1_or_as_told() -> None:
     assert bar.get_ylabel() == "score" and [text.get_text() for text in bar.get_yticklabels()] == ["0", "0.5", "1"]
     plots.score_map(picture, scores, "again", highest=0.3)
     assert picture.images[1].get_clim() == (0, 0.3)
-
-
-def test_seen_and_unseen_colours_differ_in_lightness() -> None:
-    seen, unseen = (np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) for colour in (plots.BLUE, plots.ORANGE))
-    assert abs(seen - unseen) > 0.2

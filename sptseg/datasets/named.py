@@ -30,11 +30,8 @@ NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
     "camvid": lambda root, subset: datasets.camvid(root),
 }
 SUBSETS = {  # for training, for evaluation
-    "folder": ("", ""),
-    "camvid": ("", ""),
-    "voc2012": ("trainaug", "val"),
-    "ade20k": ("training", "validation"),
-}
+    "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,8 @@ CLASSES = (
 )  # fmt: skip
 INDEX = {name: i for i, name in enumerate(CLASSES)}
 TEMPLATES: tuple[str, ...] = (
-    "{}",
-    "a photo of a {}",
-    "a picture of {}",
-    "this is {}",
-    "there is a {}",
-    "a picture with the {}",
-)
+    "{}", "a photo of a {}", "a picture of {}", "this is {}", "there is a {}", "a picture with the {}",
+)  # fmt: skip
 WORDS: tuple[str, ...] = tuple(
     sorted(
         {word for name in CLASSES for word in name.split()}
@@ -53,12 +48,9 @@ HEIGHT = {
     "hedge": 2,
 }  # others: 3, below these
 RAGGED = {
-    "mountain": (20.0, 9.0),
-    "hedge": (7.0, 2.5),
-    "grass": (3.0, 2.0),
-    "wheat field": (4.0, 3.0),
+    "mountain": (20.0, 9.0), "hedge": (7.0, 2.5), "grass": (3.0, 2.0), "wheat field": (4.0, 3.0),
     "gravel": (5.0, 1.5),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

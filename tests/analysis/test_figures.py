@@ -36,15 +36,11 @@ def test_class_bars_without_unseen_classes_draw() -> None:
 def test_training_curves_show_what_the_history_holds() -> None:
     history = [
         {
-            "iteration": i,
-            "focal": 2.0 / i,
-            "dice": 1.0 / i,
-            "total": 3.0 / i,
-            "learning_rate": 1e-4,
+            "iteration": i, "focal": 2.0 / i, "dice": 1.0 / i, "total": 3.0 / i, "learning_rate": 1e-4,
             "images_per_second": 9,
         }
         for i in range(1, 5)
-    ]
+    ]  # fmt: skip
     figure = charts.training_curves(history)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["Loss (weighted terms)", "Learning rate"]
     lines = {str(line.get_label()): line for line in figure.axes[0].lines}

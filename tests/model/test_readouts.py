@@ -27,18 +27,12 @@ from sptseg.model.readouts import OPTIONS, gaussian, read_out
 from sptseg.model.towers import embed
 
 KEYS = {  # of the reference set
-    "vanilla": ("plain", {}),
-    "maskclip": ("maskclip", {}),
-    "maskclip_bare": ("maskclip", {"bare": True}),
-    "sclip": ("sclip", {}),
-    "sclip_bare": ("sclip", {"bare": True}),
-    "clearclip": ("clearclip", {}),
-    "naclip": ("naclip", {}),
-    "naclip_std2": ("naclip", {"sigma": 2.0}),
-    "naclip_vanilla": ("naclip", {"bare": False}),
-    "kk_reduced": ("naclip", {"sigma": None}),
+    "vanilla": ("plain", {}), "maskclip": ("maskclip", {}), "maskclip_bare": ("maskclip", {"bare": True}),
+    "sclip": ("sclip", {}), "sclip_bare": ("sclip", {"bare": True}), "clearclip": ("clearclip", {}),
+    "naclip": ("naclip", {}), "naclip_std2": ("naclip", {"sigma": 2.0}),
+    "naclip_vanilla": ("naclip", {"bare": False}), "kk_reduced": ("naclip", {"sigma": None}),
     "gem_depth3": ("gem", {"blocks": 2}),
-}
+}  # fmt: skip
 OF_LAST_BLOCK = [name for name in OPTIONS if name not in ("plain", "gem")]
 SPLIT = {"clip": "small", "image_size": (32, 32), "dropout": 0.0}
 

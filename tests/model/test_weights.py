@@ -148,10 +148,7 @@ def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) ->
 OTHER: list[tuple[Callable[[dict], object], str]] = [
     (lambda state: state.pop("ln_final.bias"), "ln_final.bias is not there"),
     (lambda state: state.update(head=torch.zeros(2)), "head is nothing that it has"),
-    (
-        lambda state: state.update({"visual.proj": torch.zeros(16, 9)}),
-        r"visual.proj is .*\(16, 9\), wanted \(16, 16",
-    ),
+    (lambda state: state.update({"visual.proj": torch.zeros(16, 9)}), r"visual.proj is .*\(16, 9\), wanted \(16, 16"),
     (lambda state: state.update({"visual.proj": torch.zeros(16, 16).char()}), r"visual.proj is torch.int8"),
     (lambda state: state.update({"vision_model.x.q_proj.bias": torch.zeros(1)}), "k_proj.bias' is not there"),
     (lambda state: state.clear(), "is not there"),

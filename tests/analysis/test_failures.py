@@ -119,8 +119,6 @@ def test_scores_by_distance_by_hand() -> None:
     assert table.miou_seen.tolist() == pytest.approx([(0 + 1 / 2) / 2, 1, (1 + 1 / 2) / 2])
     assert table.miou_unseen.tolist() == pytest.approx([np.nan, np.nan, 0], nan_ok=True)
     assert list(failures.by_distance(found).index) == ["1", "2", "3–4", "5–8", "9–16", "17+"]
-    with pytest.raises(ValueError, match="wanted 1 first"):
-        failures.by_distance(found, starts=(0, 2))
 
 
 def test_regions_and_sizes_by_hand() -> None:

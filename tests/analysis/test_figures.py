@@ -68,11 +68,6 @@ def test_long_histories_are_drawn_as_block_means() -> None:
     assert y[:2] == pytest.approx([0.5, 0.5]) and x[0] == 2.5
 
 
-def test_training_curves_refuse_an_empty_history() -> None:
-    with pytest.raises(ValueError, match="history is empty"):
-        charts.training_curves([])
-
-
 def test_label_values_are_written_into_their_pixels() -> None:
     figure = plots.Plot(2, 2)
     charts.show_label_values(figure.subplots(), np.array([[0, 2], [255, 1]]), PALETTE, "labels")

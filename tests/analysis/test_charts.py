@@ -72,14 +72,6 @@ def test_filter_curves_draw_means_and_percentiles() -> None:
     assert area.min() == 0.1 and area.max() == 0.4
 
 
-def test_prompt_energy_hatches_blocks_that_do_not_use_it() -> None:
-    effects = pd.DataFrame({"used": [False, True], "energy": [0.01, 0.02], "alignment": 0.0})
-    (ax,) = charts.prompt_energy(effects, "Title").axes
-    bars: Any = ax.patches
-    assert {(bar.get_center()[0], bar.get_height(), bar.get_hatch()) for bar in bars} == {(0, 1, "///"), (1, 2, None)}
-    assert sorted(words(ax.texts)) == ["1.0 %", "2.0 %"]
-
-
 def test_small_maps_show_their_values_on_one_scale() -> None:
     figure = charts.wave_maps({"a": np.array([[1.0, -3.0]]), "b": np.array([[0.5, 0.25]])}, "Title", "value")
     first, second, _ = figure.axes
@@ -99,15 +91,6 @@ def test_bars_and_intervals_stand_in_their_order_with_their_values() -> None:
     ends, dot = right.lines
     assert points(ends) == np.array([[40, 0], [70, 0]]) and points(dot) == np.array([[50, 0]])
     assert words(right.texts) == ["50.0"]
-
-
-def test_lines_over_names_and_over_numbers() -> None:
-    left, right = plots.Plot(6, 2).subplots(1, 2)
-    charts.lines(left, pd.Index(["1", "2+"]), {"a": [0.5, 0.6], "b": [0.1, 0.2]}, "x", "%", "Title")
-    assert points(left.lines[1]) == np.array([[0, 10], [1, 20]]) and len(looks(left)) == 2
-    assert words(left.get_xticklabels()) == ["1", "2+"]
-    charts.lines(right, [-0.1, 0.4], {"a": [0.5, 0.6]}, "x", "%", "Title")
-    assert points(right.lines[0]) == np.array([[-0.1, 50], [0.4, 60]]) and right.get_legend() is None
 
 
 def test_the_scatter_names_the_lowest_classes_and_leaves_absent_ones_out() -> None:

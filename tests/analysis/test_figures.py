@@ -68,16 +68,6 @@ def test_long_histories_are_drawn_as_block_means() -> None:
     assert y[:2] == pytest.approx([0.5, 0.5]) and x[0] == 2.5
 
 
-def test_label_values_are_written_into_their_pixels() -> None:
-    figure = plots.Plot(2, 2)
-    charts.show_label_values(figure.subplots(), np.array([[0, 2], [255, 1]]), PALETTE, "labels")
-    (ax,) = figure.axes
-    assert {(t.get_text(), *t.get_position()) for t in ax.texts} == {
-        ("0", 0, 0), ("2", 1, 0), ("255", 0, 1), ("1", 1, 1),
-    }  # fmt: skip
-    assert (np.array(ax.images[0].get_array())[1, 0] == 255).all()
-
-
 def test_seed_dots_have_a_marker_per_seed_and_a_bar_at_the_mean() -> None:
     figure = charts.seed_dots({"hIoU": {"a": [1.0, 3.0], "b": [5.0]}}, "hIoU (%)", "two", zero=True)
     (ax,) = figure.axes
@@ -91,13 +81,6 @@ def test_seed_dots_have_a_marker_per_seed_and_a_bar_at_the_mean() -> None:
     assert bars == [[2, 2], [5, 5]]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seed 0", "seed 1", "mean"]
-
-
-def test_seed_dots_share_row_names_only_if_they_are_the_same() -> None:
-    same = charts.seed_dots({"x": {"a": [1.0]}, "y": {"a": [2.0]}}, "", "")
-    other = charts.seed_dots({"x": {"a": [1.0]}, "y": {"b": [2.0]}}, "", "")
-    names = [[[t.get_text() for t in ax.get_yticklabels()] for ax in figure.axes] for figure in (same, other)]
-    assert names == [[["a"], [""]], [["a"], ["b"]]]
 
 
 def test_seed_dots_refuse_more_seeds_than_markers() -> None:

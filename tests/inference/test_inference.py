@@ -270,8 +270,6 @@ def test_pictures_come_as_arrays_pil_images_and_files(tmp_path: Path) -> None:
     ("image", "message"),
     [
         (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\); wanted uint8 of shape \(height, width, 3\)"),
-        (np.zeros((4, 4), np.uint8), r"uint8 of shape \(4, 4\)"),
-        (np.zeros((4, 4, 4), np.uint8), r"uint8 of shape \(4, 4, 4\)"),
         (np.zeros((3, 4, 4), np.uint8), r"uint8 of shape \(3, 4, 4\)"),
         (np.zeros((0, 4, 3), np.uint8), r"uint8 of shape \(0, 4, 3\)"),
     ],
@@ -285,9 +283,6 @@ def test_other_arrays_are_refused(image: np.ndarray, message: str) -> None:
     ("classes", "message"),
     [
         ("tree", r"classes is the text 'tree'; wanted a list of names, such as \['tree', 'car'\]"),
-        ([], "the list of classes is empty"),
-        (["tree", "water", "tree"], "class names given twice: tree"),
-        (["tree", ""], "the class name at position 1 is blank"),
         (["unicorn"], "does not know 'unicorn' .*it knows the words a, photo, of, grass, water, tree, boat, house"),
     ],
 )

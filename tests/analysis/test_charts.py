@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from sptseg.analysis import charts
-from sptseg.analysis.spectra import OCTAVES, RadialPower
+from sptseg.analysis.spectra import RadialPower
 from sptseg.datasets import plots
 from sptseg.datasets.splits import Split
 from sptseg.inference.metrics import Change
@@ -29,11 +29,6 @@ def words(texts: Any) -> list[str]:
 def looks(ax: Axes) -> set[tuple[Any, Any]]:
     """How curves are told apart without colour."""
     return {(line.get_linestyle(), line.get_marker()) for line in ax.lines}
-
-
-def test_band_names() -> None:
-    names = [charts.band_name(band) for band in (OCTAVES[0], OCTAVES[3], OCTAVES[-1], (0.1, 0.3))]
-    assert names == ["below 1/64", "1/16 to 1/8", "above 1/4", "1/10 to 0.3"]
 
 
 def test_spectra_are_drawn_up_to_a_half_and_the_law_has_its_slope() -> None:

@@ -9,7 +9,6 @@ import io
 import json
 import pickle
 import struct
-import unicodedata
 import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from sptseg.checkpoints.checkpoint import config_from_dict, load_model, read_hea
 from sptseg.cli import which
 from sptseg.cli.commands import main
 from sptseg.datasets import folders, images
-from sptseg.datasets.splits import Split
 from sptseg.inference.evaluation import evaluate
 from sptseg.inference.segmentation import segment
 from sptseg.model.clip import new_tiny_clip
@@ -158,21 +156,6 @@ def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
     assert scores.pixel_accuracy == pytest.approx(float((result.labels[32:] == half[32:]).mean()))
     with pytest.raises(ValueError, match="training takes at most 255 classes; split .* has 847"):
         label_table(data.split, "inductive")
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.text(min_size=1, max_size=8), max_size=5))
-def test_names_in_any_script_are_classes_or_refused(names: list[str]) -> None:
-    """A split takes every list of names that are not blank and differ by more than form and blanks, and no other.
-
-    Of several words between bars, the first is the name.
-    """
-    one_form = [" ".join(unicodedata.normalize("NFC", name.split("|")[0]).split()) for name in names]
-    sound = names and len(set(one_form)) == len(names) and all(one_form)
-    try:
-        assert Split.from_names("any", names).classes == tuple(one_form) and sound
-    except ValueError as error:
-        assert not sound and len(str(error).splitlines()) <= 1 + sum(map(len, names))
 
 
 # Pictures

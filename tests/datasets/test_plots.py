@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,20 +19,6 @@ def halves(size: int = 40) -> np.ndarray:
     labels = np.zeros((size, size), np.int64)
     labels[size // 2 :] = 1
     return labels
-
-
-def test_plots_work_without_pyplot_and_torch() -> None:
-    room = Path(plots.__file__).parent
-    code = f"""
-import sys, types
-for name, folder in (("sptseg", {str(room.parent)!r}), ("sptseg.datasets", {str(room)!r})):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [folder]
-from sptseg.datasets import plots
-plots.png_bytes(plots.Plot(1, 1))
-print({{"torch", "matplotlib.pyplot"}} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def test_colourise_looks_up_each_label_or_refuses_it() -> None:

@@ -299,14 +299,6 @@ def segmentation() -> Segmentation:
     return segment(MODEL, picture(40, 50), CLASSES)
 
 
-def test_areas_are_the_shares_of_the_labels_and_an_overlay_shows_them(segmentation: Segmentation) -> None:
-    areas, overlay = segmentation.areas(), segmentation.overlay()
-    assert list(areas) == list(CLASSES) and sum(areas.values()) == pytest.approx(1)
-    assert areas["water"] == pytest.approx(np.mean(segmentation.labels == 1))
-    assert overlay.shape == segmentation.image.shape and overlay.dtype == np.uint8
-    assert not np.array_equal(overlay, segmentation.image)
-
-
 @pytest.mark.parametrize("suffix", ["png", "pdf", "jpg"])
 def test_save_writes_the_figure(segmentation: Segmentation, tmp_path: Path, suffix: str) -> None:
     segmentation.save(tmp_path / f"a.{suffix}")

@@ -133,17 +133,6 @@ def test_both_inverses_take_the_real_part_at_the_edges(grid: ops.Grid) -> None:
         assert_close(torch.autograd.grad(found, given, cotangent), (expected,), atol=1e-5, rtol=0)
 
 
-def test_fourier_filter_has_right_gradients() -> None:
-    """Linear in both arguments: each one's inner product with its gradient is the output's with the cotangent."""
-    features, weight = torch.randn(1, 3, 4, 2, requires_grad=True), random_filter((3, 4)).requires_grad_()
-    output = ops.fourier_filter(features, weight)
-    cotangent = torch.randn_like(output)
-    product = (output * cotangent).sum()
-    by_features, by_weight = torch.autograd.grad(product, (features, weight))
-    assert_close((features * by_features).sum(), product)
-    assert_close((weight.conj() * by_weight).sum().real, product)
-
-
 def test_fourier_filter_stays_in_float32_under_autocast_and_keeps_the_type() -> None:
     features, weight = torch.randn(1, 6, 6, 2), random_filter((6, 6))
     with torch.autocast("cpu", torch.bfloat16):
@@ -181,15 +170,6 @@ def test_low_frequencies_stay_aligned_across_odd_and_even_grids(source: ops.Grid
     )
     assert covered[:2, :2].all()
     assert_close(resampled[covered], expected[covered], atol=1e-5, rtol=0)
-
-
-def test_every_second_frequency_of_a_doubled_grid_is_the_old_filter() -> None:
-    weight = random_filter((6, 10))
-    doubled = ops.resample_filter(weight, (6, 10), (12, 20))
-    assert_close(doubled[::2, ::2], weight, atol=1e-5, rtol=0)
-    between = (weight[:, :-1] + weight[:, 1:]) / 2
-    assert_close(doubled[::2, 1::2], between, atol=1e-5, rtol=0)
-    assert_close(doubled[1::2, ::2], (weight + weight.roll(-1, 0)) / 2, atol=1e-5, rtol=0)
 
 
 def test_a_wave_is_treated_alike_on_both_grids() -> None:

@@ -87,10 +87,7 @@ class PromptedEncoder(nn.Module):
         if not set(spectral_layers) <= set(range(layers)):
             raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has the blocks 0 to {layers - 1}")
         if spectral_layers and self.tower.class_token is None:
-            raise ValueError(
-                f"spectral_layers is {tuple(spectral_layers)}, but this CLIP's image tower has no class token to gate "
-                f"the spectral prompt with; wanted ()"
-            )
+            raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has no class token: wanted ()")
         self.checkpointing = False  # gradient checkpointing: blocks run again in the backward pass, nothing is kept
         self.readout: ReadOut = readout
         self.bicubic = bicubic

@@ -194,9 +194,7 @@ def resize_positions(embedding: Tensor, source: Grid, target: Grid, mode: str = 
     """
     first = embedding.shape[0] - source[0] * source[1]
     if first not in (0, 1):
-        raise ValueError(
-            f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid"
-        )
+        raise ValueError(f"{len(embedding)} positions do not fit a class token and a {source[0]} x {source[1]} grid")
     if source == tuple(target):
         return embedding
     patches = tokens_to_grid(embedding[None, first:], source)

@@ -117,10 +117,8 @@ def check_visual(name: str, visual: object) -> None:
         blocks = ()
     norms = [getattr(block.attn, part, None) for block in blocks for part in ("q_norm", "gate")]
     if not blocks or not {*map(type, blocks)} <= BLOCKS.keys() or not {*map(type, norms)} <= {nn.Identity, type(None)}:
-        raise ValueError(
-            f"the image tower of {name!r} is {type(visual).__name__}, not a {USABLE}; "
-            f"use one of {', '.join(usable_models())}"
-        )
+        kind, usable = type(visual).__name__, ", ".join(usable_models())
+        raise ValueError(f"the image tower of {name!r} is {kind}, not a {USABLE}; use one of {usable}")
 
 
 def grid_of(visual: nn.Module, images: Tensor) -> Grid:

@@ -147,9 +147,7 @@ OTHER += ["token_embedding.weight", "transformer.resblocks.0.ln_1.weight", "text
 def test_another_clip_is_refused_whatever_differs(name: str, saved: tuple[SptSeg, Path], clip: Clip) -> None:
     other = changed_clip(name)
     assert fingerprint(other) != fingerprint(clip) == fingerprint(replace(clip, name="x", weights="y.pt"))
-    with pytest.raises(
-        ValueError, match=r"was trained on another CLIP than this small with weights None; give the one"
-    ):
+    with pytest.raises(ValueError, match=r"was trained on another CLIP than this small with weights None"):
         load_model(saved[1], other)
 
 
@@ -237,9 +235,7 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
 def test_other_files_are_refused(kind: str, saved: tuple[SptSeg, Path], clip: Clip) -> None:
     path = saved[1]
     path.write_bytes(BYTES[kind](path.read_bytes()))
-    with pytest.raises(
-        ValueError, match=r"model.safetensors is no checkpoint of sptseg \(.+\); wanted .* sptseg import"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors is no checkpoint of sptseg \(.+\); wanted"):
         load_model(path, clip)
 
 

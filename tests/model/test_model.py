@@ -199,9 +199,7 @@ def test_a_filter_of_another_grid_and_a_position_embedding_of_another_grid() -> 
 
 
 def test_images_that_patches_do_not_fill_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="images are 32 x 30; both sides must be multiples of the patch size 4 x 4; resize"
-    ):
+    with pytest.raises(ValueError, match="images are 32 x 30; both sides must be multiples of the patch size 4 x 4"):
         new_model()(torch.zeros(1, 3, 32, 30), text_of(1))
 
 
@@ -288,7 +286,7 @@ def test_autocast_does_not_round_the_logits() -> None:
         ({"dropout": 1.0}, "dropout is 1.0; wanted 0 <= dropout < 1"),
         ({"templates": ("a photo",)}, "wanted one or more texts with one {} each"),
         ({"templates": ("a {}", 1)}, r"templates is \('a {}', 1\); wanted tuple\[str, ...\]"),
-        ({"image_size": (32, 30)}, r"image_size is \(32, 30\); small needs .* multiples of its patch size \(4, 4\)"),
+        ({"image_size": (32, 30)}, r"image_size is \(32, 30\); small needs multiples of its patch size \(4, 4\)"),
         ({"image_size": (32, 32, 32)}, r"image_size is \(32, 32, 32\); wanted tuple\[int, int\]"),
         ({"prompt_depth": 3}, "prompt_depth is 3; this CLIP has 3 blocks, so 0 to 2 go"),
         ({"spectral_layers": (0, 3)}, r"spectral_layers is \(0, 3\); this CLIP has the blocks 0 to 2"),

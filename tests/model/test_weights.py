@@ -77,9 +77,7 @@ def test_openais_archive_is_read_without_its_code(model: open_clip.CLIP, tmp_pat
     with pytest.raises(RuntimeError):
         torch.jit.load(str(spoilt))  # which does look at the code
     assert holds("toy-quickgelu", spoilt, state, half=True)
-    with pytest.raises(
-        ValueError, match="ViT-toy.pt were trained with QuickGELU, which 'toy' lacks; use 'toy-quickgelu'"
-    ):
+    with pytest.raises(ValueError, match="toy.pt were trained with QuickGELU, which 'toy' lacks; use 'toy-q"):
         load_clip("toy", str(path))
 
 
@@ -252,7 +250,7 @@ def test_files_that_hold_no_tensors_are_refused_and_not_run(kind: str, suffix: s
     path.write_bytes(content(tmp_path / "intruded"))
     reason = reason if suffix == ".pth" else "."
     with pytest.raises(
-        ValueError, match=rf"model{suffix} cannot be read as a checkpoint of tensors only \(.*{reason}.*\); it is"
+        ValueError, match=rf"model{suffix} cannot be read as a .* tensors only \(.*{reason}.*\)"
     ) as said:
         read_weights(path)
     assert "\n" not in str(said.value) and [file.name for file in tmp_path.iterdir()] == [path.name], "nothing ran"

@@ -146,9 +146,3 @@ def test_a_loss_that_is_not_finite(model: SptSeg, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert "the loss is nan at iteration 1, on noise-" in preflight(model, Bands(), PARK, CONFIG).faults[0]
     assert all(value.isfinite().all() for value in model.trained_state().values())
-
-
-def test_a_model_without_anything_to_train(clip: Clip) -> None:
-    dense = build_model(dataclasses.replace(SMALL, prompt_tokens=0, spectral_layers=(), decoder="none"), clip)
-    (fault,) = preflight(dense, Bands(), PARK, CONFIG).faults
-    assert "this model has nothing to train, as dense CLIP" in fault

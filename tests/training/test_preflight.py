@@ -128,21 +128,9 @@ def test_faulty_files_stop_before_the_batch(model: SptSeg) -> None:
         report.raise_on_fault()
 
 
-def test_a_loss_that_is_not_finite(model: SptSeg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first iteration; in the second, as after gradients that are none. The model stays as it was."""
+def test_a_loss_that_is_not_finite(model: SptSeg) -> None:
     weight = model.encoder.prompt_norm.weight
     with torch.no_grad():
         weight[0] = float("nan")
     assert "the loss is nan at iteration 0, on noise-" in preflight(model, Bands(), PARK, CONFIG).faults[0]
-    assert weight.isnan().sum() == 1
-    with torch.no_grad():
-        weight[0] = 1.0
-    original = torch.optim.AdamW.step
-
-    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
-        self.param_groups[0]["params"][0].grad.fill_(float("nan"))
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    assert "the loss is nan at iteration 1, on noise-" in preflight(model, Bands(), PARK, CONFIG).faults[0]
-    assert all(value.isfinite().all() for value in model.trained_state().values())
+    assert weight.isnan().sum() == 1, "the model stays as it was"

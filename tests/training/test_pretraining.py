@@ -20,7 +20,6 @@ from torch.testing import assert_close
 from sptseg import scenes
 from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model.clip import Clip, WordTokenizer, load_clip
-from sptseg.model.ops import resize_positions
 from sptseg.training import pretraining
 from sptseg.training.pretraining import (
     Pool,
@@ -98,16 +97,6 @@ def test_embed_images_equals_open_clips_own_forward() -> None:
         assert_close(image, expected_image, atol=1e-5, rtol=1e-5)
         assert_close(patches, F.normalize(tokens @ clip.visual.proj, dim=-1), atol=1e-5, rtol=1e-5)
     assert image.shape == (2, 32) and patches.shape == (2, 64, 32)
-
-
-def test_embed_images_on_another_grid_equals_a_clip_of_that_size() -> None:
-    clip, other = small_clip(), small_clip(image_size=20)
-    state = clip.model.state_dict()
-    name = "visual.positional_embedding"
-    state[name] = resize_positions(state[name], (8, 8), (5, 5))
-    other.model.load_state_dict(state)
-    images = torch.randn(2, 3, 20, 20)
-    assert_close(embed_images(clip, images)[1], other.model.encode_image(images, normalize=True))
 
 
 def test_patch_dropout_leaves_out_a_share() -> None:

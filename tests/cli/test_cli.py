@@ -77,15 +77,11 @@ def labelled(tmp_path: Path) -> Path:
 # Help
 
 
-@pytest.mark.parametrize("command", ["", "train", "ablate", *COMMANDS])
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*command.split(), "--help"])
-    assert stopped.value.code == 0
+def test_the_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
     out = capsys.readouterr().out
-    assert f"usage: sptseg {command}".strip() in out
-    for name in {*COMMANDS, "train", "ablate"} if not command else ():
-        assert name.split()[0] in out
+    assert "usage: sptseg" in out and all(name.split()[0] in out for name in {*COMMANDS, "train", "ablate"})
 
 
 # evaluate

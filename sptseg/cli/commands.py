@@ -337,7 +337,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(2) from error
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-
-
-if __name__ == "__main__":
-    main()

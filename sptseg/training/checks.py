@@ -62,11 +62,7 @@ class PreflightReport:
 
 
 def preflight(
-    model: SptSeg,
-    dataset: Dataset[Sample],
-    split: Split,
-    config: TrainConfig,
-    folder: str | Path | None = None,
+    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: str | Path | None = None
 ) -> PreflightReport:
     """Looks for what would spoil a run of `fit` with the same arguments. Model and random generators stay as they are.
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from sptseg.system import ended_helpers, output_place, write
+from sptseg.system import output_place, write
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's folders of the kernel")
 
@@ -114,14 +112,3 @@ def test_only_the_main_process_looks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("sptseg.system.Path.mkdir", fails_with(AssertionError()))
     output_place(tmp_path / "new" / "a.json")
-
-
-def test_helpers_that_end_are_one_sentence_and_other_faults_stay() -> None:
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
-    with (
-        pytest.raises(OSError, match=r"^a helping process ended before its time, [^\n]*; do less$"),
-        ended_helpers("do less"),
-    ):
-        pool.submit(os._exit, 1).result()
-    with pytest.raises(RuntimeError, match="^a fault$"), ended_helpers("do less"):
-        raise RuntimeError("a fault")

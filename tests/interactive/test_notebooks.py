@@ -166,6 +166,8 @@ def test_unknown_and_ill_typed_parameters_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         notebooks.run_notebooks([str(ran[0] / "notebooks" / "01_good.ipynb")], [given])
+    with pytest.raises(ValueError, match="--save keeps outputs of the default parameters only"):
+        notebooks.run_notebooks([], [given], save_outputs=True)
 
 
 def test_parameters_given_as_text_get_the_types_of_their_defaults() -> None:
@@ -199,11 +201,6 @@ def test_notebooks_are_found_by_number_name_and_path(tmp_path: Path, monkeypatch
     for names in ([], ["01"]):
         with pytest.raises(ValueError, match="no folder notebooks/ is here or beside the package"):
             notebooks.find(names)
-
-
-def test_outputs_are_saved_of_default_parameters_only() -> None:
-    with pytest.raises(ValueError, match="--save keeps outputs of the default parameters only"):
-        notebooks.run_notebooks(save_outputs=True, quick=True)
 
 
 # Baselines

@@ -101,7 +101,6 @@ def test_positions_that_do_not_make_up_the_classes_are_refused(seen: list, unsee
 def test_settings_that_do_not_go_are_refused() -> None:
     for changes, message in (
         ({"iterations": 0}, "iterations is 0; wanted 1 to 1000000000"),
-        ({"warmup": -1}, "warmup is -1; wanted 0 to 1000000000"),
         ({"learning_rate": 2.0}, "learning_rate is 2.0; wanted 0 < learning_rate < 1"),
         ({"setting": "zero-shot"}, "setting is 'zero-shot'; choose inductive, transductive or supervised"),
     ):
@@ -112,7 +111,6 @@ def test_settings_that_do_not_go_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resume": True}, "resume and tensorboard need an output folder"),
         ({"config": toy_config(tensorboard=True)}, "resume and tensorboard need an output folder"),
         ({"config": toy_config(validate_every=1)}, "validate_every is set but there is no validation data"),
         ({"config": toy_config(batch_size=5, accumulation=2)}, "batch_size 5 cannot be shared"),

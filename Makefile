@@ -2,12 +2,13 @@
 # make test    the quick tests; make test-all: the slow ones too; make test-browser: the widgets in Chromium
 # make test-gpu: a GPU against the CPU, and its speed; make test-machines: this machine acts as others; make lint: style
 # make notebooks: all notebooks, quick, their figures compared with the recorded ones; make notebooks-full: as committed
+# make book: the README and the notebooks as a site, build/book/index.html, with a search; nothing is run or downloaded
 # make embedded: trains the dense CLIP's models in data/ again; make study: the plain CLIP's, with the study;
 # make ablation: the dense CLIP's table of data/README.md
 PYTHON ?= python3
 SIDE_BY_SIDE = -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-browser test-gpu test-machines lint notebooks notebooks-full embedded study ablation
+.PHONY: demo test test-all test-browser test-gpu test-machines lint notebooks notebooks-full book embedded study ablation
 
 demo: .venv/.installed
 	.venv/bin/sptseg demo
@@ -38,6 +39,10 @@ notebooks: .venv/.installed
 
 notebooks-full: .venv/.installed
 	.venv/bin/sptseg notebooks run --save --jobs 2
+
+book: .venv/.installed
+	.venv/bin/python -m sphinx -q -W --keep-going -c book -d build/book-pages . build/book
+	@echo "The book is build/book/index.html."
 
 embedded: .venv/.installed
 	test -f data/tiny_clip.safetensors || .venv/bin/sptseg pretrain --output data/tiny_clip.safetensors

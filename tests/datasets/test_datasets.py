@@ -284,6 +284,8 @@ def test_camvid_layout(tmp_path: Path) -> None:
     save_image(tmp_path / "images/0001TP_006690.jpg")
     save_mask(tmp_path / "masks/0001TP_006690.png", [[0, 5, 10, 11]] * 3)
     assert label(datasets.camvid(tmp_path)) == [[0, 5, 10, 255]] * 3
+    by_name, _ = Data(str(tmp_path), "camvid", subset="train").load("training")
+    assert label(by_name) == [[0, 5, 10, 255]] * 3, "it has no subsets"
 
 
 @pytest.mark.parametrize("load", [datasets.voc2012, datasets.coco_stuff, datasets.context, datasets.ade20k])

@@ -24,7 +24,7 @@ Layout = Literal[
 DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {
     "voc2012": folders.voc2012, "coco-stuff": folders.coco_stuff, "context-otseg": folders.context,
     "context-cascade": partial(folders.context, unseen="cascade"), "ade20k": folders.ade20k,
-    "cityscapes": folders.cityscapes, "camvid": folders.camvid,
+    "cityscapes": folders.cityscapes, "camvid": lambda root, *_: folders.camvid(root),  # it has no subsets
 }  # fmt: skip
 SUBSETS = {  # for training, for evaluation
     "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),

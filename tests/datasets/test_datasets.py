@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from miniatures import listing
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -33,11 +34,6 @@ def save_mask(path: Path, values: list[list[int]], palette: bool = False) -> Non
     if palette:
         mask.putpalette([channel for k in range(256) for channel in (k, 255 - k, k // 2)])  # makes it mode P
     mask.save(path)
-
-
-def save_list(path: Path, *lines: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
 
 
 def label(dataset: ImageMaskFolder, index: int = 0) -> list[list[int]]:
@@ -189,7 +185,7 @@ def test_class_files_that_would_shift_names_are_refused(tmp_path: Path, content:
 
 
 def test_numbers_in_a_few_names_are_parts_of_them(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("car\n2 wheeler\ndoor, double door\n")
+    listing(tmp_path / "classes.txt", "car", "2 wheeler", "door, double door")
     assert folder_split(tmp_path).classes == ("car", "2 wheeler", "door, double door")
 
 
@@ -248,8 +244,8 @@ def voc(root: Path) -> Path:
     save_mask(root / "SegmentationClass/2007_000002.png", [[2] * 4] * 3, palette=True)
     save_mask(root / "SegmentationClassAug/2007_000001.png", [[3] * 4] * 3)
     save_mask(root / "SegmentationClassAug/2008_000003.png", [[4] * 4] * 3)
-    save_list(root / "ImageSets/Segmentation/train.txt", "2007_000001")
-    save_list(root / "ImageSets/Segmentation/val.txt", "2007_000002")
+    listing(root / "ImageSets/Segmentation/train.txt", "2007_000001")
+    listing(root / "ImageSets/Segmentation/val.txt", "2007_000002")
     return root
 
 
@@ -261,11 +257,11 @@ def test_voc2012_trainaug_in_its_three_list_forms(tmp_path: Path, layout: str) -
     root, names = voc(tmp_path), ("2007_000001", "2008_000003")
     lists = root / "ImageSets/Segmentation"
     if layout == "trainaug.txt":
-        save_list(lists / "trainaug.txt", *names)
+        listing(lists / "trainaug.txt", *names)
     elif layout == "aug.txt":
-        save_list(lists / "aug.txt", names[1])
+        listing(lists / "aug.txt", names[1])
     else:
-        save_list(lists / "trainaug.txt", *(f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png" for n in names))
+        listing(lists / "trainaug.txt", *(f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png" for n in names))
     dataset = datasets.voc2012(root, "trainaug")
     assert dataset.names == names
     assert label(dataset, 0) == VOC_LABEL, "VOC's own mask comes before SBD's"
@@ -288,6 +284,8 @@ def test_camvid_layout(tmp_path: Path) -> None:
     save_image(tmp_path / "images/0001TP_006690.jpg")
     save_mask(tmp_path / "masks/0001TP_006690.png", [[0, 5, 10, 11]] * 3)
     assert label(datasets.camvid(tmp_path)) == [[0, 5, 10, 255]] * 3
+    by_name, _ = Data(str(tmp_path), "camvid", subset="train").load("training")
+    assert label(by_name) == [[0, 5, 10, 255]] * 3, "it has no subsets"
 
 
 @pytest.mark.parametrize("load", [datasets.voc2012, datasets.coco_stuff, datasets.context, datasets.ade20k])

@@ -25,7 +25,6 @@ from sptseg.datasets.transforms import CLIP_MEAN, IMAGENET_MEAN
 from sptseg.datasets.transforms import test_transform as transform_of
 from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (
-    WindowLogits,
     at_precision,
     augmentation,
     pad_to_patches,
@@ -86,16 +85,6 @@ def test_windows_along_an_axis_leave_no_gap_and_end_flush(length: int, window: i
     gaps = [b - a for a, b in itertools.pairwise(starts)]
     assert all(0 < gap <= stride for gap in gaps)
     assert gaps[:-1] == [stride] * len(gaps[:-1])
-
-
-@given(height=sides, width=sides, window=st.tuples(st.integers(1, 40), st.integers(1, 40)))
-def test_windows_cover_every_pixel(height: int, width: int, window: tuple[int, int]) -> None:
-    count = np.zeros((height, width), int)
-    for top, left, h, w in windows_of((height, width), window):
-        assert (h, w) == (min(window[0], height), min(window[1], width))
-        assert top + h <= height and left + w <= width
-        count[top : top + h, left : left + w] += 1
-    assert count.min() >= 1
 
 
 def test_windows_of_the_protocol() -> None:
@@ -207,14 +196,6 @@ def test_the_embedded_model_labels_pictures_alike_in_bfloat16() -> None:
         wide, short = (segment(each, image, names).labels for each in (model, narrow))
         equal.append((wide == short).mean())
     assert np.mean(equal) >= 0.995
-
-
-def test_overlapping_windows_are_averaged_by_hand() -> None:
-    logits = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
-    found = WindowLogits(logits, [(0, 0, 2, 2), (0, 1, 2, 2)], (2, 2), (2, 3), torch.tensor([0.25]))
-    low, high = 0.5, 1 / (1 + np.exp(-2))
-    expected = torch.tensor([low, (low + high) / 2, high]).float() - 0.25
-    assert_close(found.scores(slice(0, 1), (2, 3)), expected.expand(1, 2, 3))
 
 
 @pytest.mark.parametrize(("normalization", "mean"), [("imagenet", IMAGENET_MEAN), ("clip", CLIP_MEAN)])

@@ -100,18 +100,6 @@ def test_every_trained_parameter_gets_a_gradient(
         assert gradient[..., 0].all() and gradient[:, 1:-1, :, 1].all(), "every real and imaginary part of the filter"
 
 
-def test_a_selection_without_tokens_is_dead() -> None:
-    """As in the released code: clamp(cos, 0, 1) lets nothing through, no gradient either; training cannot leave it."""
-    model = new_model()
-    layer: Any = model.decoder.layers[-1]
-    with torch.no_grad():
-        layer.attention.low_projection.bias.fill_(1.0)  # the larger part of every token's Y
-        layer.selection_vector.fill_(-1.0)
-    assert model(torch.randn(2, 3, 32, 32), text_of(3)).count_nonzero() == 0
-    backward(model)
-    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
-
-
 @pytest.mark.parametrize("start", ["random", "dense_clip"])
 @pytest.mark.parametrize("base", [SPT_RELEASED, ZEGCLIP])
 def test_training_changes_all_that_is_trained_and_no_bit_of_clip(base: ModelConfig, start: str) -> None:
@@ -179,23 +167,6 @@ def test_prompts_are_there_up_to_their_depth() -> None:
     for depth, prompted in ((0, 1), (1, 2), (None, 3)):
         states = list(new_model(prompt_depth=depth).encoder.states(torch.randn(1, 3, 16, 24)))
         assert [s.shape[1] for s in states] == [1 + 3 + 24] * prompted + [1 + 24] * (3 - prompted)
-
-
-@torch.no_grad()
-def test_a_filter_of_another_grid_and_a_position_embedding_of_another_grid() -> None:
-    """The filter is made for the crop's 6 x 9 grid, CLIP's positions for 8 x 8, and the image has 5 x 11."""
-    model = new_model(image_size=(24, 36)).eval()
-    assert model.encoder.spectral_prompt.weight.shape == (6, 5, 32, 2)
-    assert model.encoder.spectral_prompt.filter((5, 11)).shape == (5, 6, 32)
-    images = torch.randn(1, 3, 20, 44)
-    assert model(images, text_of(2)).shape == (1, 2, 5, 11)
-    filtered, _ = model.encoder(images)
-    model.encoder.spectral_prompt.weight.zero_()
-    plain, _ = model.encoder(images)
-    assert (filtered - plain).abs().max() > 1e-4
-    without = new_model(spectral_layers=())
-    without.load_state_dict(model.state_dict(), strict=False)
-    assert_close(without.eval().encoder(images)[0], plain)
 
 
 def test_images_that_patches_do_not_fill_are_refused() -> None:

@@ -6,9 +6,9 @@ process, and ratios are medians over the turns. Peak memory is that above what a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
+import runpy
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -63,15 +63,11 @@ QUICK = Sizes(
 PRESETS = (("voc", "context"), ("coco-stuff",))  # with about so many classes as `trained` says
 
 
-def plain_twins() -> ModuleType:
+def plain_twins() -> SimpleNamespace:
     """tests/plain.py of a clone: the model and its losses in plain PyTorch."""
     if not PLAIN.is_file():
         raise ValueError(f"the plain losses to compare with are missing ({PLAIN}); run the loss suite from a clone")
-    spec = importlib.util.spec_from_file_location("plain", PLAIN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(PLAIN)))
 
 
 def unit(*size: int) -> Tensor:
@@ -102,7 +98,7 @@ def to_labels(model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def plain_labels(plain: ModuleType, model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
+def plain_labels(plain: SimpleNamespace, model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
     """A few windows at a time: all maps of 64 would fill a GPU."""
     return [plain.labels(model, part, text) for part in images.split(8)]
 
@@ -191,7 +187,7 @@ class Trainer:
         images, labels = batch or (self.images, self.labels)
         training.step(self.accelerator, self.trainee, self.optimizer, [(images, labels)], self.split, self.config)
 
-    def plain_step(self, plain: ModuleType) -> None:
+    def plain_step(self, plain: SimpleNamespace) -> None:
         """The same in plain PyTorch, float32."""
         self.optimizer.zero_grad()
         logits = plain.mask_logits(self.model, self.images, self.trainee.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,8 +34,6 @@ from sptseg.training.presets import in_setting
 from sptseg.training.state import HALFWAY, identity
 
 FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
-# 97.5 % quantiles of Student's t by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 DENSE_ZEGCLIP = replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0)
 CONFIGURATIONS: dict[str, ModelConfig] = {
     "dense-clip": DENSE_CLIP,
@@ -154,45 +152,3 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
         return "-"
     mean = f"{statistics.mean(known):.1f}"
     return f"{mean} ± {statistics.stdev(known):.1f}" if len(known) > 1 else mean
-
-
-@dataclass(frozen=True)
-class Paired:
-    """What one configuration has more than another, seed by seed, in percentage points.
-
-    `by_class` holds each class's differences in IoU, a value per seed; seeds that only one of the two has are left out.
-    """
-
-    seeds: tuple[int, ...]
-    hiou: tuple[float, ...]
-    miou_seen: tuple[float, ...]
-    miou_unseen: tuple[float, ...]
-    by_class: dict[str, tuple[float, ...]]
-
-
-def paired(results: Sequence[Mapping[str, Any]], name: str, other: str) -> Paired:
-    """Compares two configurations on the seeds that both have: name minus other."""
-    mine, theirs = ({r["seed"]: r["scores"] for r in results if r["name"] == wanted} for wanted in (name, other))
-    seeds = tuple(sorted(mine.keys() & theirs.keys()))
-    if not seeds:
-        raise ValueError(
-            f"{name!r} has the seeds {sorted(mine)} and {other!r} {sorted(theirs)}; wanted a seed that both have"
-        )
-
-    def gain(figure: str) -> tuple[float, ...]:
-        return tuple(100 * (mine[seed][figure] - theirs[seed][figure]) for seed in seeds)
-
-    both = [
-        c for c in mine[seeds[0]]["iou"] if all(s["iou"][c] is not None for r in (mine, theirs) for s in r.values())
-    ]
-    by_class = {c: tuple(100 * (mine[seed]["iou"][c] - theirs[seed]["iou"][c]) for seed in seeds) for c in both}
-    return Paired(seeds, gain("hiou"), gain("miou_seen"), gain("miou_unseen"), by_class)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of a mean: mean ± t sd / sqrt(n), Student's t with n - 1 degrees of freedom."""
-    if len(values) - 1 not in STUDENT_T:
-        raise ValueError(f"mean_interval: {len(values)} values; wanted 2 to {max(STUDENT_T) + 1}")
-    mean = statistics.mean(values)
-    half = STUDENT_T[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return mean - half, mean + half

@@ -63,3 +63,9 @@ def test_the_small_patches_of_a_legend_keep_their_colours(shown: list[Any]) -> N
     lesson.show(figure, "Noise, and three patches.")
     picture = np.asarray(Image.open(io.BytesIO(shown[0].data)).convert("RGB")).astype(int)
     assert np.abs(picture[-5, 8:128:40] - colours).max() < 12
+
+
+def test_the_model_is_drawn_with_its_shapes() -> None:
+    figure = lesson.model_picture(toys.model(), 5, "Title")
+    told = "\n".join(text.get_text() for text in figure.axes[0].texts)
+    print(told)

@@ -35,7 +35,13 @@ from sptseg.model import (
 from sptseg.system import write
 
 FORMAT = "sptseg-1"
-EMBEDDED = {"embedded": "spt_seg.safetensors", "embedded-zegclip": "zegclip.safetensors"}
+EMBEDDED = {  # on the tiny CLIP that is dense, and on the plain one
+    "embedded": "spt_seg.safetensors",
+    "embedded-zegclip": "zegclip.safetensors",
+    "embedded-plain": "plain_naclip.safetensors",
+    "embedded-plain-released": "plain_released.safetensors",
+    "embedded-plain-zegclip": "plain_zegclip.safetensors",
+}
 WEIGHTS_FILE = "model.safetensors"
 
 

@@ -20,7 +20,8 @@ class Which:
     """Which model.
 
     Attributes:
-        model: "embedded" (SPT-SEG on the tiny CLIP), "embedded-zegclip", "dense-clip" (no training), "training-free"
+        model: "embedded" (SPT-SEG on the tiny CLIP, or with `clip` on tiny-plain), "embedded-zegclip", there also
+            "embedded-released", "dense-clip" (no training), "training-free"
             (the same as the read-outs' papers evaluate it: 80 templates, windows of 224), "untrained" (SPT-SEG with
             random prompts and decoder, to try sizes), or a checkpoint's path. Default: "embedded", or "dense-clip" if
             `clip` is given.
@@ -62,6 +63,8 @@ class Which:
             )
         if not self.clip:
             return load_model(name)
+        if self.clip == "tiny-plain" and (own := name.replace("embedded", "embedded-plain")) in EMBEDDED:
+            return load_model(own)
         if name in EMBEDDED:
             raise ValueError(f"model {name} has its own CLIP: leave out --clip, or take dense-clip or training-free")
         return load_model(name, load_clip(self.clip, clip_weights(self.clip, self.clip_weights)))

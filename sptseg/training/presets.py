@@ -79,8 +79,13 @@ CONTEXT = Preset(
     replace(VOC.model, templates=SEVERAL_TEMPLATES),
     replace(VOC.train, iterations=40_000),
 )
+# Best on unseen classes of the plain tiny CLIP (data/README.md, the study); unproven on photographs.
+FROM_NACLIP = replace(EMBEDDED_CONFIG, readout="naclip")
 PRESETS = {
     "embedded": EMBEDDED,
+    "naclip": replace(EMBEDDED, model=replace(FROM_NACLIP, clip="tiny-plain")),
+    "voc-naclip": VOC.with_method(FROM_NACLIP),
+    "coco-stuff-naclip": COCO_STUFF.with_method(FROM_NACLIP),
     "spt": replace(EMBEDDED, model=SPT_RELEASED),
     "zegclip": replace(EMBEDDED, model=ZEGCLIP),
     "voc": VOC,
@@ -91,6 +96,6 @@ PRESETS = {
     "context-zegclip": CONTEXT.with_method(ZEGCLIP),
 }
 PresetName = Literal[
-    "embedded", "spt", "zegclip",
+    "embedded", "spt", "zegclip", "naclip", "voc-naclip", "coco-stuff-naclip",
     "voc", "voc-zegclip", "coco-stuff", "coco-stuff-zegclip", "context", "context-zegclip",
 ]  # fmt: skip

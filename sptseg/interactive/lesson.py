@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 from IPython.display import Image as Picture
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from sptseg.datasets import png_bytes
+from sptseg.datasets import plots, png_bytes
+from sptseg.model import SptSeg
 from sptseg.system import write
 
 
@@ -57,6 +60,63 @@ def _equal(answer: Any, expected: Any) -> bool:
         return np.shape(answer) == np.shape(expected) and np.allclose(answer, expected, rtol=0.01, atol=1e-8)
     except TypeError:
         return answer == expected
+
+
+def model_picture(model: SptSeg, classes: int, title: str) -> Figure:
+    """The whole of an SPT-SEG, from a picture and `classes` names to mask logits, with every tensor's shape.
+
+    Gray is frozen, orange is learned, white is computed. Of many blocks the first two and the last are drawn.
+    """
+    encoder, (height, width) = model.encoder, model.config.image_size
+    prompt, decoder, blocks = encoder.spectral_prompt, model.decoder, len(encoder.tower.blocks)
+    if prompt is None or encoder.prompts is None or decoder is None:
+        raise ValueError("this model lacks prompts, spectral prompts or a decoder; wanted an SPT-SEG, as the embedded")
+    (h, w), (_, count, dim), e = prompt.grid, encoder.prompts.shape, encoder.tower.output_dim
+    figure = plots.Plot(11, 5.6, title)
+    ax = figure.subplots()
+
+    def box(x: float, y: float, text: str, colour: str = "white", wide: float = 1.5, tall: float = 0.8) -> None:
+        style: dict[str, Any] = {"boxstyle": "round,pad=0", "fc": colour, "ec": plots.INK}
+        ax.add_patch(FancyBboxPatch((x - wide / 2, y - tall / 2), wide, tall, **style))
+        ax.text(x, y, text, ha="center", va="center", size=8.5, color=plots.INK)
+
+    def arrow(*ends: tuple[float, float]) -> None:
+        ax.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "-|>", "color": plots.INK, "shrinkA": 0})
+
+    frozen, learned = "#dddddd", "#f7dca8"
+    drawn = [*range(blocks)] if blocks < 5 else [0, 1, blocks - 1]
+    box(0, 4, f"picture\n3 × {height} × {width}")
+    box(2, 4, f"patches and\nclass token c\n{1 + h * w} × {dim}", frozen)
+    for x in range(0, 2 * len(drawn) + 4, 2):
+        arrow((x + 0.75, 4), (x + 1.25, 4))
+    for i, block in enumerate(drawn):
+        box(4 + 2 * i, 4, f"block {block}\n{1 + h * w} × {dim}", frozen)
+        box(4 + 2 * i, 5.4, f"deep prompts\n{count} × {dim}", learned)
+        arrow((4 + 2 * i, 5), (4 + 2 * i, 4.4))
+        if block in encoder.spectral_layers:
+            box(3.9 + 2 * i, 2.85, f"X ← X + S(X, c)\nF: {h} × {w // 2 + 1} × {dim}", learned, 1.85)
+            arrow((3.3 + 2 * i, 3.25), (3.1 + 2 * i, 3.95))
+    end = 4 + 2 * len(drawn)
+    box(end, 4, f"projection\n{dim} → {e}", frozen)
+    box(3.8, 1.5, f"image embedding g: {e}", wide=2.2, tall=0.5)
+    box((6 + end) / 2, 1.5, f"patch embeddings X: {h * w} × {e}  ({h} × {w} tokens)", wide=end - 4.5, tall=0.5)
+    arrow((end, 3.6), (end, 1.75))
+    arrow((end - 0.5, 3.6), (4.4, 1.75))
+    box(0, 0, f"{classes} names,\ntext tower\nT: {classes} × {e}", frozen, tall=0.9)
+    box(3.8, 0, f"queries from T and g\nq: {classes} × {e}", learned, 2.2, 0.9)
+    arrow((0.75, 0), (2.7, 0))
+    arrow((3.8, 1.25), (3.8, 0.45))
+    layers = np.linspace(6.1, end - 2, len(decoder.layers))
+    for i, x in enumerate(layers, start=1):
+        box(x, 0, f"layer {i}\nY: {h * w} × {e}\nA = q·Y: {classes} × {h * w}", learned, 1.6, 0.9)
+        arrow((x, 1.25), (x, 0.45))
+    for left, right in pairwise([4.9, *(x + 0.8 for x in layers)]):
+        arrow((left, 0), (right - 1.6, 0))
+    box(end, 0, f"mask logits\n{classes} × {h} × {w}", tall=0.9)
+    arrow((end - 1.2, 0), (end - 0.75, 0))
+    ax.set(xlim=(-0.9, end + 0.9), ylim=(-0.7, 6))
+    ax.set_axis_off()
+    return figure
 
 
 def write_metrics(output_dir: str | Path, metrics: Mapping[str, float]) -> None:

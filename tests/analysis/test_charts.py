@@ -88,6 +88,15 @@ def test_bars_and_intervals_stand_in_their_order_with_their_values() -> None:
     assert words(right.texts) == ["50.0"]
 
 
+def test_differences_of_a_study_stand_in_points_about_zero() -> None:
+    pair = {"miou_seen": [0.02, -0.01, 0.05], "miou_unseen": [0.1, 0.05, 0.2]}
+    figure = charts.differences({"a part": pair}, "Title")
+    for ax, (value, low, high) in zip(figure.axes, ((2, -1, 5), (10, 5, 20)), strict=True):
+        interval, mark, zero = ax.lines
+        assert points(interval) == np.array([[low, 0], [high, 0]])
+        assert points(mark) == np.array([[value, 0]]) and list(zero.get_xdata()) == [0, 0]
+
+
 def test_the_scatter_names_the_lowest_classes_and_leaves_absent_ones_out() -> None:
     ax = plots.Plot(3, 2).subplots()
     columns = {"unseen": [False, True, False, False], "pictures": [3, 1, 2, 0]}

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
+from toys import toy_model
 
 from sptseg.datasets.plots import Plot
 from sptseg.interactive import lesson
@@ -57,3 +59,16 @@ def test_a_figure_has_its_sentence_beside_it_and_keeps_the_colours_of_a_legend(s
     assert metadata["image/png"]["alt"] == "Noise." and shown[1].data == "*Noise.*"
     picture = np.asarray(Image.open(io.BytesIO(shown[0].data)).convert("RGB")).astype(int)
     assert np.abs(picture[-5, 8:128:40] - colours).max() < 12
+
+
+def test_the_model_is_drawn_with_the_shapes_of_its_own_tensors() -> None:
+    model = toy_model()
+    told = [text.get_text() for text in lesson.model_picture(model, 5, "Title").axes[0].texts]
+    with torch.no_grad():
+        patches, image = model.encoder(torch.zeros(1, 3, *model.config.image_size))
+        logits = model(torch.zeros(1, 3, *model.config.image_size), torch.randn(5, image.shape[1]))
+    for name, tensor in {"patch emb": patches.flatten(2).mT, "image emb": image, "mask logits": logits}.items():
+        (found,) = (each for each in told if each.startswith(name))
+        assert " × ".join(map(str, tensor.shape[1:])) in found
+    with pytest.raises(ValueError, match="lacks prompts, spectral prompts or a decoder"):
+        lesson.model_picture(toy_model(spectral_layers=()), 5, "Title")

@@ -69,23 +69,12 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         part.replace(place)
-        sync_folder(place.parent)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error}); make room, or name another") from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
     return path
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder outlast a power cut, where the system lets one open folders."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def cores() -> int:

@@ -1,7 +1,6 @@
 """The quick tests and the notebooks on other machines, as far as this one can act as them: `make test-machines`.
 
-`python tests/machines.py NAME ... -- ARGUMENTS` takes some of the machines, and hands arguments to pytest instead of
-running the notebooks too. Exit code 1 if any is red.
+`python tests/machines.py NAME ...` takes some of the machines. Exit code 1 if any is red.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-USER = 54_321  # without a name, as in a container
+AS_USER = ("--reuid=54321", "--regid=54321")  # without a name, as in a container
+SMALL_SHM = "mount -t tmpfs -o size=64m tmpfs /dev/shm"
 READS_ALL = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")  # an interpreter in root's home too
 OLD_LIBC = "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX2_Usable,-FMA_Usable"
 
@@ -44,17 +44,8 @@ MACHINES = {
     "no-home": Machine({"HOME": None}),
     "c-locale": Machine({"LC_ALL": "C", "LANG": None}),
     "odd-path": Machine(copy="a clone über uns"),
-    "no-shm": Machine(
-        {},
-        ("unshare", "-m", "sh", "-c", """mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@" """, "sh"),
-        root=True,
-    ),
-    "ordinary-user": Machine(
-        {},
-        ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", *READS_ALL),
-        "clone",
-        root=True,
-    ),
+    "no-shm": Machine({}, ("unshare", "-m", "sh", "-c", f"""{SMALL_SHM} && exec "$@" """, "sh"), root=True),
+    "ordinary-user": Machine({}, ("setpriv", *AS_USER, "--clear-groups", *READS_ALL), "clone", root=True),
 }
 
 
@@ -77,7 +68,7 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def run(machine: Machine, name: str, folder: Path, arguments: Sequence[str]) -> str:
+def run(machine: Machine, name: str, folder: Path) -> str:
     """What came of it: "green", or what was red; the output goes to `folder`/NAME.log."""
     tree = copied(folder / machine.copy) if machine.copy else ROOT
     temporary = folder / "tmp"
@@ -88,7 +79,7 @@ def run(machine: Machine, name: str, folder: Path, arguments: Sequence[str]) -> 
     kept = {key: value for key, value in environment.items() if value is not None}
     spread = ["-n", "2"] if machine.prefix[:1] != ("taskset",) else []
     check = ["sptseg.cli", "notebooks", "check", "--jobs", "2", "--output", str(temporary / "notebooks")]
-    steps = {"tests": ["pytest", "-q", *spread, *arguments]} | ({} if arguments else {"notebooks": check})
+    steps = {"tests": ["pytest", "-q", *spread], "notebooks": check}
     red = []
     with (Path("runs") / "machines" / f"{name}.log").open("w") as log:
         for step, words in steps.items():
@@ -98,13 +89,9 @@ def run(machine: Machine, name: str, folder: Path, arguments: Sequence[str]) -> 
     return f"red: {', '.join(red)}; see {log.name}" if red else "green"
 
 
-def main(given: Sequence[str]) -> int:
-    names = [word for word in given[: given.index("--") if "--" in given else None]]
-    arguments = list(given[given.index("--") + 1 :]) if "--" in given else []
-    unknown = [name for name in names if name not in MACHINES]
-    if unknown:
-        print(f"there is no machine {unknown[0]}; there are {', '.join(MACHINES)}", file=sys.stderr)
-        return 2
+def main(names: Sequence[str]) -> int:
+    if unknown := set(names) - set(MACHINES):
+        raise SystemExit(f"there is no machine {', '.join(unknown)}; there are {', '.join(MACHINES)}")
     Path("runs/machines").mkdir(parents=True, exist_ok=True)
     print("| machine | seconds | |\n|---|---|---|")
     results = []
@@ -112,7 +99,7 @@ def main(given: Sequence[str]) -> int:
         started, why = time.perf_counter(), missing(MACHINES[name])
         with tempfile.TemporaryDirectory() as folder:
             Path(folder).chmod(0o755)
-            results.append(f"not here: {why}" if why else run(MACHINES[name], name, Path(folder), arguments))
+            results.append(f"not here: {why}" if why else run(MACHINES[name], name, Path(folder)))
         print(f"| {name} | {time.perf_counter() - started:.0f} | {results[-1]} |", flush=True)
     return int(any(result.startswith("red") for result in results))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,16 @@ class Toys(Dataset[Sample]):
         colours = COLOURS[label.clamp(max=4)].permute(2, 0, 1)  # (3, H, W)
         image = (colours + noise).clamp(0, 255).to(torch.uint8)
         return {"image": tv_tensors.Image(image), "label": tv_tensors.Mask(label), "name": str(index)}
+
+
+class Intruder:
+    """Would make a folder if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
 
 
 class ActsAt(Toys):

@@ -264,8 +264,6 @@ def class_iou_bars(
 ) -> Figure:
     """A bar per class, the best first, seen and unseen apart; `others` (model: IoU by class) show as markers."""
     others = others or {}
-    if len(others) > len(MARKERS):
-        raise ValueError(f"class_iou_bars: {len(others)} other models; wanted {len(MARKERS)} at most, one marker each")
     dots: list[dict[str, Any]] = [{"marker": marker, **plots.DOT} for marker in MARKERS[: len(others)]]
     best_first = sorted(iou, key=lambda name: -math.inf if math.isnan(iou[name]) else iou[name], reverse=True)
     groups = [[n for n in best_first if n not in unseen], [n for n in best_first if n in unseen]]
@@ -310,8 +308,6 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
 
     More than 400 points of a curve are drawn as their block means.
     """
-    if not history:
-        raise ValueError("training_curves: the history is empty; wanted one mapping per row, such as fit(...).history")
     table = pd.DataFrame(history, columns=["iteration", *(key for curves in CURVES.values() for key in curves)])
     table = table.astype(float).dropna(axis=1, how="all")
     panels = {title: [key for key in curves if key in table] for title, curves in CURVES.items()}

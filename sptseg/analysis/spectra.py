@@ -66,9 +66,7 @@ class RadialPower:
         """
         kept = (self.frequency >= low) & (self.frequency <= high)
         if low <= 0 or kept.sum() < 3:
-            raise ValueError(
-                f"{kept.sum()} rings lie between {low} and {high} cycles per sample; a slope needs at least 3, above 0"
-            )
+            raise ValueError(f"{kept.sum()} rings lie between {low} and {high}; a slope needs at least 3, above 0")
         frequency, power = self.frequency[kept], self.mean().power[kept]
         return float(np.polyfit(np.log(frequency), np.log(power), 1, w=frequency**-0.5)[0])
 

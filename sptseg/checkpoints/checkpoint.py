@@ -103,9 +103,7 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None, *, rev
     path = find_checkpoint(source, revision)
     header, state = read_header(path), load_file(path)
     if header.get("sha256") not in (None, checksum(state)):  # the earliest files have none
-        raise ValueError(
-            f"{path} is damaged: its tensors have another checksum than when it was written; copy it again"
-        )
+        raise ValueError(f"{path} is damaged: its tensors have another checksum than as written; copy it again")
     try:
         model = assembled(header, state, clip)
     except Exception as error:  # there is no list of what a stranger's values may raise, in whichever part reads them
@@ -159,10 +157,8 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
             raise ValueError(f"{path} is a path here, without revisions such as {revision!r}; leave revision out")
         return file
     if not is_hub_id(source) or (path.parent.is_dir() and revision is None):  # mistyped paths are not the Hub's
-        known = ", ".join((*EMBEDDED, "dense-clip"))
-        raise FileNotFoundError(
-            f"there is no checkpoint {file}; wanted {known}, a file, a folder or a Hub id owner/name"
-        )
+        known = ", ".join((*EMBEDDED, "dense-clip", "a file, a folder or a Hub id owner/name"))
+        raise FileNotFoundError(f"there is no checkpoint {file}; wanted {known}")
     try:
         return Path(hf_hub_download(str(source), WEIGHTS_FILE, revision=revision))
     except (OSError, ValueError) as error:  # huggingface_hub's own are of these two kinds

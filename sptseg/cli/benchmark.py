@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -139,14 +139,9 @@ def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
         cases[name := f"plain PyTorch, {count} classes, float32"] = plain
         against[name] = "bare encoder, float32"
     for row in watch.compare("inference", cases, against):
-        yield with_rate(row, "windows_per_second", len(images))
+        yield row.with_rate("windows_per_second", len(images))
     name = f"{sizes.many} classes, picture of {sizes.large} x {sizes.large}, float32, above the weights"
     yield Row("inference", name, peak_gib=peak_memory(large_picture, sizes, device, device=device))
-
-
-def with_rate(row: Row, name: str, count: int) -> Row:
-    assert row.seconds is not None
-    return replace(row, extra={name: count / row.seconds})
 
 
 def drawn_labels(batch: int, side: int, values: list[int]) -> Tensor:
@@ -155,19 +150,15 @@ def drawn_labels(batch: int, side: int, values: list[int]) -> Tensor:
     return F.interpolate(cells.float(), size=(side, side), mode="nearest")[0].long().repeat(batch, 1, 1)
 
 
-def loss_case(sizes: Sizes, present: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mask logits (B, C, h, w) that want a gradient, and labels that hold `present` of the C classes."""
+def loss_and_gradient(who: str, sizes: Sizes, present: int, device: torch.device) -> Work:
+    """The work that computes both, ours or the plain twin's, of labels that hold `present` of the C classes."""
+    segmentation_loss = training.segmentation_loss if who == "our" else plain_twins().segmentation_loss
     torch.manual_seed(0)
     tokens = sizes.side // 16
-    logits = 2 * torch.randn(sizes.loss_batch, sizes.loss_classes, tokens, tokens, device=device)
+    logits = 2 * torch.randn(sizes.loss_batch, sizes.loss_classes, tokens, tokens, device=device)  # (B, C, h, w)
+    logits.requires_grad_()
     values = [i * sizes.loss_classes // present for i in range(present)]
-    return logits.requires_grad_(), drawn_labels(sizes.loss_batch, sizes.side, values).to(device)
-
-
-def loss_and_gradient(who: str, sizes: Sizes, present: int, device: torch.device) -> Work:
-    """The work that computes both, ours or the plain twin's."""
-    segmentation_loss = training.segmentation_loss if who == "our" else plain_twins().segmentation_loss
-    logits, labels = loss_case(sizes, present, device)
+    labels = drawn_labels(sizes.loss_batch, sizes.side, values).to(device)
     return lambda: torch.autograd.grad(segmentation_loss(logits, labels, "spt")["total"], logits)
 
 
@@ -196,9 +187,9 @@ class Trainer:
         self.images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device)
         self.labels = drawn_labels(sizes.batch, sizes.side, list(range(min(8, classes)))).to(device)
 
-    def step(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
-        batch = (self.images, self.labels) if images is None or labels is None else (images, labels)
-        training.step(self.accelerator, self.trainee, self.optimizer, [batch], self.split, self.config)
+    def step(self, *batch: Tensor) -> None:
+        images, labels = batch or (self.images, self.labels)
+        training.step(self.accelerator, self.trainee, self.optimizer, [(images, labels)], self.split, self.config)
 
     def plain_step(self, plain: ModuleType) -> None:
         """The same in plain PyTorch, float32."""
@@ -241,7 +232,7 @@ def training_steps(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     for row in watch.compare("training", cases, dict.fromkeys([*cases][1:], name)):
         if trainer := trainers.get(row.case):
             peak = peak_memory(training_step, sizes, len(trainer.split.classes), device, device=device)
-            row = replace(with_rate(row, "images_per_second", sizes.batch), peak_gib=peak)
+            row = replace(row.with_rate("images_per_second", sizes.batch), peak_gib=peak)
         yield row
     for trainer, presets in zip(trainers.values(), PRESETS, strict=False):
         workers = training.PRESETS["voc"].train.workers
@@ -288,13 +279,7 @@ def widgets(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
     yield from watch.compare("widgets", cases, {})
 
 
-SUITES: dict[str, Callable[[Sizes, Stopwatch], Iterator[Row]]] = {
-    "inference": inference,
-    "training": training_steps,
-    "loss": loss,
-    "data": data,
-    "widgets": widgets,
-}
+SUITES = {"inference": inference, "training": training_steps, "loss": loss, "data": data, "widgets": widgets}
 
 
 def benchmark(

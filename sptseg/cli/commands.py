@@ -23,17 +23,7 @@ from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
 from sptseg.cli.train import Ablate, Train, with_preset
 from sptseg.cli.which import TRAINING_FREE, Which
-from sptseg.datasets import (
-    Data,
-    Note,
-    as_array,
-    check_dataset,
-    names,
-    plots,
-    show_samples,
-    sorted_images,
-    where,
-)
+from sptseg.datasets import Data, Note, as_array, check_dataset, names, plots, show_samples, sorted_images, where
 from sptseg.inference import CocoMasks, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import EMBEDDED_CLIPS, synonyms
@@ -347,7 +337,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(2) from error
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,7 @@ from sptseg.datasets import Scenes, enlarge, plots, png
 from sptseg.inference import Scores, evaluate, segment
 from sptseg.model import EMBEDDED_CONFIG, SptSeg, build_model
 from sptseg.system import output_place, write
-from sptseg.training import EMBEDDED_TRAINING, fit
+from sptseg.training import EMBEDDED_TRAINING, FIGURES, fit
 
 MODELS = {"embedded": "SPT-SEG", "embedded-zegclip": "ZegCLIP", "dense-clip": "dense CLIP"}
 TRAINED = "SPT-SEG, just trained"
@@ -32,7 +32,6 @@ GALLERY, BATCH = 6, 16
 FREE_SEED = 5049  # a scene with a boat beside a tree
 ABSENT = "a big castle"
 FREE_CLASSES = ("a brown boat", "a yellow tree", "blue water", "a wheat field", "gray mountain", "an airplane", ABSENT)
-COLUMNS = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
 HONESTY = (
     "These are figures of {scenes} scenes (seed {seed}), with one training run per model: a few points are chance. "
     "Means and standard deviations over training seeds, on more scenes, are in README.md and data/README.md."
@@ -173,8 +172,8 @@ def percent(value: float) -> str:
 
 def markdown_table(scores: Mapping[str, Scores]) -> str:
     """The summary figures of all models in percent."""
-    lines = [["model (%)", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
-    lines += [[name, *(percent(getattr(of, key)) for key in COLUMNS)] for name, of in scores.items()]
+    lines = [["model (%)", *FIGURES.values()], ["---", *["---:"] * len(FIGURES)]]
+    lines += [[name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -193,6 +192,6 @@ def render_page(
         {name: escape(str(text)) for name, text in texts.items()},
         **{name.replace("-", "_") + "_picture": each.html() for name, each in pictures.items()},
         **{**counts, "gallery": "\n".join(gallery), "gallery_count": len(gallery), "batch": BATCH, "absent": ABSENT},
-        head="".join(f'<th scope="col">{name}</th>' for name in ("model", *COLUMNS.values())),
+        head="".join(f'<th scope="col">{name}</th>' for name in ("model", *FIGURES.values())),
         body=body,
     )

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from sptseg.system import cores, ended_helpers
+from sptseg.system import cores
 
 Work = Callable[[], object]
 HEADER = "| suite | case | seconds | ratio | peak GiB | |\n|---|---|---|---|---|---|"
@@ -37,6 +37,10 @@ class Row:
     ratio: float | None = None
     peak_gib: float | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
+
+    def with_rate(self, name: str, count: int) -> Row:
+        assert self.seconds is not None
+        return replace(self, extra={name: count / self.seconds})
 
     def line(self) -> str:
         """A row of the Markdown table below HEADER."""
@@ -106,7 +110,7 @@ def peak_memory(make: Callable[..., Work], *arguments: Any, device: torch.device
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     context = multiprocessing.get_context("spawn")
-    with ended_helpers("leave this suite out, or make room"), ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak, make, arguments, torch.get_num_threads()).result()
 
 

@@ -143,13 +143,10 @@ class ImageMaskFiles(Dataset[Sample]):
 
 
 class ImageMaskFolder(ImageMaskFiles):
-    """Images and index masks in two folders below `root`, matched by file name without suffix.
+    """Images and index masks in `root`/images and `root`/masks, matched by file name without suffix; masks are PNGs.
 
     split: the classes; None reads them from `root`/classes.txt (see `folder_split`).
-    images: the images' folder.
-    masks: the masks' folder.
     names: only these images (names without suffix), in this order; None: all, sorted.
-    mask_suffix: what follows the image's name in the mask's file name, letter case ignored.
     value_map: label of a mask value; values not named stay as they are.
     Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read.
     """
@@ -159,19 +156,16 @@ class ImageMaskFolder(ImageMaskFiles):
         root: StrPath,
         split: Split | None = None,
         *,
-        images: str = "images",
-        masks: str = "masks",
         names: Sequence[str] | None = None,
-        mask_suffix: str = ".png",
         value_map: Mapping[int, int] | None = None,
         transform: Transform | None = None,
     ) -> None:
         root = Path(root)
-        require(root, {f"{images}/": "the images", f"{masks}/": "the masks"})
+        images, masks = require(root, {"images/": "the images", "masks/": "the masks"})
         split = folder_split(root) if split is None else split
-        image_paths = images_by_name(root / images)
-        wanted, mask_paths = sorted(image_paths) if names is None else names, by_suffix(root / masks, mask_suffix)
-        pairs = paired(wanted, image_paths, mask_paths, root / images, f"{root / masks}/NAME{mask_suffix}")
+        image_paths = images_by_name(images)
+        wanted, mask_paths = sorted(image_paths) if names is None else names, by_suffix(masks, ".png")
+        pairs = paired(wanted, image_paths, mask_paths, images, f"{masks}/NAME.png")
         super().__init__(Files(pairs, np.arange(split.ignore + 1)), split, transform)
         self.map_values(value_map or {})
 

@@ -180,7 +180,7 @@ def require(root: Path, parts: Mapping[str, str]) -> list[Path]:
     }
     missing = [f"{part} ({meaning})" for part, meaning in parts.items() if not found[part]]
     if missing:
-        got = "has no" if root.is_dir() else "does not exist; it lacks"
+        got = "has no" if root.is_dir() else f"{'is no folder' if root.exists() else 'does not exist'}; it lacks"
         inside = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
         raise FileNotFoundError(
             f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}, found "

@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from torch.utils.data import Dataset
 
-from sptseg.datasets import folders as datasets
+from sptseg.datasets import folders
 from sptseg.datasets.folders import ImageMaskFiles, Sample
 from sptseg.datasets.splits import Split, names, plain
 
@@ -20,21 +21,14 @@ Stream = Literal["evaluation", "training"]
 Layout = Literal[
     "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "cityscapes", "camvid"
 ]
-NamedLayouts: dict[str, Callable[[Path, str], Dataset[Sample]]] = {
-    "voc2012": lambda root, subset: datasets.voc2012(root, subset),  # type: ignore[arg-type]
-    "coco-stuff": lambda root, subset: datasets.coco_stuff(root, subset),  # type: ignore[arg-type]
-    "context-otseg": lambda root, subset: datasets.context(root, subset, "otseg"),  # type: ignore[arg-type]
-    "context-cascade": lambda root, subset: datasets.context(root, subset, "cascade"),  # type: ignore[arg-type]
-    "ade20k": lambda root, subset: datasets.ade20k(root, subset),  # type: ignore[arg-type]
-    "cityscapes": lambda root, subset: datasets.cityscapes(root, subset),  # type: ignore[arg-type]
-    "camvid": lambda root, subset: datasets.camvid(root),
-}
+DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {
+    "voc2012": folders.voc2012, "coco-stuff": folders.coco_stuff, "context-otseg": folders.context,
+    "context-cascade": partial(folders.context, unseen="cascade"), "ade20k": folders.ade20k,
+    "cityscapes": folders.cityscapes, "camvid": folders.camvid,
+}  # fmt: skip
 SUBSETS = {  # for training, for evaluation
-    "folder": ("", ""),
-    "camvid": ("", ""),
-    "voc2012": ("trainaug", "val"),
-    "ade20k": ("training", "validation"),
-}
+    "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,11 +66,12 @@ class Data:
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
-            dataset = datasets.Scenes(self.images, self.seed, stream)
+            dataset = folders.Scenes(self.images, self.seed, stream)
         elif self.layout == "folder":
-            dataset = datasets.ImageMaskFolder(self.data)
+            dataset = folders.ImageMaskFolder(self.data)
         else:
-            dataset = NamedLayouts[self.layout](Path(self.data), self.resolved(stream).subset)
+            subset = self.resolved(stream).subset
+            dataset = DATA_SETS[self.layout](Path(self.data), *([subset] if subset else []))
         if isinstance(dataset, ImageMaskFiles) and dataset.found and os.environ.get("RANK", "0") == "0":
             masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
             print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)

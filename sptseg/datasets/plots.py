@@ -96,8 +96,6 @@ def borders(labels: Array, width: int = 1) -> Array:
 
 def overlay(image: Array, labels: Array, palette: Sequence[Colour], alpha: float = 0.55) -> Array:
     """The image (H,W,3) uint8 in grey, tinted by class, with thin dark borders; ignored pixels stay coloured."""
-    if image.shape[:2] != labels.shape:
-        raise ValueError(f"overlay: the image is {image.shape[:2]} and the labels {labels.shape}; wanted equal sizes")
     result, width = image.copy(), max(1, round(min(labels.shape) / 250))
     for top in range(0, len(labels), ROWS_AT_ONCE):
         here = slice(top, top + ROWS_AT_ONCE)
@@ -179,14 +177,13 @@ def gallery(
     palette: Sequence[Colour],
     unseen: Collection[str] = (),
     title: str | None = None,
-    across: int = 4,
 ) -> Figure:
-    """Pictures in rows of at most `across`, and a legend of the classes in them.
+    """Pictures in rows of at most four, and a legend of the classes in them.
 
     A cell is a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None.
     Pictures are reduced to PICTURE_SIDE pixels before anything is computed of them.
     """
-    across = min(across, len(cells))
+    across = min(4, len(cells))
     rows = math.ceil(len(cells) / across)
     ignore = ignored_label(len(names))
     found = present(np.array([ignore]), *(labels for *_, labels in reversed(cells)), ignore=ignore)
@@ -231,9 +228,6 @@ def contact_sheet(
     rows: Sequence[Sequence[Array]], titles: Sequence[str], row_titles: Sequence[str] | None = None, panel: float = 1.9
 ) -> Figure:
     """A grid of pictures; `titles` stand above the columns, `row_titles` beside the rows; `panel` is in inches."""
-    wrong = {len(row) for row in rows} - {len(titles)}
-    if not rows or wrong:
-        raise ValueError(f"contact_sheet: {len(titles)} titles, rows of {sorted(wrong)}; wanted one per column")
     figure = Plot(panel * len(titles) + 0.3 * (row_titles is not None), panel * len(rows) + 0.3)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):

@@ -48,21 +48,6 @@ class Augmentation:
     mean: Statistics = IMAGENET_MEAN
     std: Statistics = IMAGENET_STD
 
-    def __post_init__(self) -> None:
-        long, short = self.resize_base or (1, 1)
-        for field, right, wanted in (
-            ("crop", self.crop >= 1, "at least 1 pixel"),
-            ("resize_base", long >= short >= 1, "(long side, short side) with long >= short >= 1, or None"),
-            ("scale", 0 < self.scale[0] <= self.scale[1], "(smallest, largest) factor with 0 < smallest <= largest"),
-            ("largest_share", 0 < self.largest_share <= 1, "more than 0 and at most 1 (1: any crop)"),
-            ("flip", 0 <= self.flip <= 1, "a probability, 0 to 1"),
-            ("distortion", 0 <= self.distortion <= 1, "a probability, 0 to 1"),
-            ("mean", len(self.mean) == 3, "three numbers: red, green, blue"),
-            ("std", len(self.std) == 3 and min(self.std) > 0, "three positive numbers: red, green, blue"),
-        ):
-            if not right:
-                raise ValueError(f"Augmentation: {field} is {getattr(self, field)}; wanted {wanted}")
-
 
 def fitted_size(
     height: int, width: int, base: tuple[int, int] | None, *, factor: float = 1.0, least_short: int = 1

@@ -8,8 +8,7 @@ from sptseg.inference.evaluation import (
 )
 from sptseg.inference.metrics import (
     Change, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class, ratios,
-    ratios_of_tallies, score_interval, scores, scores_of_tallies,
-    tallies,
+    ratios_of_tallies, score_interval, scores, scores_of_tallies, tallies,
 )
 from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (

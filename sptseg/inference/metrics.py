@@ -55,9 +55,8 @@ def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Te
     """
     label, predicted = torch.as_tensor(label), torch.as_tensor(predicted)
     if predicted.shape != label.shape:
-        raise ValueError(
-            f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}; wanted equal sizes"
-        )
+        got = f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}"
+        raise ValueError(f"{got}; wanted equal sizes")
     kept, classes = label != split.ignore, len(split.classes)
     label, predicted = label[kept].long(), predicted[kept].long()
     check_labels(predicted, split, "the prediction")
@@ -67,11 +66,10 @@ def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Te
 
 def check_labels(values: Tensor, split: Split, name: str) -> None:
     """Refuses values that are no labels of a split; without those that are ignored."""
-    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < len(split.classes):
-        raise ValueError(
-            f"{name} holds values {int(values.min())} to {int(values.max())}; split {split.name!r} has the labels 0 to "
-            f"{len(split.classes) - 1}, and {split.ignore} for ignored pixels"
-        )
+    low, high, last = *(map(int, values.aminmax()) if values.numel() else (0, 0)), len(split.classes) - 1
+    if not 0 <= low <= high <= last:
+        labels = f"split {split.name!r} has the labels 0 to {last}, and {split.ignore} for ignored pixels"
+        raise ValueError(f"{name} holds values {low} to {high}; {labels}")
 
 
 def tallies(confusion: Tensor) -> Tensor:
@@ -163,9 +161,7 @@ def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options:
     takes the options: it tells how much other pictures of the kind would move the figure, nothing of other trainings.
     """
     if before.shape != after.shape:
-        raise ValueError(
-            f"confusions of shape {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures and classes"
-        )
+        raise ValueError(f"confusions {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures")
     kept = torch.eye(before.shape[-1], dtype=torch.float64)[list(classes)]
     merge = torch.cat([kept, 1 - kept.sum(0, keepdim=True)])  # all other classes as one: these have the same IoU
     both = merge @ torch.stack([before, after], dim=1).double() @ merge.T  # (P, 2, k + 1, k + 1)

@@ -244,14 +244,16 @@ def run_all(
             yield path, outcome
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table, and under it what went wrong."""
+def tell(outcomes: Sequence[Outcome]) -> None:
+    """Prints a Markdown table, and under it what went wrong; then the exit code is 1."""
     rows = [
         f"| {o.name} | {o.seconds:.0f} | {o.cells} | {o.held or len(o.figures)} | {o.verdict} |"
         for o in sorted(outcomes, key=lambda o: o.name)
     ]
     wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
-    return "\n".join(["| notebook | seconds | cells | figures | verdict |", "|---|---|---|---|---|", *rows, *wrong])
+    print("| notebook | seconds | cells | figures | verdict |", "|---|---|---|---|---|", *rows, *wrong, sep="\n")
+    if wrong:
+        raise SystemExit(1)
 
 
 def baseline_file(path: Path, full: bool = False) -> Path:
@@ -318,14 +320,11 @@ def run_notebooks(
             except ValueError as error:
                 outcome = replace(outcome, error=str(error))
         outcomes.append(outcome)
-    print(summary(outcomes))
-    if any(outcome.error for outcome in outcomes):
-        raise SystemExit(1)
+    tell(outcomes)
 
 
 def check_notebooks(
     names: Names = (),
-    param: Given = (),
     update: bool = False,
     full: bool = False,
     output: Path = Path("runs/notebooks-check"),
@@ -336,18 +335,15 @@ def check_notebooks(
 
     Args:
         names: numbers (01), names or paths; all by default.
-        param: a parameter of the notebooks, such as another model to compare; may be given several times.
         update: record the figures anew, and print what changed; tolerances that are there stay.
         full: at the default parameters, with baselines of their own in tests/baselines/full.
         output: where each notebook gets a folder.
         timeout: seconds that a cell may take; by default 300, with --full 900.
         jobs: how many to run at a time.
     """
-    if update and param:
-        raise ValueError("--update records figures of the default parameters only; leave out -p")
     output_place(output, folder=True)
     outcomes = []
-    for path, outcome in run_all(find(names), param, output, quick=not full, timeout=timeout, jobs=jobs):
+    for path, outcome in run_all(find(names), (), output, quick=not full, timeout=timeout, jobs=jobs):
         if not outcome.error:
             file = baseline_file(path, full)
             recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -360,6 +356,4 @@ def check_notebooks(
             held = f"{len(recorded.keys() - drift)} of {len(recorded)} held"
             outcome = replace(outcome, drift=tuple(drift.values()), held=held)
         outcomes.append(outcome)
-    print(summary(outcomes))
-    if any(outcome.error or outcome.drift for outcome in outcomes):
-        raise SystemExit(1)
+    tell(outcomes)

@@ -121,10 +121,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self, RANGES)
         if self.readout == "gem" and (self.prompt_tokens or self.spectral_layers):
-            raise ValueError(
-                "readout gem reads the last blocks on a second path, which prompts would not reach; set prompt_tokens "
-                "to 0 and spectral_layers to (), or choose another read-out"
-            )
+            raise ValueError("readout gem goes without prompts: prompt_tokens 0, spectral_layers (); or choose another")
         if self.softmax_scale is not None and self.trains:
             raise ValueError("softmax_scale is dense CLIP's, with decoder none and without prompts; leave it out")
         if len(set(self.spectral_layers)) < len(self.spectral_layers):

@@ -209,9 +209,7 @@ class Decoder(nn.Module):
     g and the text embedding T_c.
 
     Args:
-        kind: "spectral" (SPT-SEG) or "cross_attention" (ZegCLIP).
-        selection: the spectral decoder's top-down selection (paper: on).
-        branches: which of the spectral decoder's branches there are, see `HighLowAttention`.
+        kind, selection, branches: `decoder` and so on of `ModelConfig`.
         start: the first weights: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours):
             queries start as T_c, query updates at zero, ZegCLIP's projections as the identity.
         residual: a spectral layer's output is X + Y T, T starting at zero, instead of Y T (ours).

@@ -16,11 +16,6 @@ from sptseg.model.readouts import OPTIONS, ReadOut, gem, read_block
 from sptseg.model.towers import Tower, embed, embeddings, grid_of, run_block, tower
 
 
-def last(items: Iterator[Tensor]) -> Tensor:
-    """The last item; those before it are not kept."""
-    return deque(items, maxlen=1)[0]
-
-
 class SpectralPrompt(nn.Module):
     """Adds to the patch tokens X (B, H, W, D) a filtered version of them, gated by the class token c (B, 1, 1, D):
 
@@ -59,14 +54,11 @@ class PromptedEncoder(nn.Module):
     Args:
         visual: open_clip's image tower, of L blocks and width D; see `towers`.
         grid: the token grid that the spectral filter is made for.
-        prompt_tokens: K; 0 for none.
         prompt_depth: how many blocks after the first get prompts of their own (paper: L - 1, all of them).
-        spectral_layers: blocks before which the spectral prompt is added (paper: the first two); needs a class token.
-        spectral_band, spectral_trained: see `SpectralPrompt`, and whether F is learned (paper: all of it is).
         class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
             otherwise CLIP's own class token, if it has one.
-        readout: how the last block is read, see `sptseg.read_out`; "gem" has no place for prompts.
-        bicubic: resize position embeddings bicubically instead of bilinearly.
+
+    All others are as in `ModelConfig`.
     """
 
     prompts: nn.Parameter | None
@@ -95,13 +87,8 @@ class PromptedEncoder(nn.Module):
         if not set(spectral_layers) <= set(range(layers)):
             raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has the blocks 0 to {layers - 1}")
         if spectral_layers and self.tower.class_token is None:
-            raise ValueError(
-                f"spectral_layers is {tuple(spectral_layers)}, but this CLIP's image tower has no class token to gate "
-                f"the spectral prompt with; wanted ()"
-            )
-        self.checkpointing = (
-            False  # gradient checkpointing: blocks run again in the backward pass instead of being kept
-        )
+            raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has no class token: wanted ()")
+        self.checkpointing = False  # gradient checkpointing: blocks run again in the backward pass, nothing is kept
         self.readout: ReadOut = readout
         self.bicubic = bicubic
         self.prompt_depth = prompt_depth
@@ -181,6 +168,6 @@ class PromptedEncoder(nn.Module):
             rotation = parts.rotation(grid)
             x = gem(parts.blocks, self.embed(images), grid=grid, rotation=rotation, pooled=parts.pooled)
         else:
-            x = last(self.states(images, of_prompts=False))
+            x = deque(self.states(images, of_prompts=False), maxlen=1)[0]  # the last; those before are not kept
         x = x.to(self.prompt_norm.weight.dtype)  # CPUs add up its gradients in x's own
         return embeddings(self.visual, x, grid, self.prompt_norm)

@@ -83,10 +83,7 @@ def on_x86(x: Tensor) -> bool:
 
 def tokens_to_grid(tokens: Tensor, grid: Grid) -> Tensor:
     """(B, N, C) -> (B, C, H, W), rows first."""
-    height, width = grid
-    if tokens.shape[1] != height * width:
-        raise ValueError(f"{tokens.shape[1]} tokens do not fill a {height} x {width} grid ({height * width} positions)")
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def grid_to_tokens(features: Tensor) -> Tensor:
@@ -121,12 +118,7 @@ def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
     features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the
     features' type. Source: paper section "Spectral Prompt Tuning"; `method.md` there is 1.3 (GFNet's global filter).
     """
-    height, width, channels = features.shape[1:]
-    if weight.shape != (height, width // 2 + 1, channels):
-        raise ValueError(
-            f"the filter has shape {tuple(weight.shape)}; a {height} x {width} grid of {channels} channels needs "
-            f"{(height, width // 2 + 1, channels)}; resample it with resample_filter"
-        )
+    height, width = features.shape[1:3]
     with torch.autocast(features.device.type, enabled=False):
         spectrum = torch.fft.rfft2(features.float(), dim=(1, 2), norm="ortho") * weight
         if features.device.type == "cpu":
@@ -157,11 +149,6 @@ def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:
     if source == target:
         return weight
     (rows, columns), (new_rows, new_columns) = source, target
-    if weight.shape[:2] != (rows, columns // 2 + 1):
-        raise ValueError(
-            f"a filter of a {rows} x {columns} grid has {(rows, columns // 2 + 1)} frequencies, "
-            f"got {tuple(weight.shape[:2])}"
-        )
     vertical = torch.fft.fftfreq(new_rows, device=weight.device) * rows  # position on the old, periodic axis
     horizontal = torch.fft.rfftfreq(new_columns, device=weight.device) * columns
     weight = _lerp(weight, vertical, 0, periodic=True)
@@ -207,9 +194,7 @@ def resize_positions(embedding: Tensor, source: Grid, target: Grid, mode: str = 
     """
     first = embedding.shape[0] - source[0] * source[1]
     if first not in (0, 1):
-        raise ValueError(
-            f"{embedding.shape[0]} positions do not fit a class token and a {source[0]} x {source[1]} grid"
-        )
+        raise ValueError(f"{len(embedding)} positions do not fit a class token and a {source[0]} x {source[1]} grid")
     if source == tuple(target):
         return embedding
     patches = tokens_to_grid(embedding[None, first:], source)

@@ -36,13 +36,9 @@ from sptseg.model.towers import (
 
 ReadOut = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "gem"]
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults
-    "plain": {},
-    "maskclip": {"bare": False},
-    "sclip": {"bare": False},
-    "clearclip": {"bare": True},
-    "naclip": {"bare": True, "sigma": 5.0},
-    "gem": {"blocks": None},
-}
+    "plain": {}, "maskclip": {"bare": False}, "sclip": {"bare": False}, "clearclip": {"bare": True},
+    "naclip": {"bare": True, "sigma": 5.0}, "gem": {"blocks": None},
+}  # fmt: skip
 GEM_BLOCKS = 6
 CLASS_TOKEN = slice(0, 1)
 

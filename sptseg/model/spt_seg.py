@@ -65,11 +65,9 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
     clip = load_clip(config.clip, config.clip_weights) if clip is None else clip
     parts = tower(clip.visual)
     patch_height, patch_width = parts.patch_size
-    if config.image_size[0] % patch_height or config.image_size[1] % patch_width or min(config.image_size) <= 0:
-        raise ValueError(
-            f"image_size is {config.image_size}; {config.clip} needs positive multiples of its patch size "
-            f"{parts.patch_size}"
-        )
+    if config.image_size[0] % patch_height or config.image_size[1] % patch_width:
+        told = f"{config.clip} needs multiples of its patch size {parts.patch_size}"
+        raise ValueError(f"image_size is {config.image_size}; {told}")
     mean = about_weights(config.clip, config.clip_weights).get("mean", OPENAI_DATASET_MEAN)
     if config.normalization == "imagenet" and mean not in (OPENAI_DATASET_MEAN, IMAGENET_MEAN):
         raise ValueError(f"normalization is imagenet, but {config.clip} was trained with mean {mean}; set it to clip")

@@ -6,10 +6,8 @@ picture is the image embedding. A patch's embedding is what it would make of tha
 alone. Under an attention pool that is a MaskCLIP: a patch keeps its own value there.
 
 Every such tower has all read-outs, prompts and decoders; spectral prompts need a class token, which SigLIP and the
-largest PE-Core lack. Weights and tokenizers of such models come from open_clip and transformers; what is tested here is
-equality with open_clip's own towers, with random weights. No towers in this sense are CoCa's (its pool has 256 queries
-and other norms, and its text tower a decoder), ViTamin's (its blocks follow stages of convolutions), ResNets, ConvNeXt
-and FastViT (no blocks). The first two would need a pool and a stem of their own here, and a rule for positions.
+largest PE-Core lack. No towers in this sense are CoCa's (its pool has 256 queries and other norms), ViTamin's (its
+blocks follow stages of convolutions), ResNets, ConvNeXt and FastViT (no blocks).
 
 Symbols: B pictures, N = H * W patches, P = 0 or 1 class token, D width, h heads of width d, E embedding width.
 """
@@ -119,10 +117,8 @@ def check_visual(name: str, visual: object) -> None:
         blocks = ()
     norms = [getattr(block.attn, part, None) for block in blocks for part in ("q_norm", "gate")]
     if not blocks or not {*map(type, blocks)} <= BLOCKS.keys() or not {*map(type, norms)} <= {nn.Identity, type(None)}:
-        raise ValueError(
-            f"the image tower of {name!r} is {type(visual).__name__}, not a {USABLE}; "
-            f"use one of {', '.join(usable_models())}"
-        )
+        kind, usable = type(visual).__name__, ", ".join(usable_models())
+        raise ValueError(f"the image tower of {name!r} is {kind}, not a {USABLE}; use one of {usable}")
 
 
 def grid_of(visual: nn.Module, images: Tensor) -> Grid:
@@ -209,10 +205,8 @@ def projection(block: Any) -> tuple[Tensor, Tensor | None, int]:
         return attention.qkv.weight, attention.qkv.bias, attention.head_dim
     else:
         weight, biases = attention.qkv.weight, [attention.q_bias, None, attention.v_bias]
-    bias = [
-        weight.new_zeros(len(weight) // 3) if bias is None else bias for bias in biases
-    ]  # EVA-CLIP's keys have none
-    return weight, torch.cat(bias), attention.head_dim
+    none = weight.new_zeros(len(weight) // 3)  # as EVA-CLIP's keys have
+    return weight, torch.cat([none if bias is None else bias for bias in biases]), attention.head_dim
 
 
 def normed(block: nn.Module, half: Literal[1, 2], x: Tensor) -> Tensor:

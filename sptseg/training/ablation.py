@@ -36,15 +36,14 @@ from sptseg.training.state import HALFWAY, identity
 FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
 # 97.5 % quantiles of Student's t by degrees of freedom.
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+DENSE_ZEGCLIP = replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0)
 CONFIGURATIONS: dict[str, ModelConfig] = {
     "dense-clip": DENSE_CLIP,
     **{f"dense-clip-{name}": replace(DENSE_CLIP, readout=name) for name in get_args(ReadOut) if name != "plain"},
     "zegclip-released": ZEGCLIP,
     "spt-released": SPT_RELEASED,
-    "zegclip": replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0),
-    "zegclip+spectral-prompts": replace(
-        ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0, spectral_layers=(0, 1)
-    ),
+    "zegclip": DENSE_ZEGCLIP,
+    "zegclip+spectral-prompts": replace(DENSE_ZEGCLIP, spectral_layers=(0, 1)),
     "spt": EMBEDDED_CONFIG,
     "spt+selection": replace(EMBEDDED_CONFIG, selection=True),
     "spt-spectral-prompts": replace(EMBEDDED_CONFIG, spectral_layers=()),

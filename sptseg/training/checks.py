@@ -34,6 +34,7 @@ from sptseg.training.config import TrainConfig, training_augmentation
 from sptseg.training.loop import fit
 from sptseg.training.stream import UNSEEN_PIXEL, Positions, Setting, TrainingStream, collate, label_table
 
+SAMPLE = 16  # pictures that are read for their label values
 SAME_TEXT = 0.999  # cosine of two classes that no mask could tell apart
 
 
@@ -61,25 +62,14 @@ class PreflightReport:
 
 
 def preflight(
-    model: SptSeg,
-    dataset: Dataset[Sample],
-    split: Split,
-    config: TrainConfig,
-    *,
-    sample: int = 16,
-    folder: str | Path | None = None,
-    augment: Augmentation | None = None,
+    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: str | Path | None = None
 ) -> PreflightReport:
     """Looks for what would spoil a run of `fit` with the same arguments. Model and random generators stay as they are.
 
-    Under `accelerate launch` every process calls it, as every process calls `fit`.
-
-    Args:
-        sample: how many images are read for their label values.
-        folder: where `first-batch.png` goes; None draws nothing.
+    Under `accelerate launch` every process calls it, as every process calls `fit`. `first-batch.png` goes to `folder`.
     """
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
-    data = survey(dataset, split, evenly(length, sample), progress=False)
+    data = survey(dataset, split, evenly(length, SAMPLE), progress=False)
     report = PreflightReport(data, warnings=[*data.warnings], faults=[*data.faults])
     found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
     report.findings = [
@@ -91,7 +81,7 @@ def preflight(
     check_names(getattr(dataset, "split", split), split, report)
     if model.clip.weights is None and model.clip.name != IMPORTED:
         report.warnings.append(f"CLIP {model.clip.name!r} has random weights: no name means anything to it")
-    augment = augment or training_augmentation(model, config)
+    augment = training_augmentation(model, config)
     try:
         check_text(model, split, report)
         if not data.faults:  # the first batch may run into the same files
@@ -110,18 +100,17 @@ def preflight(
 
 def check_names(own: Split, split: Split, report: PreflightReport) -> None:
     """Label values of the data set's own split must mean the same classes in the split of the run."""
-    pairs = list(zip(own.classes, split.classes, strict=False))
+    pairs = enumerate(zip(own.classes, split.classes, strict=False))
+    differing = [f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b]
     moved = [name for i, name in enumerate(own.classes) if name in split.classes and split.classes.index(name) != i]
     if len(own.classes) != len(split.classes) or moved:
-        differing = [f"{i} is {a!r} and {b!r}" for i, (a, b) in enumerate(pairs) if a != b]
         report.faults.append(
             f"the data set's split {own.name!r} ({len(own.classes)} classes) and the run's split {split.name!r} "
             f"({len(split.classes)} classes) disagree on label values: {listed(differing) or 'their numbers differ'}; "
             "use dataset.split, with_unseen and with_prompts"
         )
-    elif own.classes != split.classes:
-        renamed = [f"{a!r} -> {b!r}" for a, b in pairs if a != b]
-        report.warnings.append(f"the run's split renames classes of the data set: {listed(renamed)}")
+    elif differing:
+        report.warnings.append(f"the run's split renames classes of the data set: {listed(differing)}")
 
 
 def check_text(model: SptSeg, split: Split, report: PreflightReport) -> None:

@@ -25,17 +25,10 @@ class Preset:
 
     def with_method(self, method: ModelConfig) -> Preset:
         """Another method, such as `ZEGCLIP`, on this preset's CLIP, picture size, prompt tokens and templates."""
-        ours = self.model
-        model = replace(
-            method,
-            clip=ours.clip,
-            clip_weights=ours.clip_weights,
-            image_size=ours.image_size,
-            prompt_tokens=ours.prompt_tokens if method.prompt_tokens else 0,
-            templates=ours.templates,
-            normalization=ours.normalization,
-        )
-        return replace(self, model=model)
+        kept = "clip", "clip_weights", "image_size", "templates", "normalization"
+        tokens = self.model.prompt_tokens if method.prompt_tokens else 0
+        ours = {name: getattr(self.model, name) for name in kept}
+        return replace(self, model=replace(method, **ours, prompt_tokens=tokens))
 
 
 def in_setting(model: ModelConfig, train: TrainConfig, setting: Setting) -> tuple[ModelConfig, TrainConfig]:

@@ -99,7 +99,7 @@ class Plan:
             given["parts"] = tuple(Part(**part) for part in given["parts"])
             given["after"] = {name: After(**after) for name, after in given.get("after", {}).items()}
             plan = cls(rows=rows, **given)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             wanted = ", ".join(f.name for f in fields(cls))
             raise ValueError(f"{file} is no plan of a study ({error}); wanted an object of {wanted}") from error
         named = {row for part in plan.parts for row in part.rows} | {row for a in plan.after.values() for row in a.rows}

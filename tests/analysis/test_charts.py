@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from sptseg.analysis import charts
-from sptseg.analysis.spectra import OCTAVES, RadialPower
+from sptseg.analysis.spectra import RadialPower
 from sptseg.datasets import plots
 from sptseg.datasets.splits import Split
 from sptseg.inference.metrics import Change
@@ -29,11 +29,6 @@ def words(texts: Any) -> list[str]:
 def looks(ax: Axes) -> set[tuple[Any, Any]]:
     """How curves are told apart without colour."""
     return {(line.get_linestyle(), line.get_marker()) for line in ax.lines}
-
-
-def test_band_names() -> None:
-    names = [charts.band_name(band) for band in (OCTAVES[0], OCTAVES[3], OCTAVES[-1], (0.1, 0.3))]
-    assert names == ["below 1/64", "1/16 to 1/8", "above 1/4", "1/10 to 0.3"]
 
 
 def test_spectra_are_drawn_up_to_a_half_and_the_law_has_its_slope() -> None:
@@ -72,14 +67,6 @@ def test_filter_curves_draw_means_and_percentiles() -> None:
     assert area.min() == 0.1 and area.max() == 0.4
 
 
-def test_prompt_energy_hatches_blocks_that_do_not_use_it() -> None:
-    effects = pd.DataFrame({"used": [False, True], "energy": [0.01, 0.02], "alignment": 0.0})
-    (ax,) = charts.prompt_energy(effects, "Title").axes
-    bars: Any = ax.patches
-    assert {(bar.get_center()[0], bar.get_height(), bar.get_hatch()) for bar in bars} == {(0, 1, "///"), (1, 2, None)}
-    assert sorted(words(ax.texts)) == ["1.0 %", "2.0 %"]
-
-
 def test_small_maps_show_their_values_on_one_scale() -> None:
     figure = charts.wave_maps({"a": np.array([[1.0, -3.0]]), "b": np.array([[0.5, 0.25]])}, "Title", "value")
     first, second, _ = figure.axes
@@ -108,15 +95,6 @@ def test_differences_of_a_study_stand_in_points_about_zero() -> None:
         interval, mark, zero = ax.lines
         assert points(interval) == np.array([[low, 0], [high, 0]])
         assert points(mark) == np.array([[value, 0]]) and list(zero.get_xdata()) == [0, 0]
-
-
-def test_lines_over_names_and_over_numbers() -> None:
-    left, right = plots.Plot(6, 2).subplots(1, 2)
-    charts.lines(left, pd.Index(["1", "2+"]), {"a": [0.5, 0.6], "b": [0.1, 0.2]}, "x", "%", "Title")
-    assert points(left.lines[1]) == np.array([[0, 10], [1, 20]]) and len(looks(left)) == 2
-    assert words(left.get_xticklabels()) == ["1", "2+"]
-    charts.lines(right, [-0.1, 0.4], {"a": [0.5, 0.6]}, "x", "%", "Title")
-    assert points(right.lines[0]) == np.array([[-0.1, 50], [0.4, 60]]) and right.get_legend() is None
 
 
 def test_the_scatter_names_the_lowest_classes_and_leaves_absent_ones_out() -> None:

@@ -98,14 +98,6 @@ def test_directions_and_pairs_by_hand() -> None:
     assert len(failures.confused_pairs(confusion, FARM, most=99)) == 8, "only pairs that are confused"
 
 
-def test_distance_to_a_border_by_hand() -> None:
-    label = np.zeros((4, 5), np.uint8)
-    label[0, 4] = 1
-    wanted = [[4, 3, 2, 1, 1], [4, 3, 2, 1, 1], [4, 3, 2, 2, 2], [4, 3, 3, 3, 3]]
-    assert failures.border_distance(label, most=9).tolist() == wanted
-    assert failures.border_distance(label, most=3).max() == 3 and (failures.border_distance(0 * label, 5) == 5).all()
-
-
 @settings(max_examples=40, deadline=None)
 @given(MAPS)
 def test_distances_equal_a_search_over_all_pixels(maps: tuple[np.ndarray, np.ndarray]) -> None:
@@ -127,8 +119,6 @@ def test_scores_by_distance_by_hand() -> None:
     assert table.miou_seen.tolist() == pytest.approx([(0 + 1 / 2) / 2, 1, (1 + 1 / 2) / 2])
     assert table.miou_unseen.tolist() == pytest.approx([np.nan, np.nan, 0], nan_ok=True)
     assert list(failures.by_distance(found).index) == ["1", "2", "3–4", "5–8", "9–16", "17+"]
-    with pytest.raises(ValueError, match="wanted 1 first"):
-        failures.by_distance(found, starts=(0, 2))
 
 
 def test_regions_and_sizes_by_hand() -> None:

@@ -33,23 +33,14 @@ def test_class_bars_without_unseen_classes_draw() -> None:
     assert figure.axes[1].get_title(loc="left") == "unseen* classes, none"
 
 
-def test_class_bars_refuse_more_models_than_markers() -> None:
-    with pytest.raises(ValueError, match="6 other models; wanted 5 at most"):
-        charts.class_iou_bars({"a": 1.0}, (), "IoU", others={str(i): {"a": 0.5} for i in range(6)})
-
-
 def test_training_curves_show_what_the_history_holds() -> None:
     history = [
         {
-            "iteration": i,
-            "focal": 2.0 / i,
-            "dice": 1.0 / i,
-            "total": 3.0 / i,
-            "learning_rate": 1e-4,
+            "iteration": i, "focal": 2.0 / i, "dice": 1.0 / i, "total": 3.0 / i, "learning_rate": 1e-4,
             "images_per_second": 9,
         }
         for i in range(1, 5)
-    ]
+    ]  # fmt: skip
     figure = charts.training_curves(history)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["Loss (weighted terms)", "Learning rate"]
     lines = {str(line.get_label()): line for line in figure.axes[0].lines}
@@ -77,21 +68,6 @@ def test_long_histories_are_drawn_as_block_means() -> None:
     assert y[:2] == pytest.approx([0.5, 0.5]) and x[0] == 2.5
 
 
-def test_training_curves_refuse_an_empty_history() -> None:
-    with pytest.raises(ValueError, match="history is empty"):
-        charts.training_curves([])
-
-
-def test_label_values_are_written_into_their_pixels() -> None:
-    figure = plots.Plot(2, 2)
-    charts.show_label_values(figure.subplots(), np.array([[0, 2], [255, 1]]), PALETTE, "labels")
-    (ax,) = figure.axes
-    assert {(t.get_text(), *t.get_position()) for t in ax.texts} == {
-        ("0", 0, 0), ("2", 1, 0), ("255", 0, 1), ("1", 1, 1),
-    }  # fmt: skip
-    assert (np.array(ax.images[0].get_array())[1, 0] == 255).all()
-
-
 def test_seed_dots_have_a_marker_per_seed_and_a_bar_at_the_mean() -> None:
     figure = charts.seed_dots({"hIoU": {"a": [1.0, 3.0], "b": [5.0]}}, "hIoU (%)", "two", zero=True)
     (ax,) = figure.axes
@@ -105,13 +81,6 @@ def test_seed_dots_have_a_marker_per_seed_and_a_bar_at_the_mean() -> None:
     assert bars == [[2, 2], [5, 5]]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seed 0", "seed 1", "mean"]
-
-
-def test_seed_dots_share_row_names_only_if_they_are_the_same() -> None:
-    same = charts.seed_dots({"x": {"a": [1.0]}, "y": {"a": [2.0]}}, "", "")
-    other = charts.seed_dots({"x": {"a": [1.0]}, "y": {"b": [2.0]}}, "", "")
-    names = [[[t.get_text() for t in ax.get_yticklabels()] for ax in figure.axes] for figure in (same, other)]
-    assert names == [[["a"], [""]], [["a"], ["b"]]]
 
 
 def test_seed_dots_refuse_more_seeds_than_markers() -> None:

@@ -144,9 +144,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(cache: Path, monkeypatch: pytes
     monkeypatch.delattr(checkpoints, "hf_hub_download")
     Path("runs").mkdir()
     for source in ("runs/vok", "nowhere", Path("some/where"), "~/nothing", "some/M.SAFETENSORS"):
-        with pytest.raises(
-            FileNotFoundError, match="there is no checkpoint .*; wanted embedded, .* or a Hub id owner/"
-        ):
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint .*; wanted .* or a Hub id"):
             load_model(source)
 
 
@@ -168,9 +166,7 @@ def test_the_hubs_refusals_are_one_sentence(kind: str | None, cache: Path, monke
 
     if kind:
         monkeypatch.setattr(checkpoints, "hf_hub_download", refuse)
-    with pytest.raises(
-        FileNotFoundError, match=r"^someone/model is no path here, and model.safetensors of its revision v9"
-    ) as said:
+    with pytest.raises(FileNotFoundError, match=r"^someone/model is no path here, .* of its revision v9") as said:
         from_pretrained("someone/model", revision="v9")
     assert "\n" not in str(said.value) and (kind or "LocalEntryNotFoundError") in str(said.value)
 

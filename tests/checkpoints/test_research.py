@@ -116,7 +116,3 @@ def test_research_checkpoints_that_do_not_fit_are_refused(change: Callable, opti
     with pytest.raises(ValueError, match=message) as refusal:
         import_research_checkpoint(change(reference.state), **{**sizes(reference), **options})
     assert "\n" not in str(refusal.value)
-
-
-def test_the_filter_of_an_imported_model_serves_other_grids() -> None:
-    assert logits(load_reference("spt").imported.model, 96).shape == (2, 4, 24, 24)

@@ -6,11 +6,9 @@ import csv
 import json
 import os
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -32,7 +30,6 @@ from sptseg.inference.segmentation import segment
 from sptseg.model.clip import load_clip, new_tiny_clip, save_tiny_clip
 from sptseg.model.config import ZEGCLIP, ModelConfig
 from sptseg.training import ablation
-from sptseg.training import loop as training
 from sptseg.training.presets import EMBEDDED, PRESETS
 
 SMALL = "--prompt-tokens 2 --prompt-depth 1 --decoder-layers 2".split()
@@ -77,15 +74,11 @@ def labelled(tmp_path: Path) -> Path:
 # Help
 
 
-@pytest.mark.parametrize("command", ["", "train", "ablate", *COMMANDS])
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*command.split(), "--help"])
-    assert stopped.value.code == 0
+def test_the_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
     out = capsys.readouterr().out
-    assert f"usage: sptseg {command}".strip() in out
-    for name in {*COMMANDS, "train", "ablate"} if not command else ():
-        assert name.split()[0] in out
+    assert "usage: sptseg" in out and all(name.split()[0] in out for name in {*COMMANDS, "train", "ablate"})
 
 
 # evaluate
@@ -95,24 +88,16 @@ def test_evaluate_writes_what_evaluate_returns(
     clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "new" / "scores.json"
-    main(["evaluate", "--data", "scenes", "--images", "3", "--seed", "5", "--json", str(report), *clip])
+    options = ["--images", "3", "--seed", "5", "--seen-offset", "0.02", "--limit", "2"]
+    main(["evaluate", "--data", "scenes", *options, "--json", str(report), *clip])
     found = json.loads(report.read_text())
     assert set(found) == FIGURES and set(found["iou"]) == set(scenes.CLASSES)
     model = Which(clip="tiny", clip_weights=clip[-1]).load()
     assert (model.config.decoder, model.config.prompt_tokens) == ("none", 0)
     data = datasets.Scenes(3, 5)
-    expected = evaluate(model, data, data.split, progress=False)
-    assert found == expected.as_dict()
+    expected = evaluate(model, data, data.split, seen_offset=0.02, limit=2, progress=False)
+    assert found == expected.as_dict() != evaluate(model, data, data.split, limit=2, progress=False).as_dict()
     assert expected.table() in capsys.readouterr().out
-
-
-def test_evaluate_takes_an_offset_and_a_limit(clip: list[str], tmp_path: Path) -> None:
-    main(["evaluate", "--images", "3", "--limit", "1", "--seen-offset", "2", "--json", str(tmp_path / "a.json"), *clip])
-    found = json.loads((tmp_path / "a.json").read_text())
-    seen = [scenes.CLASSES[i] for i in datasets.Scenes(1).split.seen]
-    present = [scenes.CLASSES[i] for i in np.unique(scenes.draw((0, 0, 0))[1])]
-    assert all(found["iou"][name] in (0, None) for name in seen), "everything is called unseen"
-    assert {name for name in seen if found["iou"][name] == 0} == set(seen) & set(present), "of the first picture only"
 
 
 def test_evaluate_reads_folders(clip: list[str], labelled: Path, tmp_path: Path) -> None:
@@ -179,43 +164,38 @@ def test_train_validates_on_other_pictures(clip: list[str], tmp_path: Path) -> N
     assert rows[-1]["pixel_accuracy"] == evaluate(model, data, data.split, progress=False).pixel_accuracy
 
 
-def test_training_never_reads_what_is_scored_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_never_reads_what_is_scored_by_default() -> None:
     first = [Data(images=1).load(stream)[0][0]["image"] for stream in ("training", "evaluation")]
     assert not torch.equal(first[0], first[1])
-    read: list[str] = []
-    for name in ("voc2012", "coco_stuff", "context", "ade20k", "cityscapes"):
-        monkeypatch.setattr(datasets, name, lambda _, subset, *rest: read.append(subset) or datasets.Scenes(1))
-    for layout, subsets in {
-        "voc2012": ["trainaug", "val"], "coco-stuff": ["train", "val"], "context-otseg": ["train", "val"],
-        "context-cascade": ["train", "val"], "ade20k": ["training", "validation"],
-        "cityscapes": ["train", "val"],
-    }.items():  # fmt: skip
-        read.clear()
-        for stream, subset in (("training", ""), ("evaluation", ""), ("training", "mine")):
-            Data(data="x", layout=layout, subset=subset).load(stream)
-        assert read == [*subsets, "mine"]
+    for layout in ("voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "cityscapes", "camvid"):
+        subsets = [Data("x", layout).resolved(stream).subset for stream in ("training", "evaluation")]
+        assert (subsets[0] != subsets[1]) == (layout != "camvid"), "camvid is named by its two folders"
+        assert Data("x", layout, subset="mine").resolved("evaluation").subset == "mine"
 
 
 @pytest.mark.parametrize("name", ["a b", "it's"])
 def test_the_command_that_training_prints_can_be_pasted(
     name: str, clip: list[str], labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the folder, its names and words, and CLIP's file."""
+    """With the folder, its names and words, and CLIP's file; that of a folder for many pictures too."""
     root = labelled.rename(tmp_path / f"data {name}")
     data = ["--data", str(root), "--unseen", "grass", "--prompts", "water=big tree"]
     main(["train", "--output", str(tmp_path / name), *data, *clip, *SMALL, *STEPS])
     program, *words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("score it: ")[2])
     main(words)
     assert program == "sptseg" and set(words) >= {*data, str(tmp_path / name), *clip}
+    out = tmp_path / f"{name}.png"
+    said = refused(capsys, "segment", root / "images", "--classes", "grass", "--out", out)
+    assert shlex.split(said.partition("such as ")[2]) == ["--out", str(tmp_path / name)]
 
 
 # ablate
 
 
-def test_ablate_knows_its_runs_by_model_data_and_clip(
+def test_ablate_knows_its_runs_by_model_and_data(
     clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Settings behind a name; a stopped run goes on; finished ones are read; other data or another CLIP are refused."""
+    """Settings behind a name; finished runs are read; other data are refused."""
     small = {"clip_weights": clip[-1], "image_size": (64, 64), "prompt_tokens": 2, "decoder_layers": 1}
     for name in ("spt", "zegclip"):
         monkeypatch.setitem(ablation.CONFIGURATIONS, name, replace(ablation.CONFIGURATIONS[name], **small))
@@ -223,19 +203,6 @@ def test_ablate_knows_its_runs_by_model_data_and_clip(
     steps = [*STEPS[:-1], "0", "--train.iterations", "4", "--data.images", "4", "--validation.images", "2"]
     names = "spt@transductive,spt,zegclip@supervised"
     command = ["ablate", "--output", str(tmp_path), "--configurations", names, "--seeds", "3", *steps]
-    with monkeypatch.context() as patch:
-        steps_done = iter([None, None, signal.SIGTERM, *[None] * 9])
-
-        def interrupted(*arguments: Any, original: Any = training.step) -> dict[str, float]:
-            if name := next(steps_done):
-                os.kill(os.getpid(), name)
-            return original(*arguments)
-
-        patch.setattr(training, "step", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            main(command)
-    assert stopped.value.code == 143 and (tmp_path / "spt-seed3" / "state.pt").exists()
-    capsys.readouterr()
     main(command)
     table = capsys.readouterr().out
     assert [row.split(" | ")[:2] for row in table.splitlines()[2:5]] == [
@@ -265,10 +232,6 @@ def test_ablate_knows_its_runs_by_model_data_and_clip(
         (["--validation.unseen", "tree"], "split"), (["--train.learning-rate", "1e-4"], "train"),
     ):  # fmt: skip
         assert f"holds a run with other {part}; choose another output folder" in refused(capsys, *command, *options)
-    torch.manual_seed(1)
-    save_tiny_clip(new_tiny_clip(scenes.WORDS), tmp_path / "other.safetensors")
-    monkeypatch.setattr(ablation, "load_clip", lambda *_: load_clip("tiny", str(tmp_path / "other.safetensors")))
-    assert "holds a run with other clip;" in refused(capsys, *command)
 
 
 # data
@@ -350,15 +313,6 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape_and_written_as_it_is(
     assert f"%  {shown}\n" in said and f"{shown}.png\n" in said and "b\\udcff.png\n" in said
     rows = list(csv.reader((tmp_path / "out" / "areas.csv").read_text(encoding="utf-8").splitlines()))
     assert [row[0] for row in rows] == ["picture", "b\\udcff.jpg", "дом.png"] and rows[0][1:] == ["grass", "дом"]
-
-
-def test_pictures_whose_names_are_no_utf_8(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, masks = (os.fsdecode(os.fsencode(labelled / part) + b"/\xff.png") for part in ("images", "masks"))
-    (labelled / "images" / "a.png").rename(images)
-    (labelled / "masks" / "a.png").rename(masks)
-    main(["data", "show", str(labelled), "--out", str(labelled / "sheet.png")])
-    Path(masks).write_bytes(b"junk")
-    assert "\\udcff.png is not an image" in refused(capsys, "data", "check", labelled)
 
 
 def test_work_outlasts_those_who_read_what_is_printed(

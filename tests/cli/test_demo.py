@@ -79,7 +79,9 @@ def test_the_folder_holds_pictures_figures_and_a_table_that_agree(folder: Path, 
         assert line == f"| {' | '.join(row)} |"
 
 
-def test_missing_figures_show_as_a_dash() -> None:
+def test_missing_figures_show_as_a_dash_and_words_are_escaped() -> None:
+    html = demo.Picture(b"", '"<b>', "<i>&").html()
+    assert html.endswith('alt="&quot;&lt;b&gt;"/><figcaption>&lt;i&gt;&amp;</figcaption></figure>')
     nothing = Scores(0.5, float("nan"), 0.25, float("nan"), {})
     assert demo.markdown_table({"m": nothing}).endswith("| m | 50.0 | – | 25.0 | – |")
 
@@ -89,11 +91,6 @@ def test_page_says_how_little_its_figures_mean_and_what_to_do_next(folder: Path,
     assert "2 scenes (seed 5)" in text and "chance" in text and "data/README.md" in text
     assert "2 steps of 2 pictures" in text and "31 seen classes only" in text
     assert f"sptseg segment '{folder}/picture.png' --classes" in text and "--seed 6 " in text
-
-
-def test_what_a_picture_shows_is_escaped() -> None:
-    html = demo.Picture(b"", '"<b>', "<i>&").html()
-    assert html.endswith('alt="&quot;&lt;b&gt;"/><figcaption>&lt;i&gt;&amp;</figcaption></figure>')
 
 
 def test_free_phrases_are_in_the_tiny_clips_vocabulary_and_true_of_the_scene() -> None:

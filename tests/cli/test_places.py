@@ -31,14 +31,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Begun
 
     monkeypatch.setattr(Data, "load", begin)
-    places = ["sptseg.cli.which.load_model", "sptseg.cli.commands.import_research"]
-    places += [
-        "sptseg.cli.demo.load_model",
-        "sptseg.cli.benchmark.machine",
-        "sptseg.training.pretraining.new_tiny_clip",
-    ]
-    for place in [*places, "sptseg.interactive.notebooks.run_all"]:
-        monkeypatch.setattr(place, begin)
+    places = "cli.which.load_model cli.commands.import_research cli.demo.load_model cli.benchmark.machine"
+    for place in f"{places} training.pretraining.new_tiny_clip interactive.notebooks.run_all".split():
+        monkeypatch.setattr(f"sptseg.{place}", begin)
     monkeypatch.setattr(Which, "load", begin)
 
 
@@ -52,9 +47,7 @@ def test_places_are_tried_before_the_work(command: str, tmp_path: Path, capsys: 
     suffix = {"file": ".json", "picture": ".png", "folder": "", "model": ".safetensors"}[kind]
     wrong = {"folder": tmp_path / "file", "picture": tmp_path / "folder.png"}.get(kind, tmp_path / "data")
     said = refused(capsys, *words, wrong) if kind != "model" else refused(capsys, *words, tmp_path / "file")
-    assert said.startswith(f"nothing can be written to {tmp_path}") and said.endswith(
-        "name another place for the results"
-    )
+    assert said.startswith(f"nothing can be written to {tmp_path}") and said.endswith("another place for the results")
     beyond = tmp_path / "file" / f"new{suffix}"
     assert f"nothing can be written to {beyond}" in refused(capsys, *words, beyond)
     with pytest.raises(Begun):

@@ -119,12 +119,7 @@ def test_samples_that_no_training_run_could_use(change: dict, words: str) -> Non
 @pytest.mark.parametrize(
     ("classes", "rows", "hint", "options"),
     [
-        (
-            "ab",
-            [[0, 255, 0, 255]],
-            "the masks hold 2 values, 0, 255: if these are the 2 classes,",
-            {255: 1},
-        ),
+        ("ab", [[0, 255, 0, 255]], "the masks hold 2 values, 0, 255: if these are the 2 classes,", {255: 1}),
         ("abc", [[0, 127, 0, 0], [254, 0, 0, 0]], "the masks hold 3 values, 0, 127, 254:", {127: 1, 254: 2}),
         ("ab", [[5, 5, 9, 9]], "the masks hold 2 values, 5, 9:", {5: 0, 9: 1}),
         ("abc", [[0, 1, 2, 3], [0, 1, 2, 2]], "one above the last class: if the masks count from 1", None),

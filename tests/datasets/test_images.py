@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sptseg.datasets.images import Note, Unreadable, as_array, images_by_name, open_image, open_mask, reduce
+from sptseg.datasets.images import Note, Unreadable, as_array, images_by_name, open_image, reduce
 
 
 def pixel(path: Path) -> tuple[int, ...]:
@@ -92,13 +92,6 @@ def test_dark_pictures_whose_files_say_how_deep_they_are(tmp_path: Path) -> None
     Image.fromarray(np.array([[819, 0]], np.uint16)).save(tmp_path / "c.tif", tiffinfo={281: 4095})
     Image.fromarray(np.array([[13107, 0]], np.uint16)).save(tmp_path / "d.jp2", irreversible=False)
     assert [pixel(path) for path in sorted(tmp_path.iterdir())] == [(51, 51, 51)] * 4  # a fifth of the range
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_masks_of_16_bits_keep_their_values(tmp_path: Path, suffix: str) -> None:
-    values = np.array([[0, 3, 846, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / f"mask.{suffix}")
-    assert open_mask(tmp_path / f"mask.{suffix}").tolist() == values.tolist()
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path) -> None:

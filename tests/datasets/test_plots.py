@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 from PIL import Image
 
 from sptseg.datasets import images, plots
@@ -23,20 +19,6 @@ def halves(size: int = 40) -> np.ndarray:
     labels = np.zeros((size, size), np.int64)
     labels[size // 2 :] = 1
     return labels
-
-
-def test_plots_work_without_pyplot_and_torch() -> None:
-    room = Path(plots.__file__).parent
-    code = f"""
-import sys, types
-for name, folder in (("sptseg", {str(room.parent)!r}), ("sptseg.datasets", {str(room)!r})):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [folder]
-from sptseg.datasets import plots
-plots.png_bytes(plots.Plot(1, 1))
-print({{"torch", "matplotlib.pyplot"}} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def test_colourise_looks_up_each_label_or_refuses_it() -> None:
@@ -67,11 +49,9 @@ def test_overlay_mixes_grey_and_class_colour_and_darkens_borders() -> None:
     assert (image == before).all()
 
 
-def test_overlay_leaves_ignored_pixels_and_refuses_labels_of_another_size() -> None:
+def test_overlay_leaves_ignored_pixels() -> None:
     image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     assert (plots.overlay(image, np.full((6, 5), 255), PALETTE) == image).all()
-    with pytest.raises(ValueError, match=r"the image is \(6, 5\) and the labels \(2, 2\)"):
-        plots.overlay(image, np.zeros((2, 2), int), PALETTE)
 
 
 def test_an_overlay_of_many_bands_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,14 +75,6 @@ def test_large_pictures_are_reduced_before_they_are_drawn() -> None:
     assert [text.get_text() for text in key.get_legend().get_texts()] == [*NAMES], "of a single pixel too"
 
 
-def test_enlarge_repeats_labels_and_smooths_images() -> None:
-    assert images.enlarge(np.array([[0, 7]]), 2).tolist() == [[0, 0, 7, 7], [0, 0, 7, 7]]
-    image = np.zeros((3, 2, 3), np.uint8)
-    image[:, 1] = 255
-    large = images.enlarge(image, 4)
-    assert large.shape == (12, 8, 3) and len(np.unique(large)) > 2
-
-
 def test_present_sorts_by_area_and_adds_what_only_others_have() -> None:
     labels = np.array([[1, 1, 1], [2, 2, 255]])
     assert plots.present(labels) == [1, 2]
@@ -121,13 +93,6 @@ def test_names_stand_inside_their_regions() -> None:
             assert where[int(100 * y), int(100 * x)] == NAMES.index(name)
     (sky,) = ((x, y) for name, x, y in plots.label_spots(labels, NAMES) if name == "sky")
     assert sky == pytest.approx((0.5, 0.25), abs=0.02), "the middle, where it is free"
-
-
-def test_names_that_do_not_fit_are_left_out() -> None:
-    labels = halves(100)
-    labels[60:64, 10:90] = 2
-    assert {name for name, _, _ in plots.label_spots(labels, NAMES)} == {"sky", "water"}
-    assert not list(plots.label_spots(halves(100), ["a very long name that no picture has any room for"] * 2))
 
 
 def test_pngs_keep_every_pixel() -> None:
@@ -155,16 +120,6 @@ def test_segmentation_shows_picture_truth_prediction_and_a_legend_of_what_occurs
     assert legend.get_patches()[1].get_facecolor()[:3] == pytest.approx([0, 200 / 255, 0])
 
 
-def test_segmentation_without_truth_or_unseen_classes_says_nothing_of_them() -> None:
-    figure = plots.show_segmentation(np.zeros((30, 90, 3), np.uint8), np.zeros((30, 90), int), NAMES, PALETTE)
-    picture, prediction, key = figure.axes
-    assert (picture.get_title(), prediction.get_title(), figure.get_suptitle()) == ("picture", "prediction", "")
-    assert [text.get_text() for text in (*prediction.texts, *key.get_legend().get_texts())] == ["sky", "sky"]
-    large, small = (Image.open(io.BytesIO(plots.png_bytes(figure, dpi))) for dpi in (None, 50))
-    assert large.size == (800, 154) and small.size == (400, 77)
-    assert plots.Plot._repr_png_(figure) == plots.png_bytes(figure), "the same bytes again"
-
-
 def test_contact_sheet_places_pictures_row_by_row() -> None:
     pictures = [[np.full((4, 4, 3), 10 * i + j, np.uint8) for j in range(3)] for i in range(2)]
     figure = plots.contact_sheet(pictures, ["a", "b", "c"], ["first", "second"])
@@ -173,22 +128,3 @@ def test_contact_sheet_places_pictures_row_by_row() -> None:
     assert [ax.get_ylabel() for ax in figure.axes] == ["first", "", "", "second", "", ""]
     grey = plots.contact_sheet([[np.full((4, 4), 128, np.uint8)]], ["grey"]).axes[0].images[0]
     assert grey.to_rgba(np.array([128]))[0, 0] == pytest.approx(128 / 255, abs=0.01), "its brightness is kept"
-    for rows in ([], pictures):
-        with pytest.raises(ValueError, match="2 titles, rows of .* wanted one per column"):
-            plots.contact_sheet(rows, ["a", "b"])
-
-
-def test_score_maps_run_from_0_to_1_or_as_told() -> None:
-    figure = plots.Plot(3, 3)
-    scores = np.full((4, 4), 0.25)
-    plots.score_map(figure.subplots(), scores, "a red boat")
-    picture, bar = figure.axes
-    assert picture.images[0].get_clim() == (0, 1) and picture.get_title() == "a red boat"
-    assert bar.get_ylabel() == "score" and [text.get_text() for text in bar.get_yticklabels()] == ["0", "0.5", "1"]
-    plots.score_map(picture, scores, "again", highest=0.3)
-    assert picture.images[1].get_clim() == (0, 0.3)
-
-
-def test_seen_and_unseen_colours_differ_in_lightness() -> None:
-    seen, unseen = (np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) for colour in (plots.BLUE, plots.ORANGE))
-    assert abs(seen - unseen) > 0.2

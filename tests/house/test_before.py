@@ -49,9 +49,10 @@ def test_every_option_is_still_there(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")  # one column of panels
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith(f"usage: sptseg {command}")
     options = {
         name for line in lines if line.startswith("--") for name in re.findall(r"--[\w.-]+", line.split("  ")[0])
     }

@@ -101,26 +101,17 @@ def test_losses_and_gradients(reference: Reference) -> None:
         if not key.startswith("grad/"):
             continue
         name = key.removeprefix("grad/")
-        special = {
-            "input_image": image.grad,
-            "input_text": text.grad,
-            "backbone.deep_prompt_embeddings": deep[0],
-            "backbone.prompt_embeddings": deep[1],
-        }
+        special = {"input_image": image.grad, "input_text": text.grad}
+        special |= {f"backbone.{kind}prompt_embeddings": each for kind, each in zip(("deep_", ""), deep, strict=True)}
         ours_name = our_name(name, reference.kind == "spt")
         gradient = special[name] if name in special else ours[ours_name]
         checked.add(ours_name)
-        if (
-            key.endswith("attn.k.bias") and ".layers.2." not in key
-        ):  # zero but for rounding: softmax ignores a shift of keys
+        if key.endswith("attn.k.bias") and ".layers.2." not in key:  # rounding only: softmax ignores a shift of keys
             assert gradient.norm() < 1e-3 * ours[ours_name.replace("bias", "weight")].norm()
         else:
             assert relative(gradient, theirs) < 1e-3, name
     # the reference lists one of the two of each affine pair in places; what it lists must be nearly all that we train
-    assert {name for name in ours if name not in checked} <= {
-        "encoder.prompt_norm.bias",
-        "encoder.prompt_projection.bias",
-    }
+    assert ours.keys() - checked <= {"encoder.prompt_norm.bias", "encoder.prompt_projection.bias"}
 
 
 def test_gradients_in_bfloat16_are_nearly_those_in_float32(reference: Reference) -> None:

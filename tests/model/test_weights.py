@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import sys
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
+from toys import Intruder
 
 from sptseg.model.clip import load_clip
 from sptseg.model.weights import read_weights
@@ -77,9 +77,7 @@ def test_openais_archive_is_read_without_its_code(model: open_clip.CLIP, tmp_pat
     with pytest.raises(RuntimeError):
         torch.jit.load(str(spoilt))  # which does look at the code
     assert holds("toy-quickgelu", spoilt, state, half=True)
-    with pytest.raises(
-        ValueError, match="ViT-toy.pt were trained with QuickGELU, which 'toy' lacks; use 'toy-quickgelu'"
-    ):
+    with pytest.raises(ValueError, match="toy.pt were trained with QuickGELU, which 'toy' lacks; use 'toy-q"):
         load_clip("toy", str(path))
 
 
@@ -148,10 +146,7 @@ def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) ->
 OTHER: list[tuple[Callable[[dict], object], str]] = [
     (lambda state: state.pop("ln_final.bias"), "ln_final.bias is not there"),
     (lambda state: state.update(head=torch.zeros(2)), "head is nothing that it has"),
-    (
-        lambda state: state.update({"visual.proj": torch.zeros(16, 9)}),
-        r"visual.proj is .*\(16, 9\), wanted \(16, 16",
-    ),
+    (lambda state: state.update({"visual.proj": torch.zeros(16, 9)}), r"visual.proj is .*\(16, 9\), wanted \(16, 16"),
     (lambda state: state.update({"visual.proj": torch.zeros(16, 16).char()}), r"visual.proj is torch.int8"),
     (lambda state: state.update({"vision_model.x.q_proj.bias": torch.zeros(1)}), "k_proj.bias' is not there"),
     (lambda state: state.clear(), "is not there"),
@@ -177,16 +172,6 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 # Files that would run code, or are none
-
-
-class Intruder:
-    """What a malicious file would hold: unpickling it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
 
 
 BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {  # the content, and the reason that is given
@@ -265,7 +250,7 @@ def test_files_that_hold_no_tensors_are_refused_and_not_run(kind: str, suffix: s
     path.write_bytes(content(tmp_path / "intruded"))
     reason = reason if suffix == ".pth" else "."
     with pytest.raises(
-        ValueError, match=rf"model{suffix} cannot be read as a checkpoint of tensors only \(.*{reason}.*\); it is"
+        ValueError, match=rf"model{suffix} cannot be read as a .* tensors only \(.*{reason}.*\)"
     ) as said:
         read_weights(path)
     assert "\n" not in str(said.value) and [file.name for file in tmp_path.iterdir()] == [path.name], "nothing ran"

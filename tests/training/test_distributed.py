@@ -135,7 +135,6 @@ def test_commands_print_and_write_once(two: Path) -> None:
     assert said.count((two / "table" / "table.md").read_text()) == said.count("| configuration |") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),
     [

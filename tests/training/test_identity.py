@@ -32,6 +32,7 @@ def photographs(root: Path, masks: int, names: tuple[str, ...] = ("a", "b")) -> 
 
 
 def test_folders_are_told_apart_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len({str(identity(Scenes(*each))) for each in ((3,), (4,), (3, 1), (3, 0, "training"))}) == 4
     one, other = photographs(tmp_path / "one", 0), photographs(tmp_path / "other", 1)
     copy = shutil.copytree(one, tmp_path / "elsewhere" / "one")
     monkeypatch.chdir(tmp_path)

@@ -39,21 +39,16 @@ def test_focal_and_dice_of_four_pixels() -> None:
     assert set(terms) == {"focal", "dice", "total"}
 
 
-def test_one_certain_pixel() -> None:
-    """p = 3/4 on a pixel that holds the class: focal 0.25 (1/4)² ln(4/3), dice 1 - (1.5 + 1) / (1.75 + 1)."""
-    terms = segmentation_loss(torch.full((1, 1, 1, 1), math.log(3)), torch.zeros(1, 1, 1, dtype=torch.long), "zegclip")
-    assert terms["focal"].item() == pytest.approx(100 * 0.25 / 16 * math.log(4 / 3), rel=1e-5)
+def test_one_certain_pixel_and_an_absent_class() -> None:
+    """p = 3/4 on a pixel that holds the class: focal 0.25 (1/4)² ln(4/3), dice 1 - (1.5 + 1) / (1.75 + 1).
+
+    An absent class of p = 1/2 adds 0.75 (1/2)² ln 2 to focal and nothing to dice. Equal maps have no loss in SSIM.
+    """
+    logits, labels = torch.tensor([math.log(3), 0]).view(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
+    terms = segmentation_loss(logits, labels, "zegclip")
+    focal = 0.25 / 16 * math.log(4 / 3) + 0.75 / 4 * math.log(2)
+    assert terms["focal"].item() == pytest.approx(100 * focal, rel=1e-5)
     assert terms["dice"].item() == pytest.approx(1 - 2.5 / 2.75, rel=1e-5)
-
-
-def test_absent_classes_count_in_focal_but_not_in_dice() -> None:
-    labels = torch.zeros(1, 2, 2, dtype=torch.long)
-    one, two = (segmentation_loss(torch.zeros(1, n, 2, 2), labels, "zegclip") for n in (1, 2))
-    assert two["dice"].item() == pytest.approx(one["dice"].item())
-    assert (two["focal"] - one["focal"]).item() == pytest.approx(100 * 0.75 * 0.25 * math.log(2), rel=1e-5)
-
-
-def test_ssim_of_equal_maps_is_no_loss() -> None:
     labels = torch.randint(0, 3, (2, 9, 12))
     assert segmentation_loss(plain.one_hot(labels, 3), labels)["ssim"].abs() < 1e-4
 
@@ -85,14 +80,6 @@ def test_pairs_counted_elsewhere(pairs: Tensor) -> None:
         own, other = segmentation_loss(logits, labels, kind), segmentation_loss(logits, labels, kind, pairs=pairs)
         for name, ratio in terms.items():
             assert_close(other[name], own[name] * ratio)
-
-
-def test_two_halves_with_common_pairs_are_the_whole() -> None:
-    logits, labels = torch.randn(4, 3, 3, 3), torch.randint(0, 3, (4, 6, 6))
-    pairs = present_pairs(labels, 3).sum()
-    for kind, term in (("spt", "focal"), ("zegclip", "dice")):
-        halves = [segmentation_loss(logits[i : i + 2], labels[i : i + 2], kind, pairs=pairs) for i in (0, 2)]
-        assert_close(halves[0][term] + halves[1][term], segmentation_loss(logits, labels, kind)[term])
 
 
 def difference(ours: Tensor, twin: Tensor) -> float:
@@ -142,37 +129,21 @@ def test_values_and_gradients_equal_the_plain_twin(
 
 @pytest.mark.parametrize("kind", ["spt", "zegclip"])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_equal_to_the_plain_twin_on_a_larger_batch_and_under_autocast(kind: str, bfloat16: bool) -> None:
-    """Autocast's logits come in bfloat16; the loss is computed in float32 all the same, as differences of nearly equal
-    numbers (SSIM's variances) would be noise, and only its gradient is rounded."""
-    labels = random_labels(20, 2, 96, 80)
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    ours = torch.randn(2, 20, 12, 10).to(dtype).requires_grad_()
+def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(kind: str, bfloat16: bool) -> None:
+    """At a size of several tiles of the window, uneven, most classes absent. SSIM's gradient alone is less exact in
+    float32, the plain twin's as well: it divides by differences of nearly equal numbers. Autocast's logits come in
+    bfloat16; the loss is computed in float32 all the same, and only its gradient is rounded."""
+    labels, dtype = random_labels(3, 2, 150, 101), torch.bfloat16 if bfloat16 else torch.float32
+    ours = (2 * torch.randn(2, 12, 10, 7)).to(dtype).requires_grad_()
     twin = ours.detach().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        terms = segmentation_loss(ours, labels, kind, pairs=torch.tensor(7.0))
-    expected = plain.segmentation_loss(twin, labels, kind, pairs=torch.tensor(7.0))
-    for name, value in expected.items():
-        assert_close(terms[name].double(), value, rtol=1e-4, atol=0, msg=name)
-        (gradient,) = torch.autograd.grad(terms[name], ours, retain_graph=True)
-        (wanted,) = torch.autograd.grad(value, twin, retain_graph=True)
-        assert gradient.dtype == dtype
-        assert difference(gradient, wanted) < (4e-3 if bfloat16 else 1e-4), name
-
-
-@pytest.mark.parametrize("kind", ["spt", "zegclip"])
-def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(kind: str) -> None:
-    """At a size of several tiles of the window, uneven, most classes absent. SSIM's gradient alone is less exact in
-    float32, the plain twin's as well: it divides by differences of nearly equal numbers."""
-    labels = random_labels(3, 2, 150, 101)
-    ours = (2 * torch.randn(2, 12, 10, 7)).requires_grad_()
-    twin = ours.detach().double().requires_grad_()
-    terms, expected = segmentation_loss(ours, labels, kind), plain.segmentation_loss(twin, labels, kind)
+        terms = segmentation_loss(ours, labels, kind)
+    expected = plain.segmentation_loss(twin, labels, kind)
     for name, value in expected.items():
         assert_close(terms[name].double(), value, rtol=1e-5, atol=0, msg=name)
     (gradient,) = torch.autograd.grad(terms["total"], ours)
     (wanted,) = torch.autograd.grad(expected["total"], twin)
-    assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+    assert gradient.dtype == dtype and difference(gradient, wanted) <= (4e-3 if bfloat16 else 1e-5)
 
 
 def test_softplus_is_as_exact_as_torchs() -> None:
@@ -193,13 +164,6 @@ def test_extreme_logits_stay_finite() -> None:
         terms = segmentation_loss(logits, torch.tensor([[[0, 255, 0, 255]]]), kind)
         (gradient,) = torch.autograd.grad(terms["total"], logits)
         assert terms["total"].isfinite() and gradient.isfinite().all()
-
-
-def test_logits_are_upsampled_bilinearly() -> None:
-    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 16, 25))
-    large = F.interpolate(logits, size=(16, 25), mode="bilinear", align_corners=False)
-    for kind in ("spt", "zegclip"):
-        assert_close(segmentation_loss(logits, labels, kind), segmentation_loss(large, labels, kind))
 
 
 @pytest.mark.parametrize("kind", ["spt", "zegclip"])
@@ -224,8 +188,6 @@ def test_labels_of_any_integer_type_are_read_and_not_changed(dtype: torch.dtype,
             r"the value 3; with 3 classes 0 to 2 and 255 \(ignored\) .* map unseen classes to 255",
         ),
         (torch.full((2, 4, 4), -1), "the value -1"),
-        (torch.full((2, 4, 4), 254), "the value 254"),
-        (torch.zeros(1, 4, 4), r"shape \(1, 4, 4\); wanted \(2, height, width\)"),
         (torch.zeros(2, 1, 4, 4), r"shape \(2, 1, 4, 4\); wanted \(2, height, width\)"),
     ],
 )

@@ -33,7 +33,7 @@ def model(clip: Clip) -> SptSeg:
 
 
 def test_a_sound_run(model: SptSeg, tmp_path: Path) -> None:
-    report = preflight(model, Bands(), PARK, CONFIG, sample=3, folder=tmp_path / "new")
+    report = preflight(model, Bands(), PARK, CONFIG, folder=tmp_path / "new")
     report.raise_on_fault()
     assert set(report.terms) == {"focal", "ssim", "total"}
     assert report.warnings == ["CLIP 'small' has random weights: no name means anything to it"]
@@ -45,7 +45,7 @@ def test_a_sound_run(model: SptSeg, tmp_path: Path) -> None:
     (ignored,) = map(float, re.findall(r"first batch: 3 queries, (\S+)% of the pixels ignored", report.text()))
     assert ignored == pytest.approx(40, abs=20), "the tree, and what is padded"
     for words in (
-        "split park: 3 seen and 1 unseen classes, inductive", "label values in 3 of 5 images: 0 grass 25.0%, 1 water",
+        "split park: 3 seen and 1 unseen classes, inductive", "label values in 5 of 5 images: 0 grass 25.0%, 1 water",
         "GiB of the process\nwarning: CLIP", "closest text embeddings: '", "preflight: 0 faults, 1 warnings",
     ):  # fmt: skip
         assert words in report.text()
@@ -88,10 +88,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"dataset": Bands((0, 1), split=OTHER)}, "disagree on label values: 1 is 'tree' and 'water', 2 is 'water' and"),
     ({"dataset": Bands((0, 1), split=Split.from_names("other", ["grass", "water", "tree"]))}, "other' (3 classes)"),
     ({"split": PARK.with_prompts({"boat": "ship"})}, "a first step cannot be made: the tiny CLIP does not know 'ship'"),
-    (
-        {"split": PARK.with_prompts({"boat": "Tree"})},
-        "class names given twice: Tree, tree; name each class once",
-    ),
+    ({"split": PARK.with_prompts({"boat": "Tree"})}, "class names given twice: Tree, tree; name each class once"),
     ({"split": PARK.with_unseen([])}, "use setting='supervised'"),
     ({"dataset": Bands((2, IGNORE))}, "every pixel of the first 4 training pictures is ignored: there is nothing to"),
     ({"config": dataclasses.replace(CONFIG, batch_size=3, accumulation=2)}, "choose a multiple of 2"),
@@ -110,7 +107,7 @@ def test_what_would_spoil_a_run_is_a_fault(changes: dict[str, Any], said: str, m
 def test_renamed_classes_and_pictures_without_a_target_are_warnings(model: SptSeg) -> None:
     renamed = Mixed(length=4, split=Split.from_names("other", ["meadow", "water", "tree", "boat"]))
     report = preflight(model, renamed, PARK, CONFIG)
-    assert not report.faults and "renames classes of the data set: 'meadow' -> 'grass'" in report.warnings[0]
+    assert not report.faults and "renames classes of the data set: 0 is 'meadow' and 'grass'" in report.warnings[0]
     assert any("in which every pixel is ignored: " in text for text in report.warnings)
 
 
@@ -128,27 +125,9 @@ def test_faulty_files_stop_before_the_batch(model: SptSeg) -> None:
         report.raise_on_fault()
 
 
-def test_a_loss_that_is_not_finite(model: SptSeg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first iteration; in the second, as after gradients that are none. The model stays as it was."""
+def test_a_loss_that_is_not_finite(model: SptSeg) -> None:
     weight = model.encoder.prompt_norm.weight
     with torch.no_grad():
         weight[0] = float("nan")
     assert "the loss is nan at iteration 0, on noise-" in preflight(model, Bands(), PARK, CONFIG).faults[0]
-    assert weight.isnan().sum() == 1
-    with torch.no_grad():
-        weight[0] = 1.0
-    original = torch.optim.AdamW.step
-
-    def step(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
-        self.param_groups[0]["params"][0].grad.fill_(float("nan"))
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    assert "the loss is nan at iteration 1, on noise-" in preflight(model, Bands(), PARK, CONFIG).faults[0]
-    assert all(value.isfinite().all() for value in model.trained_state().values())
-
-
-def test_a_model_without_anything_to_train(clip: Clip) -> None:
-    dense = build_model(dataclasses.replace(SMALL, prompt_tokens=0, spectral_layers=(), decoder="none"), clip)
-    (fault,) = preflight(dense, Bands(), PARK, CONFIG).faults
-    assert "this model has nothing to train, as dense CLIP" in fault
+    assert weight.isnan().sum() == 1, "the model stays as it was"

@@ -21,7 +21,6 @@ from miniatures import MINIATURES, context, voc
 from sptseg.checkpoints.checkpoint import read_header
 from sptseg.cli.commands import main
 from sptseg.datasets import splits
-from sptseg.datasets.named import Data
 from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model.clip import new_tiny_clip, save_tiny_clip
 from sptseg.model.config import SPT_RELEASED, ZEGCLIP
@@ -65,16 +64,10 @@ def test_presets_are_the_protocol(
     assert tuple(preset.data.resolved(stream).subset for stream in ("training", "evaluation")) == subsets
     split = splits.BY_NAME[preset.data.layout]()
     assert (len(split.seen), len(split.unseen)) == (seen, unseen)
-
-
-@pytest.mark.parametrize(("name", "iterations"), [("voc", 10_000), ("coco-stuff", 40_000), ("context", 20_000)])
-def test_transductive_training_is_the_second_half(name: str, iterations: int) -> None:
-    preset = PRESETS[name]
-    model, train = in_setting(preset.model, preset.train, "transductive")
-    assert (train.iterations, train.setting, model.seen_offset) == (iterations, "transductive", 0.0)
-    model, train = in_setting(preset.model, preset.train, "supervised")
-    assert (train.iterations, train.setting, model.seen_offset) == (preset.train.iterations, "supervised", 0.0)
-    assert in_setting(preset.model, preset.train, "inductive") == (preset.model, preset.train)
+    for setting, share in (("transductive", 0.5), ("supervised", 1)):  # the former goes on from the half-way checkpoint
+        other, steps = in_setting(model, train, setting)
+        assert (steps.iterations, steps.setting, other.seen_offset) == (share * iterations, setting, 0.0)
+    assert in_setting(model, train, "inductive") == (model, train)
 
 
 def test_every_preset_has_a_name_for_the_command_line() -> None:
@@ -135,6 +128,9 @@ def test_from_training_to_the_table(
 
     evaluate = ["evaluate", "--data", str(data), "--layout", layout, *clip, "--json", str(tmp_path / "a.json")]
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*train, "--output", str(tmp_path / "more"), "--train.setting=transductive"])
+    assert "give --start-from an inductive checkpoint" in capsys.readouterr().err
     main([*evaluate, "--model", str(run)])
     assert "| pAcc | mIoU(S) | mIoU(U) | hIoU |" in capsys.readouterr().out
     iou = json.loads((tmp_path / "a.json").read_text())["iou"]
@@ -196,18 +192,3 @@ def test_across_data_sets(clip: list[str], tmp_path: Path, capsys: pytest.Captur
     assert report["miou"] == pytest.approx(np.mean(list(found.values())))
     assert report["miou_shown"] == pytest.approx(np.mean([v for k, v in found.items() if k in shared]))
     assert report["miou_new"] == pytest.approx(np.mean([v for k, v in found.items() if k not in shared]))
-
-
-def test_transductive_training_from_random_weights_is_refused(
-    clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    voc(tmp_path / "released", tmp_path / "voc")
-    options = ["--data", str(tmp_path / "voc"), "--output", str(tmp_path / "run"), "--train.setting=transductive"]
-    with pytest.raises(SystemExit):
-        main(["train", "--preset", "voc", *options, *clip, *SMALL, *STEPS])
-    assert "give --start-from an inductive checkpoint" in capsys.readouterr().err
-
-
-def test_data_name_their_subsets() -> None:
-    assert Data("x", "voc2012", subset="train").resolved("evaluation").subset == "train"
-    assert Data("x", "camvid").resolved("training").subset == Data().resolved("evaluation").subset == ""

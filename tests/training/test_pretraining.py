@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from torch.testing import assert_close
 from sptseg import scenes
 from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model.clip import Clip, WordTokenizer, load_clip
-from sptseg.model.ops import resize_positions
 from sptseg.training import pretraining
 from sptseg.training.pretraining import (
     Pool,
@@ -100,16 +97,6 @@ def test_embed_images_equals_open_clips_own_forward() -> None:
         assert_close(image, expected_image, atol=1e-5, rtol=1e-5)
         assert_close(patches, F.normalize(tokens @ clip.visual.proj, dim=-1), atol=1e-5, rtol=1e-5)
     assert image.shape == (2, 32) and patches.shape == (2, 64, 32)
-
-
-def test_embed_images_on_another_grid_equals_a_clip_of_that_size() -> None:
-    clip, other = small_clip(), small_clip(image_size=20)
-    state = clip.model.state_dict()
-    name = "visual.positional_embedding"
-    state[name] = resize_positions(state[name], (8, 8), (5, 5))
-    other.model.load_state_dict(state)
-    images = torch.randn(2, 3, 20, 20)
-    assert_close(embed_images(clip, images)[1], other.model.encode_image(images, normalize=True))
 
 
 def test_patch_dropout_leaves_out_a_share() -> None:
@@ -269,19 +256,6 @@ def test_a_pool_drawn_by_processes_is_the_same(request: pytest.FixtureRequest) -
     assert np.array_equal(by_processes.images, draw_pool(STAGES[0], CONFIG, 0).images)
 
 
-def ends(size: int, job: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_a_drawing_process_that_the_system_ends_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no wait for ever."""
-    monkeypatch.setattr(pretraining, "draw_one", ends)
-    said = r"^a helping process ended before its time, [^\n]*; make room and give the same command: it goes on"
-    with pytest.raises(OSError, match=said):
-        draw_pool(STAGES[0], CONFIG, 0)
-
-
 # The run
 
 
@@ -289,21 +263,6 @@ def test_the_control_has_clips_own_contrast_and_no_local_stage() -> None:
     plain, full = PretrainConfig.plain(seed=3), PretrainConfig()
     assert plain == replace(full, seed=3, stages=full.stages[:3], dense_losses=False)
     assert [stage.local_window for stage in full.stages] == [0, 0, 0, 4]
-
-
-def test_the_settings_of_a_state_are_those_of_the_version_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a run goes on with: in this order, without what only says where it ran."""
-    written: dict[str, Any] = {}
-    monkeypatch.setattr(pretraining, "write_tensors", lambda _, state: written.update(state))
-    monkeypatch.setattr(pretraining, "draw_pool", lambda *_: Pool(np.zeros((4, 32, 32, 3), np.uint8), [("water",)] * 4))
-    stage = replace(STAGES[0], images=4)
-    pretrain(replace(PretrainConfig.plain(), stages=(stage,), threads=1), tmp_path / "new" / "clip.safetensors")
-    stages = [{**asdict(stage), "kinds": ["thumbnail"], "rates": [1e-3, 1e-4]}]
-    expected = {"seed": 0, "stages": stages, "pool": 40_000, "weight_decay": 0.05, "dense_losses": False}
-    assert written["config"] == json.dumps(expected)
-    assert list(written) == ["model", "optimizer", "step", "config"]
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
 import itertools
 import json
 import math
@@ -25,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toys import SPLIT, ActsAt, Toys, interrupt, same, toy_config, toy_model
 
-from sptseg import system as files
 from sptseg.datasets import splits
 from sptseg.datasets.folders import Scenes
 from sptseg.model import fingerprint
@@ -35,21 +31,10 @@ from sptseg.training import state as states
 from sptseg.training.loop import fit
 from sptseg.training.state import STATE, read_tensors, write_tensors
 
-FOUND = {STATE, "config.json", "history.json", "model.safetensors", "halfway.safetensors"}
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
 
 def run(folder: Path | None, resume: bool = False, **changes: Any) -> dict[str, Tensor]:
     config = toy_config(iterations=6, save_every=2, **changes)
     return fit(toy_model(dropout=0.1), Toys(), SPLIT, config, output=folder, resume=resume).model.trained_state()
-
-
-@pytest.fixture(scope="module")
-def undisturbed() -> dict[str, Tensor]:
-    return run(None)
 
 
 @pytest.fixture
@@ -61,19 +46,8 @@ def stopped(tmp_path: Path) -> Path:
     return tmp_path / STATE
 
 
-def test_a_state_of_the_version_before_goes_on_with_the_same_bits(stopped: Path, undisturbed: dict) -> None:
-    """These begin with a line that holds their checksum, and name what was left out."""
-    buffer = io.BytesIO()
-    torch.save({**read_tensors(stopped), "left_out": []}, buffer)
-    content = buffer.getvalue()
-    stopped.write_bytes(f"sptseg sha256 {hashlib.sha256(content).hexdigest()}\n".encode() + content)
-    assert read_tensors(stopped)["iteration"] == 4
-    assert same(run(stopped.parent, resume=True), undisturbed)
-
-
 NO_STATE: dict[str, Callable[[Path], object]] = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "empty": lambda path: path.write_bytes(b""),
     "a text": lambda path: path.write_text("a text"),
     "other tensors": lambda path: torch.save([torch.zeros(3)], path),
     "sealed and cut off": lambda path: path.write_bytes(states.SEAL + b"0" * 64 + b"\n" + path.read_bytes()[:500]),
@@ -96,29 +70,6 @@ def test_a_state_executes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state.pt cannot be read"):
         read_tensors(tmp_path / STATE)
     assert not (tmp_path / "intruded").exists()
-
-
-def test_a_full_disk_stops_the_run_and_the_last_state_goes_on(
-    tmp_path: Path, undisturbed: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk fills up while the state of iteration 4 is written."""
-    real = states.write_tensors
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def on_a_full_disk(path: Path, value: dict) -> None:
-        if value["iteration"] == 4:
-            monkeypatch.setattr("sptseg.system.os.fsync", full)
-        real(path, value)
-
-    monkeypatch.setattr(states, "write_tensors", on_a_full_disk)
-    with pytest.raises(OSError, match="state.pt could not be written .No space left on device.; make room"):
-        run(tmp_path)
-    monkeypatch.undo()
-    assert not any(name.endswith(".part") for name in names(tmp_path))
-    assert read_tensors(tmp_path / STATE)["iteration"] == 2
-    assert same(run(tmp_path, resume=True), undisturbed)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,19 +101,6 @@ def test_the_scaler_of_half_precision_goes_along(tmp_path: Path) -> None:
     new = torch.amp.GradScaler("cpu", init_scale=2.0)
     progress = states.load_state(tmp_path, toy_model(), optimizer, new, settings)
     assert new.get_scale() == 1024.0 and progress == states.Progress(3, [{"x": 1}])
-
-
-def test_what_is_written_beside_is_whole_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """config.json, history.json and the models go through the same door."""
-    written = []
-    original = files.write
-    for module in ("training.loop", "checkpoints.checkpoint", "training.state"):
-        monkeypatch.setattr(
-            f"sptseg.{module}.write", lambda path, *a, **o: written.append(Path(path).name) or original(path, *a, **o)
-        )
-    run(tmp_path)
-    assert set(written) == names(tmp_path) == FOUND
-    assert json.loads((tmp_path / "config.json").read_text())["train"]["iterations"] == 6
 
 
 # Kills
@@ -212,7 +150,7 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     assert not kill_at(in_a_child(folder / "undisturbed", 1), math.inf, None)
     seconds = time.perf_counter() - started
     expected = load_file(folder / "undisturbed" / "model.safetensors")
-    report: dict[str, Any] = {"kills": 0, "in a write": 0, "iterations": [], "runs": 0}
+    report = {"kills": 0, "in a write": 0, "runs": 0}
     while report["kills"] < kills:
         place = folder / str(report["runs"])
         part = place / f".{STATE}.part"
@@ -224,8 +162,8 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict[str, Any]:
                 break
             report["kills"] += 1
             report["in a write"] += part.exists()
-            state = place / STATE
-            report["iterations"].append(read_tensors(state)["iteration"] if state.exists() else 0)
+            if (place / STATE).exists():
+                read_tensors(place / STATE)
         assert same(load_file(place / "model.safetensors"), expected)
         report["runs"] += 1
     return report
@@ -242,5 +180,4 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(kills: int, tmp_pat
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] == kills and report["runs"] >= kills / 8
-    if kills == 20:
-        assert report["in a write"] > 2 and len(set(report["iterations"])) > 4, "moments of all kinds"
+    assert kills < 20 or report["in a write"] > 2

@@ -116,7 +116,7 @@ def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
     """Filters a grid per channel in the frequency domain: irfft2(rfft2(features) * weight), both orthonormal.
 
     features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the
-    features' type. Source: paper section "Spectral Prompt Tuning"; `method.md` there is 1.3 (GFNet's global filter).
+    features' type. Source: paper section "Spectral Prompt Tuning"; the filter is GFNet's global one.
     """
     height, width = features.shape[1:3]
     with torch.autocast(features.device.type, enabled=False):

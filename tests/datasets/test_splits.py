@@ -10,7 +10,7 @@ import pytest
 from sptseg.datasets import splits
 from sptseg.datasets.splits import IGNORE, Split, names, spread_palette
 
-# method.md section 6: label values of the unseen classes, with their names
+# ZegCLIP's splits: label values of the unseen classes, with their names
 COCO_UNSEEN = {
     19: "cow", 23: "giraffe", 28: "suitcase", 29: "frisbee", 36: "skateboard", 51: "carrot", 76: "scissors",
     88: "cardboard", 94: "clouds", 112: "grass", 133: "playingfield", 136: "river", 137: "road", 157: "tree",

@@ -31,6 +31,12 @@ def readme_as_page(app: Any, name: str, text: list[str]) -> None:
         text[0] = readme + CONTENTS
 
 
+def links_in_outputs(_app: Any, _name: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """What cells print is no page to Sphinx: its links to notebooks lead to their pages."""
+    if "body" in context:
+        context["body"] = re.sub(r'href="(\w+)\.ipynb', r'href="\1.html', context["body"])
+
+
 def formula(writer: Any, node: nodes.math | nodes.math_block) -> None:
     """MathML in the page, which browsers draw themselves."""
     writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
@@ -39,4 +45,5 @@ def formula(writer: Any, node: nodes.math | nodes.math_block) -> None:
 
 def setup(app: Any) -> None:
     app.connect("source-read", readme_as_page)
+    app.connect("html-page-context", links_in_outputs)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))

@@ -29,7 +29,7 @@ def test_the_embedded_model_beats_dense_clip_by_three_points() -> None:
 
 def test_on_the_plain_clip_the_new_variant_is_ahead_of_the_released_one_and_of_what_needs_no_training() -> None:
     """Of unseen classes, by the figures of data/README.md: 30, 22 and 9; NACLIP's read-out has 20, the plain one 6."""
-    new, released, zegclip = (scored(f"embedded-plain{end}", 60).miou_unseen for end in ("", "-released", "-zegclip"))
+    new, released, zegclip = (scored(f"embedded-plain{end}", 30).miou_unseen for end in ("", "-released", "-zegclip"))
     assert new > released + 0.03 > zegclip + 0.1
 
 

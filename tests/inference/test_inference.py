@@ -39,7 +39,7 @@ from sptseg.scenes.world import draw
 MODEL = toy_model().eval()
 CLASSES = ("grass", "water", "tree")
 sides = st.integers(1, 90)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 def picture(height: int, width: int) -> np.ndarray:

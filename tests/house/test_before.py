@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(clip: Clip, tmp_path: Path) -> No
     expected = json.loads((BEFORE / "finished" / "history.json").read_text())
     timeless = [{k: v for k, v in row.items() if k != "images_per_second"} for row in result.history]
     for row, before in zip(timeless, expected, strict=True):
-        assert row == pytest.approx({name: before[name] for name in row}, rel=1e-3)
+        assert row == pytest.approx({name: before[name] for name in row}, rel=1e-2)
     ours, theirs = model.trained_state(), load_file(BEFORE / "finished" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

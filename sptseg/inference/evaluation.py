@@ -174,13 +174,14 @@ def by_training(scores: Scores, trained_classes: Collection[str]) -> dict[str, A
 
 
 def confusion_matrices(
-    model: SptSeg, dataset: Dataset[Sample], split: Split, *, limit: int | None = None, batch_size: int = 16
+    model: SptSeg, dataset: Dataset[Sample], split: Split, *, limit: int | None = None, **options: Any
 ) -> Tensor:
-    """Pixel counts of each picture (P, C, C), rows true, columns predicted: what intervals and changes are made of."""
+    """Pixel counts of each picture (P, C, C), rows true, columns predicted: what intervals and changes are made of.
+
+    Options as for `predictions`.
+    """
     counts = []
-    for sample, logits in predictions(
-        model, dataset, split, indices=first_indices(dataset, limit), batch_size=batch_size
-    ):
+    for sample, logits in predictions(model, dataset, split, indices=first_indices(dataset, limit), **options):
         label = torch.as_tensor(sample["label"])
         predicted = logits.labels((label.shape[0], label.shape[1])).cpu()
         counts.append(confusion_matrix(label, predicted, split))

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes, Split
-from sptseg.inference import confusion_matrix, new_accelerator, predictions, scores_of_tallies, tallies
+from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes
+from sptseg.inference import confusion_matrices, new_accelerator, scores_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
 from sptseg.training.ablation import CONFIGURATIONS, mean_and_deviation
@@ -238,25 +238,29 @@ class Study:
         """The figures of counts (P, 3, C) by name, and "iou", each class's."""
         return scores_of_tallies(counts.sum(0), self.split).as_dict()
 
+    def counts(self, model: SptSeg, dataset: Dataset[Sample], seen_offset: float | None = None) -> Tensor:
+        """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""
+        return tallies(confusion_matrices(model, dataset, self.split, seen_offset=seen_offset))
+
     def scored(self, run: Run, model: SptSeg) -> Iterator[tuple[str, Tensor]]:
         """Counts (P, 3, C) by name: "test", those of `after`, and each corruption's, such as "blur-1"."""
         validation = self.pool(run.world, "validation")
         if run.rate is not None:
-            yield "test", picture_tallies(model, validation, self.split)
+            yield "test", self.counts(model, validation)
             return
-        yield "test", picture_tallies(model, self.pool(run.world, "test"), self.split)
+        yield "test", self.counts(model, self.pool(run.world, "test"))
         if not model.config.trains:
-            yield "validation", picture_tallies(model, validation, self.split)
+            yield "validation", self.counts(model, validation)
         for name, after in self.plan.after.items():
             if run.row in after.rows:
                 layers = model.encoder.spectral_layers
                 if after.without_spectral_prompts:
                     model.encoder.spectral_layers = frozenset()
-                yield name, picture_tallies(model, self.pool(run.world, "test"), self.split, after.seen_offset)
+                yield name, self.counts(model, self.pool(run.world, "test"), after.seen_offset)
                 model.encoder.spectral_layers = layers
         for kind, strength in SPOILT if run.part.corrupted else ():
             spoilt = self.pool(run.world, "test", (kind, strength))
-            yield f"{kind}-{strength}", picture_tallies(model, spoilt, self.split)
+            yield f"{kind}-{strength}", self.counts(model, spoilt)
 
     def asked(self, run: Run) -> dict[str, Any]:
         """What a finished run must have been asked for, to be the same."""
@@ -313,13 +317,3 @@ def ended_at(until: float) -> Iterator[None]:
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)
-
-
-def picture_tallies(model: SptSeg, dataset: Dataset[Sample], split: Split, seen_offset: float | None = None) -> Tensor:
-    """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""
-    counts = []
-    for sample, logits in predictions(model, dataset, split, seen_offset=seen_offset):
-        label = torch.as_tensor(sample["label"])
-        predicted = logits.labels((label.shape[0], label.shape[1])).cpu()
-        counts.append(tallies(confusion_matrix(label, predicted, split)))
-    return torch.stack(counts)

@@ -231,7 +231,7 @@ def pretrain_command(
     if images is not None:
         config = config.scaled(images)
     clip = pretrain(config, output)
-    print(f"wrote {output}; of 100 fresh scenes' captions the right one is the closest for {retrieval(clip):.1%}")
+    print(f"of 100 fresh scenes' captions the right one is the closest for {retrieval(clip):.1%}")
     print(f"wrote {output}; use it with --clip tiny --clip-weights {shlex.quote(str(output))}")
 
 

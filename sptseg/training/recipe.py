@@ -7,7 +7,7 @@ from dataclasses import replace
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from sptseg import scenes
-from sptseg.model import DENSE_CLIP, TINY, ModelConfig, ReadOut, default_readout
+from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, ModelConfig, ReadOut, default_readout
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # OpenAI's 80
 SHORT_SIDES = {"cityscapes": 560, "coco-stuff": 448}  # all others 336
@@ -42,8 +42,8 @@ def training_free(
 
     80 templates, softmax of 40 times the cosine over all names, CLIP's image statistics, bicubic positions; windows of
     224 every 112 pixels of pictures with a short side of 336 (Cityscapes 560, COCO-Stuff 448). ClearCLIP, as released:
-    50 times, windows of 448 (Cityscapes 224) every 224 pixels of a short side of 448. The tiny CLIP has its own window,
-    statistics and templates. `readout`: by default `default_readout`.
+    50 times, windows of 448 (Cityscapes 224) every 224 pixels of a short side of 448. The tiny CLIPs have their own
+    window, statistics and templates. `readout`: by default `default_readout`.
     """
     readout = readout or default_readout(clip)
     config = replace(
@@ -51,7 +51,7 @@ def training_free(
         short_side=SHORT_SIDES.get(layout, 336), bicubic=True, softmax_scale=40.0, templates=IMAGENET_TEMPLATES,
         normalization="clip",
     )  # fmt: skip
-    if clip == TINY:
+    if clip in EMBEDDED_CLIPS:
         own = {"templates": scenes.TEMPLATES, "normalization": DENSE_CLIP.normalization}
         return replace(config, image_size=DENSE_CLIP.image_size, short_side=192, **own)
     if readout == "clearclip":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def test_published_figures_stand_beside_yours() -> None:
     others = training_free("ViT-B-16-quickgelu", None, "naclip"), training_free("tiny")
     assert [beside_published(config, "voc2012", 0.5) for config in others] == [None, None]
     assert beside_published(naclip, "camvid", 0.5) is None
+
+
+def test_both_tiny_clips_are_asked_in_their_own_words() -> None:
+    tiny, plain = (build_model(training_free(name)) for name in ("tiny", "tiny-plain"))
+    assert tiny.class_embeddings(["tree"]).shape == plain.class_embeddings(["tree"]).shape == (1, 256)
+    assert plain.config == replace(tiny.config, clip="tiny-plain", readout="naclip")
 
 
 def test_evaluate_takes_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ REFERENCE = Path(__file__).parent / "reference"
 DEVICE = os.environ.get("SPTSEG_TEST_DEVICE", "cpu")  # of tests/gpu; all others mean the CPU, and no GPU is seen
 if DEVICE == "cpu":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("any machine", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sptseg.checkpoints import completed
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes
 from sptseg.inference import confusion_matrices, new_accelerator, scores_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
@@ -274,7 +275,8 @@ class Study:
         """Does a share's runs that nobody has done, until all are done or `until` (time.monotonic); whether all are."""
         todo = self.plan.runs(share)
         for run in filter(self.finished, todo):
-            if self.result(run.place)["asked"] != self.asked(run):
+            before = self.result(run.place)["asked"]
+            if {**before, "model": completed(before["model"])} != self.asked(run):
                 place = self.folder / run.place
                 raise ValueError(f"{place} is of another plan or CLIP; choose another output folder, or delete it")
         with ended_at(until):

@@ -9,12 +9,12 @@ no graph is kept. `tests/plain.py` holds the straightforward twin.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,7 +25,10 @@ FOCAL_WEIGHT, SSIM_WEIGHT, DICE_WEIGHT = 100.0, 1.0, 1.0
 ALPHA = 0.25  # focal: weight of positives; 1 - ALPHA of negatives
 C1, C2 = 0.01**2, 0.03**2  # SSIM
 SIGMA, RADIUS = 1.5, 5
-TILE = 32  # rows that are blurred together: a matrix product with 42 columns, where the whole band has as many as rows
+TILE = 32  # side of a tile, pixels
+# 16 MiB, freed at once: from then on glibc keeps freed blocks up to that size, where it gave each map back to the
+# system (on a CPU SSIM takes a third of the time). Other allocators do not care.
+torch.empty(2**22)
 
 
 def segmentation_loss(
@@ -76,23 +79,44 @@ def check_labels(labels: Tensor, classes: int, batch: int) -> None:
 
 
 class _MaskLosses(torch.autograd.Function):
-    """(focal, ssim or dice) of low-resolution logits, with their gradients made in the forward pass."""
+    """(focal, ssim or dice) of low-resolution logits, with their gradients made in the forward pass.
+
+    Focal loss and SSIM first take every map as if its target were empty. What the target changes is added in tiles
+    around its pixels, few in all, as every pixel has one class: so time hardly grows with the classes in a picture.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, pairs: Tensor, ssim: bool) -> tuple[Tensor, Tensor]:
         (batch, classes), size = logits.shape[:2], (labels.shape[-2], labels.shape[-1])
-        up = Upsampling.between(logits.shape[-2:], size, logits.device)
+        up = Upsampling(*(Axis.between(a, b, logits.device) for a, b in zip(logits.shape[-2:], size, strict=True)))
         maps = logits.flatten(0, 1)  # (B * C, h, w)
         values = logits.new_zeros(2)
         gradients = torch.zeros(2, *maps.shape, device=logits.device)
         for chunk, absent in chunks(present_pairs(labels, classes).flatten(), size):
             low = maps[chunk]
             x = up(low)
-            target = None if absent else (labels[chunk // classes] == (chunk % classes)[:, None, None]).float()
-            terms = [focal_term(x, target, up), ssim_term(low, x, target, up) if ssim else dice_term(x, target, up)]
+            target = None if absent else labels[chunk // classes] == (chunk % classes)[:, None, None]
+            negative, by_x = focal_term(x if target is None else x.masked_fill(target, -torch.inf), 1 - ALPHA)
+            terms = [(negative, up.back(by_x))]
+            if ssim:
+                terms.append(ssim_without_target(low, up))
+            elif target is not None:
+                terms.append(dice_term(x, target.float(), up))
             for i, (value, gradient) in enumerate(terms):
                 values[i] += value
                 gradients[i, chunk] = gradient
+        for chunk, target, tile in tiles(labels, classes, up):
+            low = maps[chunk]
+            x = tile(low)
+            core = target.clone()  # without what lies around the tile, which is the neighbours'
+            core[:, :RADIUS] = core[:, -RADIUS:] = core[..., :RADIUS] = core[..., -RADIUS:] = False
+            positive, by_x = focal_term((-x).masked_fill(~core, -torch.inf), ALPHA)
+            terms = [(positive, tile.back(-by_x))] + ([ssim_of_target(low, x, target.float(), tile)] if ssim else [])
+            pairs_of_chunk, which = chunk.unique_consecutive(return_inverse=True)
+            sums = F.one_hot(which, len(pairs_of_chunk)).T.float()  # a product, as scattered sums differ run by run
+            for i, (value, gradient) in enumerate(terms):
+                values[i] += value
+                gradients[i, pairs_of_chunk] += (sums @ gradient.flatten(1)).unflatten(1, gradient.shape[1:])
         pixels = size[0] * size[1]
         focal_scale = 1 / (pixels * pairs)
         second_scale = values.new_tensor(-1 / (pixels * batch * classes)) if ssim else 1 / pairs
@@ -108,10 +132,7 @@ class _MaskLosses(torch.autograd.Function):
 
 
 def chunks(present: Tensor, size: tuple[int, int]) -> Iterator[tuple[Tensor, bool]]:
-    """(positions of (image, class) pairs in `present` (B * C,), whether their classes are absent), a few at a time.
-
-    Absent classes have an empty target, which takes less than half of the work.
-    """
+    """(positions of (image, class) pairs in `present` (B * C,), whether their classes are absent), a few at a time."""
     at_once = maps_at_once(size[0] * size[1], present.device)
     for absent in (False, True):
         for chunk in (present != absent).nonzero().flatten().split(at_once):
@@ -119,54 +140,69 @@ def chunks(present: Tensor, size: tuple[int, int]) -> Iterator[tuple[Tensor, boo
                 yield chunk, absent
 
 
-@dataclass(frozen=True)
-class Upsampling:
-    """Bilinear upsampling of maps as a matrix product per axis, its transpose, and both with the SSIM window on top.
+class Axis(NamedTuple):
+    """Bilinear upsampling along one axis as a matrix `up` (S, h), and what SSIM's window makes of it.
 
-    rows (S, h), columns (S', w); `blurred_rows`, `blurred_columns` are these after the Gaussian window.
+    A row of `up` has at most two entries that are not zero, side by side. So the square of an upsampled map is itself a
+    linear function of few numbers: the products of neighbours in the small map. `blurred` (S, h) and `blurred_squares`
+    (S, 2h-1) are both after the window (S, S), so that window means need no map of full size.
 
-    A row of these matrices has at most two entries that are not zero, side by side. So the square of an upsampled map
-    is itself a linear function of few numbers: the products of neighbours in the small map. The window applied to it is
-    a matrix product of its own, `moment_rows` (S, 2h-1) and `moment_columns` (S', 2w-1), and never sees full size.
+    Of tiles, all have one dimension more in front; a tile's `up` and the columns of its `window` reach RADIUS further
+    on both sides, and are zero outside of the picture.
     """
 
-    rows: Tensor
-    columns: Tensor
-    blurred_rows: Tensor
-    blurred_columns: Tensor
-    moment_rows: Tensor
-    moment_columns: Tensor
+    up: Tensor
+    blurred: Tensor
+    blurred_squares: Tensor
+    window: Tensor
 
     @classmethod
-    def between(cls, source: Sequence[int], target: Sequence[int], device: torch.device) -> Upsampling:
-        rows, columns = (interpolation(a, b, device) for a, b in zip(source, target, strict=True))
-        squares = [torch.cat([m * m, 2 * m[:, :-1] * m[:, 1:]], dim=1) for m in (rows, columns)]
-        return cls(rows, columns, *(blur_rows(m[None])[0] for m in (rows, columns, *squares)))
+    def between(cls, source: int, target: int, device: torch.device) -> Axis:
+        up, window = interpolation(source, target, device), gaussian_window(target, device)
+        squares = torch.cat([up * up, 2 * up[:, :-1] * up[:, 1:]], dim=1)
+        return cls(up, window @ up, window @ squares, window)
+
+    def tiles(self) -> Axis:
+        length = len(self.up)
+        rest, starts = -length % TILE, range(0, length, TILE)
+        up = F.pad(self.up, (0, 0, RADIUS, rest + RADIUS)).unfold(0, TILE + 2 * RADIUS, TILE).mT
+        blurred, squares = (F.pad(m, (0, 0, 0, rest)).unflatten(0, (-1, TILE)) for m in self[1:3])
+        window = F.pad(self.window, (RADIUS, rest + RADIUS, 0, rest))
+        return Axis(
+            up, blurred, squares, torch.stack([window[i : i + TILE, i : i + TILE + 2 * RADIUS] for i in starts])
+        )
+
+
+class Upsampling(NamedTuple):
+    """Bilinear upsampling of maps as a matrix product per axis, its transpose, and both with SSIM's window on top."""
+
+    rows: Axis
+    columns: Axis
 
     def __call__(self, low: Tensor) -> Tensor:
         """(n, h, w) -> (n, S, S')."""
-        return self.rows @ low @ self.columns.T
+        return self.rows.up @ low @ self.columns.up.mT
 
     def back(self, gradient: Tensor) -> Tensor:
         """Transpose of `__call__`: (n, S, S') -> (n, h, w)."""
-        return self.rows.T @ gradient @ self.columns
+        return self.rows.up.mT @ gradient @ self.columns.up
 
     def moments(self, low: Tensor) -> tuple[Tensor, Tensor]:
         """Window means of the upsampled maps and of their squares: two of (n, S, S')."""
-        mean = self.blurred_rows @ low @ self.blurred_columns.T
-        return mean, self.moment_rows @ neighbour_products(low) @ self.moment_columns.T
+        mean = self.rows.blurred @ low @ self.columns.blurred.mT
+        return mean, self.rows.blurred_squares @ neighbour_products(low) @ self.columns.blurred_squares.mT
 
     def moments_back(self, low: Tensor, by_mean: Tensor, by_square: Tensor) -> Tensor:
         """Gradient (n, h, w) of `moments` at `low`, from those by its two results."""
-        by_product = self.moment_rows.T @ by_square @ self.moment_columns
+        by_product = self.rows.blurred_squares.mT @ by_square @ self.columns.blurred_squares
         with torch.enable_grad():
             leaf = low.detach().requires_grad_()
             (of_square,) = torch.autograd.grad(neighbour_products(leaf), leaf, by_product)
-        return self.blurred_rows.T @ by_mean @ self.blurred_columns + of_square
+        return self.rows.blurred.mT @ by_mean @ self.columns.blurred + of_square
 
 
 def neighbour_products(low: Tensor) -> Tensor:
-    """Products of neighbours in small maps (n, h, w), as `Upsampling` wants them: (n, 2h-1, 2w-1).
+    """Products of neighbours in small maps (n, h, w), as `Axis` wants them: (n, 2h-1, 2w-1).
 
     [[own squares, with the right neighbour], [with the one below, mean of both diagonals]].
     """
@@ -176,18 +212,29 @@ def neighbour_products(low: Tensor) -> Tensor:
     return torch.cat([above, torch.cat([up * down, diagonals], dim=2)], dim=1)
 
 
-def focal_term(x: Tensor, target: Tensor | None, up: Upsampling) -> tuple[Tensor, Tensor]:
-    """Sum of the focal loss over maps (n, S, S'), and its gradient (n, h, w).
+def tiles(labels: Tensor, classes: int, up: Upsampling) -> Iterator[tuple[Tensor, Tensor, Upsampling]]:
+    """Where pixels of a class lie in a tile or at most RADIUS from it, a few tiles at a time:
+    (positions of their (image, class) pairs, targets (n, T + 2 RADIUS, T + 2 RADIUS), upsampling to these tiles)."""
+    rows, columns = (axis.tiles() for axis in up)
+    side, (height, width) = TILE + 2 * RADIUS, labels.shape[1:]
+    padding = (RADIUS, -width % TILE + RADIUS, RADIUS, -height % TILE + RADIUS)
+    parts = F.pad(labels, padding, value=IGNORE).unfold(1, side, TILE).unfold(2, side, TILE)  # (B, rows, columns, ...)
+    holds = present_pairs(parts.flatten(0, 2), classes).unflatten(0, parts.shape[:3]).movedim(3, 1)
+    for chunk in holds.nonzero().split(maps_at_once(side * side, labels.device)):
+        image, name, row, column = chunk.T
+        target = parts[image, row, column] == name[:, None, None]
+        place = Upsampling(*(Axis(*(m[i] for m in axis)) for axis, i in ((rows, row), (columns, column))))
+        yield image * classes + name, target, place
 
-    With z = x for negatives and -x for positives, q = sigmoid(z): loss = a q² softplus(z),
-    d loss / dz = a q² (2 (1 - q) softplus(z) + q).
+
+def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Sum of weight q² softplus(z) with q = sigmoid(z), and its gradient weight q² (2 (1 - q) softplus(z) + q).
+
+    That is the focal loss of negatives with logits z, and of positives with logits -z; -inf does not count.
     """
-    z = x if target is None else x * (1 - 2 * target)
-    weight = 1 - ALPHA if target is None else 1 - ALPHA + (2 * ALPHA - 1) * target
     q, cost = z.sigmoid(), softplus(z)
     weighted = q * q * weight
-    gradient = weighted * (2 * (1 - q) * cost + q)
-    return (weighted * cost).sum(), up.back(gradient if target is None else gradient * (1 - 2 * target))
+    return (weighted * cost).sum(), weighted * (2 * (1 - q) * cost + q)
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -200,31 +247,37 @@ def softplus(z: Tensor) -> Tensor:
     return e.mul_(u.log()).div_((u - 1).clamp_(min=torch.finfo(z.dtype).eps)).add_(z.clamp(min=0))
 
 
-def dice_term(x: Tensor, target: Tensor | None, up: Upsampling) -> tuple[Tensor, Tensor]:
-    """Sum of 1 - dice over maps that hold their class, and its gradient (n, h, w); absent classes do not count."""
-    if target is None:
-        return x.new_zeros(()), x.new_zeros(len(x), up.rows.shape[1], up.columns.shape[1])
+def dice_term(x: Tensor, target: Tensor, up: Upsampling) -> tuple[Tensor, Tensor]:
+    """Sum of 1 - dice over maps (n, S, S') that hold their class, and its gradient (n, h, w)."""
     p = x.sigmoid()
     overlap = 2 * (p * target).sum(dim=(1, 2), keepdim=True) + 1
     total = p.sum(dim=(1, 2), keepdim=True) + target.sum(dim=(1, 2), keepdim=True) + 1
     return (1 - overlap / total).sum(), up.back((overlap / total - 2 * target) / total * p * (1 - p))
 
 
-def ssim_term(low: Tensor, x: Tensor, target: Tensor | None, up: Upsampling) -> tuple[Tensor, Tensor]:
-    """Sum of the structural similarity of logits and target over maps and pixels, and its gradient (n, h, w).
+def empty_ssim(a: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SSIM with an empty target, C1 C2 / ((a² + C1) (var x + C2)), at each pixel; its derivatives by a and E[x²]."""
+    d1, d2 = a * a + C1, square - a * a + C2
+    value = (C1 * C2) / (d1 * d2)
+    by_square = -value / d2
+    return value, 2 * a * (-value / d1 - by_square), by_square
+
+
+def ssim_without_target(low: Tensor, up: Upsampling) -> tuple[Tensor, Tensor]:
+    """Sum of the structural similarity of logits and an empty target over maps and pixels; its gradient (n, h, w)."""
+    value, by_mean, by_square = empty_ssim(*up.moments(low))
+    return value.sum(), up.moments_back(low, by_mean, by_square)
+
+
+def ssim_of_target(low: Tensor, x: Tensor, target: Tensor, tile: Upsampling) -> tuple[Tensor, Tensor]:
+    """What targets change of `ssim_without_target`, in tiles, and its gradient (n, h, w).
 
     With means a, b, and moments E[x²], E[xt] in the window: l = (2ab + C1) / (a² + b² + C1),
     s = (2 (E[xt] - ab) + C2) / (var x + var t + C2), SSIM = l s. As t is 0 or 1, E[t²] = b.
     """
-    a, square = up.moments(low)
-    if target is None:
-        d1 = a * a + C1
-        d2 = square - a * a + C2
-        value = (C1 * C2) / (d1 * d2)
-        by_square = -value / d2
-        by_mean = 2 * a * (-value / d1 - by_square)
-        return value.sum(), up.moments_back(low, by_mean, by_square)
-    b, product = blur(target), blur(x * target)
+    down, right = tile.rows.window, tile.columns.window
+    a, square = tile.moments(low)
+    b, product = (down @ maps @ right.mT for maps in (target, x * target))
     d1 = a * a + b * b + C1
     d2 = square - a * a + b - b * b + C2
     luminance, structure = (2 * a * b + C1) / d1, (2 * (product - a * b) + C2) / d2
@@ -232,32 +285,13 @@ def ssim_term(low: Tensor, x: Tensor, target: Tensor | None, up: Upsampling) -> 
     by_square = -value / d2
     by_product = 2 * luminance / d2
     by_mean = 2 * b * structure / d1 - 2 * a * value / d1 - b * by_product - 2 * a * by_square
-    return value.sum(), up.moments_back(low, by_mean, by_square) + up.back(target * blur(by_product))
-
-
-def blur(maps: Tensor) -> Tensor:
-    """The 11 x 11 Gaussian window (sigma 1.5, 5 zeros of padding) on maps (n, S, S').
-
-    It is its own transpose, so gradients go through it as values do.
-    """
-    return blur_rows(blur_rows(maps).transpose(1, 2)).transpose(1, 2)
-
-
-def blur_rows(maps: Tensor) -> Tensor:
-    """The one-dimensional window down the rows of (n, S, S'): a product with a banded matrix, the band cut in tiles."""
-    length = maps.shape[1]
-    band = gaussian_band(min(length, TILE) + 2 * RADIUS, maps.device)[RADIUS:]
-    tiles = []
-    for start in range(0, length, TILE):
-        first, last = max(0, start - RADIUS), min(length, start + TILE + RADIUS)
-        rows = min(TILE, length - start)
-        columns = slice(first - start + RADIUS, last - start + RADIUS)
-        tiles.append(band[:rows, columns] @ maps[:, first:last])
-    return torch.cat(tiles, dim=1)
+    empty, empty_by_mean, empty_by_square = empty_ssim(a, square)
+    gradient = tile.moments_back(low, by_mean - empty_by_mean, by_square - empty_by_square)
+    return (value - empty).sum(), gradient + tile.back(target * (down.mT @ by_product @ right))
 
 
 @lru_cache(maxsize=16)
-def gaussian_band(length: int, device: torch.device) -> Tensor:
+def gaussian_window(length: int, device: torch.device) -> Tensor:
     """Symmetric (length, length) matrix that applies the one-dimensional window, zeros beyond the border."""
     offset = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float32)
     window = torch.exp(-(offset**2) / (2 * SIGMA**2))

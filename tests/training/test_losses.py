@@ -152,10 +152,20 @@ def test_softplus_is_as_exact_as_torchs() -> None:
     assert_close(losses.softplus(torch.tensor([-200.0, 0.0, 200.0])), torch.tensor([0.0, math.log(2), 200.0]))
 
 
-@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 64, 90])
-def test_the_window_is_cut_in_tiles_without_seams(length: int) -> None:
-    maps = torch.randn(2, length, 7, dtype=torch.float32)
-    assert_close(losses.blur(maps), plain.blur(maps[None])[0], atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 42), (31, 70), (32, 33), (64, 90)])
+def test_targets_are_added_in_tiles_without_seams(size: tuple[int, int], kind: str) -> None:
+    """A whole picture of one class, specks of another at borders of tiles and of the picture."""
+    labels = torch.full((2, *size), 1)
+    labels[:, 4::27, ::31] = 0
+    labels[1, size[0] // 2 :] = 255
+    ours = (2 * torch.randn(2, 4, 3, 5)).requires_grad_()
+    twin = ours.detach().double().requires_grad_()
+    value, wanted = (
+        f(x, labels, kind)["total"] for f, x in ((segmentation_loss, ours), (plain.segmentation_loss, twin))
+    )
+    assert_close(value.double(), wanted, rtol=1e-5, atol=0)
+    assert difference(*(torch.autograd.grad(v, x)[0] for v, x in ((value, ours), (wanted, twin)))) <= 1e-5
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -26,9 +26,6 @@ ALPHA = 0.25  # focal: weight of positives; 1 - ALPHA of negatives
 C1, C2 = 0.01**2, 0.03**2  # SSIM
 SIGMA, RADIUS = 1.5, 5
 TILE = 32  # side of a tile, pixels
-# 16 MiB, freed at once: from then on glibc keeps freed blocks up to that size, where it gave each map back to the
-# system (on a CPU SSIM takes a third of the time). Other allocators do not care.
-torch.empty(2**22)
 
 
 def segmentation_loss(
@@ -108,8 +105,7 @@ class _MaskLosses(torch.autograd.Function):
         for chunk, target, tile in tiles(labels, classes, up):
             low = maps[chunk]
             x = tile(low)
-            core = target.clone()  # without what lies around the tile, which is the neighbours'
-            core[:, :RADIUS] = core[:, -RADIUS:] = core[..., :RADIUS] = core[..., -RADIUS:] = False
+            core = F.pad(target[:, RADIUS:-RADIUS, RADIUS:-RADIUS], [RADIUS] * 4)  # what lies around is the neighbours'
             positive, by_x = focal_term((-x).masked_fill(~core, -torch.inf), ALPHA)
             terms = [(positive, tile.back(-by_x))] + ([ssim_of_target(low, x, target.float(), tile)] if ssim else [])
             pairs_of_chunk, which = chunk.unique_consecutive(return_inverse=True)
@@ -220,7 +216,8 @@ def tiles(labels: Tensor, classes: int, up: Upsampling) -> Iterator[tuple[Tensor
     padding = (RADIUS, -width % TILE + RADIUS, RADIUS, -height % TILE + RADIUS)
     parts = F.pad(labels, padding, value=IGNORE).unfold(1, side, TILE).unfold(2, side, TILE)  # (B, rows, columns, ...)
     holds = present_pairs(parts.flatten(0, 2), classes).unflatten(0, parts.shape[:3]).movedim(3, 1)
-    for chunk in holds.nonzero().split(maps_at_once(side * side, labels.device)):
+    found = holds.nonzero()
+    for chunk in found.split(maps_at_once(side * side, labels.device)) if len(found) else ():
         image, name, row, column = chunk.T
         target = parts[image, row, column] == name[:, None, None]
         place = Upsampling(*(Axis(*(m[i] for m in axis)) for axis, i in ((rows, row), (columns, column))))
@@ -233,8 +230,9 @@ def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     That is the focal loss of negatives with logits z, and of positives with logits -z; -inf does not count.
     """
     q, cost = z.sigmoid(), softplus(z)
-    weighted = q * q * weight
-    return (weighted * cost).sum(), weighted * (2 * (1 - q) * cost + q)
+    weighted = (q * q).mul_(weight)
+    value = (weighted * cost).sum()
+    return value, (1 - q).mul_(2).mul_(cost).add_(q).mul_(weighted)
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -257,10 +255,13 @@ def dice_term(x: Tensor, target: Tensor, up: Upsampling) -> tuple[Tensor, Tensor
 
 def empty_ssim(a: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SSIM with an empty target, C1 C2 / ((a² + C1) (var x + C2)), at each pixel; its derivatives by a and E[x²]."""
-    d1, d2 = a * a + C1, square - a * a + C2
-    value = (C1 * C2) / (d1 * d2)
-    by_square = -value / d2
-    return value, 2 * a * (-value / d1 - by_square), by_square
+    squared = a * a
+    d2 = (square - squared).add_(C2)
+    d1 = squared.add_(C1)
+    value = (d1 * d2).reciprocal_().mul_(C1 * C2)
+    by_square = (value / d2).neg_()
+    by_mean = d1.reciprocal_().mul_(value).add_(by_square).mul_(a).mul_(-2)
+    return value, by_mean, by_square
 
 
 def ssim_without_target(low: Tensor, up: Upsampling) -> tuple[Tensor, Tensor]:
@@ -287,7 +288,8 @@ def ssim_of_target(low: Tensor, x: Tensor, target: Tensor, tile: Upsampling) -> 
     by_mean = 2 * b * structure / d1 - 2 * a * value / d1 - b * by_product - 2 * a * by_square
     empty, empty_by_mean, empty_by_square = empty_ssim(a, square)
     gradient = tile.moments_back(low, by_mean - empty_by_mean, by_square - empty_by_square)
-    return (value - empty).sum(), gradient + tile.back(target * (down.mT @ by_product @ right))
+    changed = torch.where(b > 0, value - empty, 0)  # elsewhere, and outside of the picture, by rounding only
+    return changed.sum(), gradient + tile.back(target * (down.mT @ by_product @ right))
 
 
 @lru_cache(maxsize=16)

@@ -20,31 +20,8 @@ IMPORTED = "imported"  # ModelConfig.clip of a model whose CLIP weights travel i
 VISION_SIZES = {"image_size", "patch_size", "width", "layers", "head_width"}
 
 
-def clip_architecture(clip: Clip) -> dict[str, Any]:
-    """Sizes from which `clip_from_architecture` builds an imported CLIP again."""
-    visual: Any = clip.visual
-    model: Any = clip.model
-    return {
-        "embed_dim": visual.output_dim,
-        "vision_cfg": {
-            "image_size": list(visual.image_size),
-            "patch_size": list(visual.patch_size),
-            "width": visual.ln_pre.normalized_shape[0],
-            "layers": len(visual.transformer.resblocks),
-            "head_width": visual.transformer.resblocks[0].attn.head_dim,
-        },
-        "text_cfg": {
-            "context_length": model.context_length,
-            "vocab_size": model.vocab_size,
-            "width": model.ln_final.normalized_shape[0],
-            "heads": model.transformer.resblocks[0].attn.num_heads,
-            "layers": len(model.transformer.resblocks),
-        },
-    }
-
-
 def check_architecture(architecture: Mapping[str, Any], tensors: int) -> None:
-    """Refuses other keys than `clip_architecture`'s, as open_clip has some that load models by name, and more layers
+    """Refuses other keys than `imported_clip`'s, as open_clip has some that load models by name, and more layers
     than a file of so many tensors can have: all other sizes are held to the tensors before anything is made."""
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     if (len(architecture), set(vision), set(text)) != (3, VISION_SIZES, set(NO_TEXT)):
@@ -59,7 +36,7 @@ def clip_from_architecture(architecture: Mapping[str, Any]) -> Clip:
     model = open_clip.CLIP(architecture["embed_dim"], vision, architecture["text_cfg"], quick_gelu=True)
     no_text = architecture["text_cfg"]["vocab_size"] == NO_TEXT["vocab_size"]
     tokenizer = refuse_text if no_text else open_clip.SimpleTokenizer(context_length=model.context_length)
-    return Clip(IMPORTED, None, model.eval().requires_grad_(False), tokenizer)
+    return Clip(IMPORTED, None, model.eval().requires_grad_(False), tokenizer, architecture)
 
 
 def refuse_text(texts: object) -> Tensor:

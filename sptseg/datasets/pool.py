@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,16 +58,12 @@ class Corrupted(Dataset[Sample]):
     def __init__(self, dataset: Dataset[Sample], kind: Corruption, strength: int) -> None:
         self.dataset, self.strength = dataset, strength
         self.kind: Corruption = kind
-        self.names = tuple(f"{name}-{kind}-{strength}" for name in names_of(dataset))
+        self.names = tuple(f"{name}-{kind}-{strength}" for name in dataset.names)  # pyright: ignore
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         image = corrupt(sample["image"].permute(1, 2, 0).numpy(), self.kind, self.strength, seed=index)
         return {**sample, "image": tv_tensors.Image(torch.from_numpy(image.copy()).permute(2, 0, 1))}
-
-
-def names_of(dataset: Any) -> tuple[str, ...]:
-    return dataset.names
 
 
 class Pool(Dataset[Sample]):
@@ -77,7 +73,7 @@ class Pool(Dataset[Sample]):
     """
 
     def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
-        self.names = names_of(dataset)
+        self.names: tuple[str, ...] = dataset.names  # pyright: ignore
         with claimed(file.with_suffix(".lock"), wait=True):
             if not file.is_file():
                 buffer = io.BytesIO()

@@ -13,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sptseg.model.ops import (
-    Grid,
-    attend,
-    from_windows,
-    grid_to_tokens,
-    join_heads,
-    linear,
-    pad_to_multiple,
-    split_heads,
-    to_windows,
-    tokens_to_grid,
-)
+from sptseg.model import ops
+from sptseg.model.ops import Grid, attend, grid_to_tokens, join_heads, linear, split_heads, tokens_to_grid
 
 DecoderKind = Literal["spectral", "cross_attention"]
 DecoderStart = Literal["random", "dense_clip"]
@@ -78,10 +68,10 @@ class HighLowAttention(nn.Module):
 
     def high(self, x: Tensor) -> Tensor:
         """Padded grid (B, H, W, E) -> (B, H, W, h_hi * d)."""
-        windows = to_windows(self.high_qkv(x), self.window)
+        windows = ops.to_windows(self.high_qkv(x), self.window)
         query, key, value = split_heads(windows, 3, self.head_width)
         attended = join_heads(attend(query, key, value))
-        return from_windows(attended, self.window, (x.shape[1], x.shape[2]))
+        return ops.from_windows(attended, self.window, (x.shape[1], x.shape[2]))
 
     def low(self, x: Tensor) -> Tensor:
         """Padded grid (B, H, W, E) -> (B, H, W, h_lo * d)."""
@@ -96,7 +86,7 @@ class HighLowAttention(nn.Module):
         if self.full:
             return join_heads(attend(*split_heads(self.high_qkv(tokens), 3, self.head_width)))
         height, width = grid
-        padded = pad_to_multiple(tokens.unflatten(1, grid), self.window)
+        padded = ops.pad_to_multiple(tokens.unflatten(1, grid), self.window)
         widths = {self.high: self.high_width, self.low: self.low_width}
         both = torch.cat([branch(padded) for branch, wide in widths.items() if wide], dim=-1)
         return both[:, :height, :width].flatten(1, 2)

@@ -19,20 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sptseg.model import towers
 from sptseg.model.clip import TINY
 from sptseg.model.ops import Grid, attend, attend_by
-from sptseg.model.towers import (
-    attention_output,
-    check_visual,
-    embed,
-    embeddings,
-    feed_forward,
-    grid_of,
-    normed,
-    project,
-    run_block,
-    tower,
-)  # fmt: skip
+from sptseg.model.towers import attention_output, embed, feed_forward, grid_of, project, run_block, tower
 
 ReadOut = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "gem"]
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults
@@ -75,7 +65,7 @@ def read_out(
         options: `bare` (all but plain and gem); `sigma` (naclip: in patches; None leaves G out); `blocks` (gem: how
             many of the last blocks get the second path; by default 6, or all if there are fewer).
     """
-    check_visual("this model", visual)
+    towers.check_visual("this model", visual)
     if name not in OPTIONS:
         raise ValueError(f"there is no read-out {name!r}; choose one of {', '.join(OPTIONS)}")
     unknown = sorted(options.keys() - OPTIONS[name].keys())
@@ -94,7 +84,7 @@ def read_out(
         for block in earlier:
             x = run_block(block, x, rotation=given["rotation"])
         tokens = read_block(last, x, name=name, **given, **chosen)
-    return embeddings(visual, tokens, grid)
+    return towers.embeddings(visual, tokens, grid)
 
 
 def read_block(
@@ -187,7 +177,7 @@ def gem(
     second = x
     for i, block in enumerate(resblocks[-count:], start=1):
         query, key, value = project(block, x, rotation=rotation)
-        length = normed(block, 1, x).norm(dim=-1).mean(dim=1)[:, None, None, None]
+        length = towers.normed(block, 1, x).norm(dim=-1).mean(dim=1)[:, None, None, None]
         units = [unit(a) for a in (value, key, query)]
         clustered = [unit(attend(a * length, a, a)) for a in units]
         second = second + attention_output(block, attend_by([(a * length, a) for a in clustered], value) / 3)

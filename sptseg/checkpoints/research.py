@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,23 +44,7 @@ def refuse_text(texts: object) -> Tensor:
     raise ValueError("this model was imported without a text encoder; call it with text embeddings (C, E)")
 
 
-# Modules and parameters of the research code -> ours; in decoder layers what follows `LAYER`. Names of the encoder that
-# are not listed belong to CLIP's image tower.
-NAMES = {
-    "backbone.prompt_proj": "encoder.prompt_projection", "backbone.prompt_norm": "encoder.prompt_norm",
-    "backbone.complex_weight": "encoder.spectral_prompt.weight", "decode_head.q_proj": "decoder.query_map",
-    "linear1": "update.feedforward.0", "linear2": "update.feedforward.3",
-    "norm2": "update.norm_attention", "norm3": "update.norm_feedforward",
-}  # fmt: skip
-SPT_NAMES = {
-    "hlfs.h_qkv": "attention.high_qkv", "hlfs.l_q": "attention.low_query", "hlfs.l_kv": "attention.low_key_value",
-    "hlfs.l_proj": "attention.low_projection", "hlfs.prompt": "selection_vector", "hlfs.top_down_transform": "top_down",
-    "hlfs.proj": "update_projection",
-}  # fmt: skip
-ZEGCLIP_NAMES = {
-    "multihead_attn.q": "query", "multihead_attn.k": "key", "multihead_attn.v": "value",
-    "multihead_attn.proj": "update_projection",
-}  # fmt: skip
+NAMES = tomllib.loads(Path(__file__).with_name("research.toml").read_text("utf-8"))
 PROMPTS = ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings")
 LAYER = r"decode_head\.decoder_1\.layers\.(\d+)\."
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # in place of a missing tower
@@ -138,7 +123,7 @@ def our_name(name: str, spectral: bool) -> str | None:
     """Our name of a research-code parameter, or None."""
     layer = re.match(LAYER, name)
     inner = name[layer.end() :] if layer else name
-    for theirs, ours in {**NAMES, **(SPT_NAMES if spectral else ZEGCLIP_NAMES)}.items():
+    for theirs, ours in (NAMES["both"] | NAMES["spectral" if spectral else "cross_attention"]).items():
         if inner in (theirs, f"{theirs}.weight", f"{theirs}.bias"):
             return (f"decoder.layers.{layer[1]}." if layer else "") + ours + inner.removeprefix(theirs)
     return None

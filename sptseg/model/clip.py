@@ -7,6 +7,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,10 +49,10 @@ class WordTokenizer:
 
     words: tuple[str, ...]
     context_length: int
-    ids: dict[str, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", {word: i for i, word in enumerate(self.words, start=1)})
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words, start=1)}
 
     @property
     def vocabulary_size(self) -> int:

@@ -29,18 +29,15 @@ def fits(value: object, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
-def wanted(hint: Any) -> str:
-    """A field's type in words."""
-    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
-    return f"one of {', '.join(choices)}" if choices else inspect.formatannotation(hint)
-
-
 def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Refuses a dataclass with a value of another type than its field's, or a number that is not finite or in range."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not fits(value, hint):
-            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {wanted(hint)}")
+            parts = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+            choices = ", ".join(choice for part in parts for choice in get_args(part))
+            wanted = f"one of {choices}" if choices else inspect.formatannotation(hint)
+            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {wanted}")
         low, high = ranges.get(name, (-math.inf, math.inf))
         values = value if isinstance(value, tuple) else (value,)
         if not all(low <= x <= high and abs(x) < math.inf for x in values if type(x) in (int, float)):

@@ -123,22 +123,17 @@ def read_block(
             mixed = among(query, key)
         case "clearclip":
             mixed = among(query)
+        case _ if sigma is None:
+            mixed = among(key)
         case _:
-            mixed = among(key, bias=spatial_bias(grid, key, sigma))
+            near = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
+            mixed = among(key, bias=F.pad(near, (key.shape[2] - count, 0)))  # 0 for keys off the grid, which come first
     looking = query[:, :, -x.shape[1] :][:, :, pooled]
     output = attention_output(block, torch.cat([attend(looking, key, value), mixed], dim=2))
     x = torch.cat([x[:, pooled], x[:, -count:]], dim=1)
     if not bare:
         return feed_forward(block, x + output)
     return torch.cat([feed_forward(block, (x + output)[:, :-count]), output[:, -count:]], dim=1)
-
-
-def spatial_bias(grid: Grid, key: Tensor, sigma: float | None) -> Tensor | None:
-    """NACLIP's G for the patches' rows, 0 for keys off the grid, which come first: (N, M) for keys (B, h, M, d)."""
-    if sigma is None:
-        return None
-    rows = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
-    return F.pad(rows, (key.shape[2] - rows.shape[1], 0))
 
 
 @lru_cache(maxsize=4)

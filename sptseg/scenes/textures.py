@@ -300,16 +300,12 @@ def rough_paper() -> Array:
     return paper
 
 
-def _mirrored(rng: np.random.Generator, length: int) -> Array:
-    """Indices into a tile for a piece longer than the tile: to and fro, so that no seam shows."""
-    i = (np.arange(length) + int(rng.integers(TILE))) % (2 * TILE)
-    return np.where(i < TILE, i, 2 * TILE - 1 - i)
-
-
 def piece(rng: np.random.Generator, tile: Array, height: int, width: int) -> Array:
     """A piece (...,height,width) from anywhere in a tile (...,T,T), mirrored or not; a view where it fits."""
     if max(height, width) > TILE:
-        cut = tile[..., _mirrored(rng, height)[:, None], _mirrored(rng, width)[None, :]]
+        to_and_fro = np.r_[0:TILE, TILE - 1 : -1 : -1]  # so that no seam shows
+        y, x = (to_and_fro[(np.arange(n) + int(rng.integers(TILE))) % (2 * TILE)] for n in (height, width))
+        cut = tile[..., y[:, None], x]
     else:
         y, x = int(rng.integers(TILE - height + 1)), int(rng.integers(TILE - width + 1))
         cut = tile[..., y : y + height, x : x + width]

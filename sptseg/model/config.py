@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sptseg.model.clip import TEMPLATES, TINY
-from sptseg.model.decoder import Branches, DecoderKind, DecoderStart, Norms
 from sptseg.model.readouts import ReadOut
 
+DecoderKind = Literal["spectral", "cross_attention"]
+DecoderStart = Literal["random", "dense_clip"]
+Norms = Literal["layer", "rms"]
+Branches = Literal["high_low", "high", "low", "full"]
 LossKind = Literal["spt", "zegclip"]
 PROTOCOL_STRIDE = 426 / 512  # of the window
 
@@ -132,12 +135,13 @@ class ModelConfig:
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
             raise ValueError(f"templates is {self.templates!r}; wanted one or more texts with one {{}} each")
 
-    def of_decoder(self) -> dict[str, Any]:
-        """The decoder's switches, none of them None."""
+    def settled(self) -> ModelConfig:
+        """The same, with what belongs to `start` in place of None."""
         dense = self.start == "dense_clip"
-        defaults = {"residual": dense, "norms": "rms" if dense else "layer", "logit_scale": dense}
-        chosen = {name: getattr(self, name) for name in defaults}
-        return {"start": self.start} | {n: defaults[n] if value is None else value for n, value in chosen.items()}
+        belongs: dict[str, Any] = {"norms": "rms" if dense else "layer", "logit_scale": dense}
+        if self.decoder == "spectral":
+            belongs["residual"] = dense
+        return replace(self, **{name: value for name, value in belongs.items() if getattr(self, name) is None})
 
     @property
     def trains(self) -> bool:

@@ -21,7 +21,7 @@ About = Mapping[str, Any]  # JSON values
 METHODS = {"spectral": "SPT-SEG", "cross_attention": "ZegCLIP", "none": "dense CLIP"}
 METRICS = {"pixel_accuracy": "accuracy", "miou_seen": "mean_iou", "miou_unseen": "mean_iou", "hiou": "hiou"}
 TAGS = ["zero-shot", "semantic-segmentation", "clip", "arxiv:2312.12754"]
-CARD = Path(__file__).with_name("card.md")
+CARD = Path(__file__).with_name("card.txt")
 
 
 def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: Scores | None) -> Path:

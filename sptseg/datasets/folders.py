@@ -175,16 +175,15 @@ class UnknownValues(ValueError):
     values: Sequence[int] = ()  # all that it has
 
 
-def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
+def folder_split(root: StrPath) -> Split:
     """The split that `root`/classes.txt names, one class a line, line n for label value n-1.
 
-    unseen: names of unseen classes; None reads `root`/unseen.txt, and without that file all classes are seen.
+    Unseen are the classes in `root`/unseen.txt; without that file all are seen.
     """
     root = Path(root)
     require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
     classes = _class_names(root / "classes.txt")
-    if unseen is None:
-        unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
+    unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
     return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
 
 

@@ -97,11 +97,9 @@ def _ground(
         picture, label = picture.transpose(0, 2, 1), label.T  # what was below is now to the right
     for i, name in enumerate(names[1:]):
         first, inside = _beyond(rng, size, (start + 0.33 * i) * size, None if upright else name)
-        if upright:
-            colours, words[name] = _textured(rng, name, size, size - first, one_colour)
-            colours = colours.transpose(0, 2, 1)
-        else:
-            colours, words[name] = _textured(rng, name, size - first, size, one_colour)
+        shape = (size, size - first) if upright else (size - first, size)
+        colours, words[name] = _textured(rng, name, *shape, one_colour)
+        colours = colours.transpose(0, 2, 1) if upright else colours
         picture[:, first:] += inside * (colours - picture[:, first:])
         label[first:][inside >= 0.5] = INDEX[name]
     return (picture.transpose(0, 2, 1).copy(), label.T.copy(), words) if upright else (picture, label, words)

@@ -151,9 +151,7 @@ class PromptedEncoder(nn.Module):
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
         if self.readout == "gem":  # which has no prompts, see `ModelConfig`
-            parts = self.tower
-            rotation = parts.rotation(grid)
-            x = gem(parts.blocks, self.embed(images), grid=grid, rotation=rotation, pooled=parts.pooled)
+            x = gem(self.tower, self.embed(images), grid)
         else:
             x = deque(self.states(images, of_prompts=False), maxlen=1)[0]  # the last; those before are not kept
         x = x.to(self.prompt_norm.weight.dtype)  # CPUs add up its gradients in x's own

@@ -97,11 +97,11 @@ class QueryUpdate(nn.Module):
 
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
-        norm, dropout = nn.RMSNorm if config.norms == "rms" else nn.LayerNorm, nn.Dropout(config.dropout)
-        self.feedforward = nn.Sequential(Linear(width, 4 * width), nn.ReLU(), dropout, Linear(4 * width, width))
+        norm = nn.RMSNorm if config.norms == "rms" else nn.LayerNorm
+        self.dropout = nn.Dropout(config.dropout)
+        self.feedforward = nn.Sequential(Linear(width, 4 * width), nn.ReLU(), self.dropout, Linear(4 * width, width))
         self.norm_attention = norm(width)
         self.norm_feedforward = norm(width)
-        self.dropout = dropout
 
     def forward(self, queries: Tensor, update: Tensor) -> Tensor:
         kept = self.norm_attention.weight.dtype  # autocast would hand the norms another

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sptseg.model.clip import TEMPLATES, TINY
@@ -135,13 +135,13 @@ class ModelConfig:
         if not self.templates or any(template.count("{}") != 1 for template in self.templates):
             raise ValueError(f"templates is {self.templates!r}; wanted one or more texts with one {{}} each")
 
-    def settled(self) -> ModelConfig:
-        """The same, with what belongs to `start` in place of None."""
+    def of_decoder(self) -> dict[str, Any]:
+        """Those of the decoder's switches that may be None, as `start` has them."""
         dense = self.start == "dense_clip"
         belongs: dict[str, Any] = {"norms": "rms" if dense else "layer", "logit_scale": dense}
         if self.decoder == "spectral":
             belongs["residual"] = dense
-        return replace(self, **{name: value for name, value in belongs.items() if getattr(self, name) is None})
+        return belongs | {name: getattr(self, name) for name in belongs if getattr(self, name) is not None}
 
     @property
     def trains(self) -> bool:

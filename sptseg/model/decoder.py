@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -198,7 +199,8 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, config: ModelConfig, clip_scale: float) -> None:
         super().__init__()
-        config, heads, layers = config.settled(), config.decoder_heads, config.decoder_layers
+        config = replace(config, **config.of_decoder())
+        heads, layers = config.decoder_heads, config.decoder_layers
         if width % heads:
             raise ValueError(f"the embedding width {width} is no multiple of decoder_heads {heads}; choose a divisor")
         if config.decoder == "spectral" and heads < 2:

@@ -15,14 +15,12 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
 from sptseg.analysis.spectra import Band, RadialPower
-from sptseg.datasets import Colour, Split, colourise, plots
+from sptseg.datasets import BLUE, GREEN, INK, MARKERS, ORANGE, VERMILION, Colour, Split, colourise, plots
 from sptseg.inference import Change
 
 Array = np.ndarray
-BLUE, ORANGE, GREEN, VERMILION, INK = plots.BLUE, plots.ORANGE, plots.GREEN, plots.VERMILION, plots.INK
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HUES = (BLUE, VERMILION, GREEN, ORANGE, INK)
-MARKERS = plots.MARKERS
 
 
 def look(i: int) -> dict[str, Any]:

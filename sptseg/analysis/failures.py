@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
+from scipy.ndimage import distance_transform_cdt, maximum_filter, minimum_filter
 from torch.utils.data import Dataset
 
 from sptseg.datasets import IGNORE, Sample, Split
@@ -140,13 +140,9 @@ def border_distance(label: Array, most: int) -> Array:
     Chessboard distance: 1 where one of the eight neighbours differs. Ignored pixels are a label of their own, as in
     VOC, which ignores a band of some pixels around every object.
     """
-    highest = torch.from_numpy(label)[None].float()
-    lowest = highest
-    distance = np.full(label.shape, most, np.uint8)
-    for step in range(1, most):
-        highest, lowest = F.max_pool2d(highest, 3, 1, 1), -F.max_pool2d(-lowest, 3, 1, 1)
-        distance[(highest != lowest)[0].numpy() & (distance == most)] = step
-    return distance
+    inside = maximum_filter(label, 3) == minimum_filter(label, 3)
+    distance = 1 + np.asarray(distance_transform_cdt(inside, "chessboard"))  # 0 where there is no border at all
+    return np.where(distance, distance.clip(max=most), most).astype(np.uint8)
 
 
 def by_distance(predictions: Predictions, starts: Sequence[int] = (1, 2, 3, 5, 9, 17)) -> pd.DataFrame:
@@ -263,8 +259,7 @@ def error_map(label: Array, predicted: Array, split: Split, radius: int = 4) -> 
         truth = label == value
         if truth.any():
             here = wrong & (predicted == value)
-            dilated = F.max_pool2d(torch.from_numpy(truth)[None].float(), 2 * radius + 1, 1, radius)[0].numpy() > 0
-            kind[here] = np.where(dilated, 1, 2)[here]
+            kind[here] = np.where(maximum_filter(truth, 2 * radius + 1), 1, 2)[here]
     kind[label == IGNORE] = IGNORE
     return kind
 

@@ -17,21 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sptseg.checkpoints.research import IMPORTED, check_architecture, clip_architecture, clip_from_architecture
+from sptseg.checkpoints.research import IMPORTED, check_architecture, clip_from_architecture
 from sptseg.inference import fitted
-from sptseg.model import (
-    DENSE_CLIP,
-    OLD_FINGERPRINT,
-    Clip,
-    ModelConfig,
-    SptSeg,
-    build_model,
-    check_public,
-    data_file,
-    default_readout,
-    fingerprint,
-    load_clip,
-)
+from sptseg.model import DENSE_CLIP, Clip, ModelConfig, SptSeg, build_model, default_readout, load_clip
+from sptseg.model import clip as clips
 from sptseg.system import write
 
 FORMAT = "sptseg-1"
@@ -66,11 +55,11 @@ def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None 
     if path.suffix.lower() != ".safetensors":
         path = path / WEIGHTS_FILE
     header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(model.config), "about": dict(about or {})}
-    header["clip"] = fingerprint(model.clip)
+    header["clip"] = clips.fingerprint(model.clip)
     state = model.trained_state()
     if model.config.clip == IMPORTED:
         state |= {f"clip.{name}": value for name, value in model.clip.model.state_dict().items()}
-        header["architecture"] = clip_architecture(model.clip)
+        header["architecture"] = model.clip.architecture
     tensors = {name: (value.half() if half else value).detach().cpu().contiguous() for name, value in state.items()}
     header["sha256"] = checksum(tensors)
     return write(path, save(tensors, metadata={"sptseg": json.dumps(header)}))
@@ -124,13 +113,13 @@ def assembled(header: Mapping[str, Any], state: Mapping[str, Tensor], clip: Clip
         clip = clip_from_architecture(header["architecture"])
         clip.model.load_state_dict(tower)
     elif clip is None:
-        check_public(config.clip, config.clip_weights)
+        clips.check_public(config.clip, config.clip_weights)
         clip = load_clip(config.clip, config.clip_weights)
     with torch.device("meta"):
         check_fit(build_model(config, clip).trained_state(), state)
     known = str(header.get("clip"))
-    renamed = len(known) == OLD_FINGERPRINT and clip.name != config.clip  # it does not tell activations apart
-    if config.clip != IMPORTED and (renamed or known != fingerprint(clip, like=known)):
+    renamed = len(known) == clips.OLD_FINGERPRINT and clip.name != config.clip  # it does not tell activations apart
+    if config.clip != IMPORTED and (renamed or known != clips.fingerprint(clip, like=known)):
         raise ValueError(
             f"it was trained on another CLIP than this {clip.name} with weights {clip.weights}; give the one that it "
             f"was trained on, {config.clip} with weights {config.clip_weights}"
@@ -149,7 +138,7 @@ def from_pretrained(repo_id_or_folder: str | Path, *, revision: str | None = Non
 def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """The file that `load_model` reads; one of the Hub is downloaded."""
     if source in EMBEDDED:
-        return data_file(EMBEDDED[str(source)])
+        return clips.data_file(EMBEDDED[str(source)])
     path = Path(source).expanduser()
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.is_file():

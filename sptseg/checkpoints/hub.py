@@ -21,25 +21,7 @@ About = Mapping[str, Any]  # JSON values
 METHODS = {"spectral": "SPT-SEG", "cross_attention": "ZegCLIP", "none": "dense CLIP"}
 METRICS = {"pixel_accuracy": "accuracy", "miou_seen": "mean_iou", "miou_unseen": "mean_iou", "hiou": "hiou"}
 TAGS = ["zero-shot", "semantic-segmentation", "clip", "arxiv:2312.12754"]
-CARD = """---
-{metadata}
----
-# {title}
-Zero-shot semantic segmentation: classes are given by name, also such as training showed no mask of. Made with `sptseg`,
-an independent re-implementation of [Spectral Prompt Tuning](https://arxiv.org/abs/2312.12754) and its baselines.
-```python
-import sptseg
-model = sptseg.load_model("{repo_id}")
-{use}
-```
-- **Training data:** {data}; **seeds:** {seeds}
-- **Split:** {split}; unseen in training: {classes}
-- **CLIP, frozen:** {clip}
-- **Licence:** {license}
-- **Files:** the model is read from `model.safetensors` alone, which holds no code; `config.json` shows all settings.
-## Figures
-{figures}
-"""
+CARD = Path(__file__).with_name("card.txt")
 
 
 def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: Scores | None) -> Path:
@@ -87,7 +69,7 @@ def model_card(model: SptSeg, about: About, scores: Scores | None) -> ModelCard:
         figures = [EvalResult(*task, METRICS[name], round(values[name], 4), metric_name=name) for name in known]
         results = {"model_name": facts["title"], "eval_results": figures}
     kind = {"license": facts["license"], "library_name": "sptseg", "pipeline_tag": "image-segmentation", "tags": TAGS}
-    return ModelCard(CARD.format(**facts, metadata=ModelCardData(**kind, **results).to_yaml()))
+    return ModelCard(CARD.read_text("utf-8").format(**facts, metadata=ModelCardData(**kind, **results).to_yaml()))
 
 
 def push_to_hub(model: SptSeg, repo_id: str, *, about: About, scores: Scores | None, private: bool = False) -> str:

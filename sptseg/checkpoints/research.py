@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,31 +21,8 @@ IMPORTED = "imported"  # ModelConfig.clip of a model whose CLIP weights travel i
 VISION_SIZES = {"image_size", "patch_size", "width", "layers", "head_width"}
 
 
-def clip_architecture(clip: Clip) -> dict[str, Any]:
-    """Sizes from which `clip_from_architecture` builds an imported CLIP again."""
-    visual: Any = clip.visual
-    model: Any = clip.model
-    return {
-        "embed_dim": visual.output_dim,
-        "vision_cfg": {
-            "image_size": list(visual.image_size),
-            "patch_size": list(visual.patch_size),
-            "width": visual.ln_pre.normalized_shape[0],
-            "layers": len(visual.transformer.resblocks),
-            "head_width": visual.transformer.resblocks[0].attn.head_dim,
-        },
-        "text_cfg": {
-            "context_length": model.context_length,
-            "vocab_size": model.vocab_size,
-            "width": model.ln_final.normalized_shape[0],
-            "heads": model.transformer.resblocks[0].attn.num_heads,
-            "layers": len(model.transformer.resblocks),
-        },
-    }
-
-
 def check_architecture(architecture: Mapping[str, Any], tensors: int) -> None:
-    """Refuses other keys than `clip_architecture`'s, as open_clip has some that load models by name, and more layers
+    """Refuses other keys than `imported_clip`'s, as open_clip has some that load models by name, and more layers
     than a file of so many tensors can have: all other sizes are held to the tensors before anything is made."""
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     if (len(architecture), set(vision), set(text)) != (3, VISION_SIZES, set(NO_TEXT)):
@@ -59,30 +37,14 @@ def clip_from_architecture(architecture: Mapping[str, Any]) -> Clip:
     model = open_clip.CLIP(architecture["embed_dim"], vision, architecture["text_cfg"], quick_gelu=True)
     no_text = architecture["text_cfg"]["vocab_size"] == NO_TEXT["vocab_size"]
     tokenizer = refuse_text if no_text else open_clip.SimpleTokenizer(context_length=model.context_length)
-    return Clip(IMPORTED, None, model.eval().requires_grad_(False), tokenizer)
+    return Clip(IMPORTED, None, model.eval().requires_grad_(False), tokenizer, architecture)
 
 
 def refuse_text(texts: object) -> Tensor:
     raise ValueError("this model was imported without a text encoder; call it with text embeddings (C, E)")
 
 
-# Modules and parameters of the research code -> ours; in decoder layers what follows `LAYER`. Names of the encoder that
-# are not listed belong to CLIP's image tower.
-NAMES = {
-    "backbone.prompt_proj": "encoder.prompt_projection", "backbone.prompt_norm": "encoder.prompt_norm",
-    "backbone.complex_weight": "encoder.spectral_prompt.weight", "decode_head.q_proj": "decoder.query_map",
-    "linear1": "update.feedforward.0", "linear2": "update.feedforward.3",
-    "norm2": "update.norm_attention", "norm3": "update.norm_feedforward",
-}  # fmt: skip
-SPT_NAMES = {
-    "hlfs.h_qkv": "attention.high_qkv", "hlfs.l_q": "attention.low_query", "hlfs.l_kv": "attention.low_key_value",
-    "hlfs.l_proj": "attention.low_projection", "hlfs.prompt": "selection_vector", "hlfs.top_down_transform": "top_down",
-    "hlfs.proj": "update_projection",
-}  # fmt: skip
-ZEGCLIP_NAMES = {
-    "multihead_attn.q": "query", "multihead_attn.k": "key", "multihead_attn.v": "value",
-    "multihead_attn.proj": "update_projection",
-}  # fmt: skip
+NAMES = tomllib.loads(Path(__file__).with_name("research.toml").read_text("utf-8"))
 PROMPTS = ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings")
 LAYER = r"decode_head\.decoder_1\.layers\.(\d+)\."
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # in place of a missing tower
@@ -161,7 +123,7 @@ def our_name(name: str, spectral: bool) -> str | None:
     """Our name of a research-code parameter, or None."""
     layer = re.match(LAYER, name)
     inner = name[layer.end() :] if layer else name
-    for theirs, ours in {**NAMES, **(SPT_NAMES if spectral else ZEGCLIP_NAMES)}.items():
+    for theirs, ours in (NAMES["both"] | NAMES["spectral" if spectral else "cross_attention"]).items():
         if inner in (theirs, f"{theirs}.weight", f"{theirs}.bias"):
             return (f"decoder.layers.{layer[1]}." if layer else "") + ours + inner.removeprefix(theirs)
     return None

@@ -7,8 +7,7 @@ An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -176,16 +175,15 @@ class UnknownValues(ValueError):
     values: Sequence[int] = ()  # all that it has
 
 
-def folder_split(root: StrPath, unseen: Sequence[str] | None = None) -> Split:
+def folder_split(root: StrPath) -> Split:
     """The split that `root`/classes.txt names, one class a line, line n for label value n-1.
 
-    unseen: names of unseen classes; None reads `root`/unseen.txt, and without that file all classes are seen.
+    Unseen are the classes in `root`/unseen.txt; without that file all are seen.
     """
     root = Path(root)
     require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
     classes = _class_names(root / "classes.txt")
-    if unseen is None:
-        unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
+    unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
     return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
 
 
@@ -206,16 +204,20 @@ def _class_names(path: Path) -> list[str]:
     return lines
 
 
-@contextmanager
-def _from(name: layouts.Released) -> Iterator[None]:
-    """Adds to what is said of missing files where they come from; as a decorator."""
+def _released(
+    name: layouts.Released, find: Callable[[Path, str], Files], split: Split, root: StrPath, subset: str,
+    transform: Transform | None,
+) -> ImageMaskFiles:  # fmt: skip
+    """One subset of a public data set; of missing files it says where they come from."""
+    subsets = splits.FACTS[name]["subsets"]
+    if subset not in subsets:
+        raise ValueError(f"{name}: subset is {subset!r}; wanted one of {', '.join(map(repr, subsets))}")
     try:
-        yield
+        return ImageMaskFiles(find(Path(root), subset), split, transform)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. What to download, into which folders: sptseg data where {name}") from error
 
 
-@_from("voc2012")
 def voc2012(
     root: StrPath, subset: Literal["train", "trainaug", "val"], transform: Transform | None = None
 ) -> ImageMaskFiles:
@@ -224,22 +226,18 @@ def voc2012(
     "trainaug" adds SBD: SegmentationClassAug and trainaug.txt (or train.txt and aug.txt) from mmsegmentation's
     converter, or without that folder benchmark_RELEASE, as released, in `root`, beside it or one above.
     """
-    _one_of("voc2012", subset, ("train", "trainaug", "val"))
-    return ImageMaskFiles(layouts.voc2012(Path(root), subset), splits.voc2012(), transform)
+    return _released("voc2012", layouts.voc2012, splits.voc2012(), root, subset, transform)
 
 
-@_from("coco-stuff")
 def coco_stuff(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFiles:
     """COCO-Stuff 164K; `root` holds images/train2017 and annotations/train2017.
 
     The masks are *_labelTrainIds.png from mmsegmentation's converter, or without these stuffthingmaps_trainval2017 as
     released, there or in a folder of that name.
     """
-    _one_of("coco_stuff", subset, ("train", "val"))
-    return ImageMaskFiles(layouts.coco_stuff(Path(root), subset), splits.coco_stuff(), transform)
+    return _released("coco-stuff", layouts.coco_stuff, splits.coco_stuff(), root, subset, transform)
 
 
-@_from("context")
 def context(
     root: StrPath,
     subset: Literal["train", "val"],
@@ -251,32 +249,21 @@ def context(
     The masks are SegmentationClassContext from mmsegmentation's converter, or without that folder trainval/*.mat and
     labels.txt as released, in `root`, beside it or one above.
     """
-    _one_of("context", subset, ("train", "val"))
-    split = splits.context(unseen)
-    return ImageMaskFiles(layouts.context(Path(root), subset, split.classes), split, transform)
+    return _released("context", layouts.context, splits.context(unseen), root, subset, transform)
 
 
-@_from("ade20k")
 def ade20k(
     root: StrPath, subset: Literal["training", "validation"], transform: Transform | None = None
 ) -> ImageMaskFiles:
     """ADE20K's scene parsing benchmark; `root` is .../ADEChallengeData2016. "Other" (0) is ignored."""
-    _one_of("ade20k", subset, ("training", "validation"))
-    return ImageMaskFiles(layouts.ade20k(Path(root), subset), splits.ade20k(), transform)
+    return _released("ade20k", layouts.ade20k, splits.ade20k(), root, subset, transform)
 
 
-@_from("cityscapes")
 def cityscapes(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFiles:
     """Cityscapes, fine annotations; `root` holds leftImg8bit/ and gtFine/. All but the 19 classes is ignored."""
-    _one_of("cityscapes", subset, ("train", "val"))
-    return ImageMaskFiles(layouts.cityscapes(Path(root), subset), splits.cityscapes(), transform)
+    return _released("cityscapes", layouts.cityscapes, splits.cityscapes(), root, subset, transform)
 
 
 def camvid(root: StrPath, transform: Transform | None = None) -> ImageMaskFolder:
     """CamVid in the SegNet tutorial's form; `root` holds images/ and masks/. Unlabelled (11) is ignored."""
     return ImageMaskFolder(root, splits.camvid(), value_map={11: IGNORE}, transform=transform)
-
-
-def _one_of(dataset: str, subset: str, subsets: Sequence[str]) -> None:
-    if subset not in subsets:
-        raise ValueError(f"{dataset}: subset is {subset!r}; wanted one of {', '.join(map(repr, subsets))}")

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
+from sptseg.datasets import splits
 from sptseg.datasets.images import by_name, listed
-from sptseg.datasets.splits import IGNORE, composed
+from sptseg.datasets.splits import FACTS, IGNORE, composed
 
 # Mask values of the classes in the order of `splits`. COCO-Stuff's PNGs hold id - 1 of the ids 1 to 182; no mask
 # has the eleven left out (README and labels.txt of github.com/nightrome/cocostuff). Cityscapes: labels.py of
@@ -24,42 +25,6 @@ RELEASED = "as released"
 LIST = "image names"
 UPWARDS = ("", "../", "../../")  # what comes in an archive of its own may lie above
 Released = Literal["voc2012", "coco-stuff", "context", "ade20k", "cityscapes"]
-WHERE: dict[Released, str] = {
-    "voc2012": """\
-PASCAL VOC 2012, 1,464 images for training and 1,449 for evaluation: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/
-    2 GB    http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar    unpacked in data/
-SBD, with it 10,582 images for training (trainaug): http://home.bharathh.info/pubs/codes/SBD/download.html
-    1.4 GB  https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz
-            unpacked in data/VOCdevkit/
-data/VOCdevkit/VOC2012/                     JPEGImages/  SegmentationClass/  ImageSets/Segmentation/
-data/VOCdevkit/benchmark_RELEASE/dataset/   cls/  train.txt  val.txt
-sptseg data check data/VOCdevkit/VOC2012 --layout voc2012 --subset trainaug""",
-    "coco-stuff": """\
-COCO-Stuff 164K, 118,287 images for training and 5,000 for evaluation: https://github.com/nightrome/cocostuff
-    18 GB   http://images.cocodataset.org/zips/train2017.zip    unpacked in data/coco_stuff164k/images/
-    1 GB    http://images.cocodataset.org/zips/val2017.zip      unpacked in data/coco_stuff164k/images/
-    659 MB  http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip
-            unpacked in data/coco_stuff164k/annotations/
-data/coco_stuff164k/   images/train2017/  images/val2017/  annotations/train2017/  annotations/val2017/
-sptseg data check data/coco_stuff164k --layout coco-stuff""",
-    "context": """\
-PASCAL Context, 4,998 images for training and 5,105 for evaluation: https://cs.stanford.edu/~roozbeh/pascal-context/
-    1.3 GB  http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar    unpacked in data/
-    31 MB   https://cs.stanford.edu/~roozbeh/pascal-context/trainval.tar.gz    unpacked in data/VOCdevkit/VOC2010/
-data/VOCdevkit/VOC2010/   JPEGImages/  ImageSets/Main/  trainval/  labels.txt
-sptseg data check data/VOCdevkit/VOC2010 --layout context-otseg""",
-    "ade20k": """\
-ADE20K, scene parsing, 20,210 images for training and 2,000 for evaluation: http://sceneparsing.csail.mit.edu/
-    922 MB  http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip    unpacked in data/
-data/ADEChallengeData2016/   images/training/  images/validation/  annotations/training/  annotations/validation/
-sptseg data check data/ADEChallengeData2016 --layout ade20k""",
-    "cityscapes": """\
-Cityscapes, 2,975 images for training and 500 for evaluation: https://www.cityscapes-dataset.com/downloads/ (log in)
-    11 GB   leftImg8bit_trainvaltest.zip    unpacked in data/cityscapes/
-    241 MB  gtFine_trainvaltest.zip         unpacked in data/cityscapes/
-data/cityscapes/   leftImg8bit/train/CITY/  leftImg8bit/val/CITY/  gtFine/train/CITY/  gtFine/val/CITY/
-sptseg data check data/cityscapes --layout cityscapes""",
-}
 
 
 def where(name: tyro.conf.Positional[Released]) -> None:
@@ -68,7 +33,7 @@ def where(name: tyro.conf.Positional[Released]) -> None:
     Args:
         name: the data set.
     """
-    print(WHERE[name])
+    print(FACTS[name]["where"])
 
 
 class Files(NamedTuple):
@@ -121,7 +86,7 @@ def coco_stuff(root: Path, subset: str) -> Files:
     return Files(pairs, labels_of(values, ignored=(IGNORE,)), PREPARED if converted else RELEASED)
 
 
-def context(root: Path, subset: str, classes: Sequence[str]) -> Files:
+def context(root: Path, subset: str) -> Files:
     """PASCAL Context: 459 ids in trainval/*.mat with their names in labels.txt, or the converter's 59 in PNGs."""
     images = {"JPEGImages/": "the photographs"}
     if (root / "SegmentationClassContext").is_dir():
@@ -134,7 +99,7 @@ def context(root: Path, subset: str, classes: Sequence[str]) -> Files:
         images, masks, names = require(root, images | wanted)
         (file,) = require(masks.parent, {"labels.txt": "names of the 459 ids"})
         ids = {name.replace(" ", ""): int(id) for id, _, name in (line.partition(":") for line in lines(file))}
-        plain = [name.replace(" ", "") for name in classes]  # "pottedplant" there
+        plain = [name.replace(" ", "") for name in splits.context().classes]  # "pottedplant" there
         if unnamed := [name for name in plain if name not in ids]:
             raise ValueError(f"{file} lacks {', '.join(unnamed)}; wanted the 459 names in trainval.tar.gz")
         suffix, found = ".mat", RELEASED

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sptseg.datasets.folders import Sample
-from sptseg.system import claimed, cores, write
+from sptseg.system import claimed, write
 
 Array = np.ndarray
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
@@ -58,7 +56,7 @@ class Corrupted(Dataset[Sample]):
     def __init__(self, dataset: Dataset[Sample], kind: Corruption, strength: int) -> None:
         self.dataset, self.strength = dataset, strength
         self.kind: Corruption = kind
-        self.names = tuple(f"{name}-{kind}-{strength}" for name in names_of(dataset))
+        self.names = tuple(f"{name}-{kind}-{strength}" for name in dataset.names)  # pyright: ignore
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
@@ -66,22 +64,20 @@ class Corrupted(Dataset[Sample]):
         return {**sample, "image": tv_tensors.Image(torch.from_numpy(image.copy()).permute(2, 0, 1))}
 
 
-def names_of(dataset: Any) -> tuple[str, ...]:
-    return dataset.names
-
-
 class Pool(Dataset[Sample]):
     """A data set of pictures of one size, equal to the bit, read from one file (N, 4, H, W) uint8: colours and label.
 
-    The first process that asks for the file makes it, on all cores; others wait for it.
+    The first process that asks for the file makes it; others wait for it.
     """
 
     def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
-        self.names = names_of(dataset)
+        self.names: tuple[str, ...] = dataset.names  # pyright: ignore
         with claimed(file.with_suffix(".lock"), wait=True):
             if not file.is_file():
+                samples = (dataset[i] for i in range(len(self.names)))
+                pixels = [np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples]
                 buffer = io.BytesIO()
-                np.save(buffer, np.concatenate(list(_parts(dataset, len(self.names)))))
+                np.save(buffer, np.stack(pixels))
                 write(file, buffer.getvalue())
         self.pixels = np.load(file, mmap_mode="r")
         if len(self.pixels) != len(self.names):
@@ -95,17 +91,3 @@ class Pool(Dataset[Sample]):
         return {
             "image": tv_tensors.Image(pixels[:3]), "label": tv_tensors.Mask(pixels[3].long()), "name": self.names[index]
         }  # fmt: skip
-
-
-def _parts(dataset: Dataset[Sample], length: int) -> list[Array]:
-    if length < 1000:  # to start processes takes longer
-        return [_pixels(dataset, range(length))]
-    chunk = -(-length // cores())
-    parts = [range(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_pixels, [dataset] * len(parts), parts))
-
-
-def _pixels(dataset: Dataset[Sample], indices: Sequence[int]) -> Array:
-    samples = [dataset[i] for i in indices]
-    return np.stack([np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,10 +49,10 @@ class WordTokenizer:
 
     words: tuple[str, ...]
     context_length: int
-    ids: dict[str, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", {word: i for i, word in enumerate(self.words, start=1)})
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words, start=1)}
 
     @property
     def vocabulary_size(self) -> int:
@@ -82,12 +83,16 @@ def synonyms(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model (open_clip's CLIP or CustomTextCLIP) with its name, weights and tokenizer."""
+    """A CLIP model (open_clip's CLIP or CustomTextCLIP) with its name, weights and tokenizer.
+
+    `architecture`: the sizes from which one that is not open_clip's is built again.
+    """
 
     name: str
     weights: str | None
     model: Any
     tokenizer: Callable[[list[str]], Tensor]
+    architecture: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     cache: dict[tuple[tuple[str, ...], ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property

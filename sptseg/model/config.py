@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sptseg.model.clip import TEMPLATES, TINY
-from sptseg.model.decoder import Branches, DecoderKind, DecoderStart, Norms
 from sptseg.model.readouts import ReadOut
 
+DecoderKind = Literal["spectral", "cross_attention"]
+DecoderStart = Literal["random", "dense_clip"]
+Norms = Literal["layer", "rms"]
+Branches = Literal["high_low", "high", "low", "full"]
 LossKind = Literal["spt", "zegclip"]
 PROTOCOL_STRIDE = 426 / 512  # of the window
 
@@ -29,18 +32,15 @@ def fits(value: object, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
-def wanted(hint: Any) -> str:
-    """A field's type in words."""
-    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
-    return f"one of {', '.join(choices)}" if choices else inspect.formatannotation(hint)
-
-
 def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Refuses a dataclass with a value of another type than its field's, or a number that is not finite or in range."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not fits(value, hint):
-            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {wanted(hint)}")
+            parts = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+            choices = ", ".join(choice for part in parts for choice in get_args(part))
+            wanted = f"one of {choices}" if choices else inspect.formatannotation(hint)
+            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {wanted}")
         low, high = ranges.get(name, (-math.inf, math.inf))
         values = value if isinstance(value, tuple) else (value,)
         if not all(low <= x <= high and abs(x) < math.inf for x in values if type(x) in (int, float)):
@@ -136,11 +136,12 @@ class ModelConfig:
             raise ValueError(f"templates is {self.templates!r}; wanted one or more texts with one {{}} each")
 
     def of_decoder(self) -> dict[str, Any]:
-        """The decoder's switches, none of them None."""
+        """Those of the decoder's switches that may be None, as `start` has them."""
         dense = self.start == "dense_clip"
-        defaults = {"residual": dense, "norms": "rms" if dense else "layer", "logit_scale": dense}
-        chosen = {name: getattr(self, name) for name in defaults}
-        return {"start": self.start} | {n: defaults[n] if value is None else value for n, value in chosen.items()}
+        belongs: dict[str, Any] = {"norms": "rms" if dense else "layer", "logit_scale": dense}
+        if self.decoder == "spectral":
+            belongs["residual"] = dense
+        return belongs | {name: getattr(self, name) for name in belongs if getattr(self, name) is not None}
 
     @property
     def trains(self) -> bool:

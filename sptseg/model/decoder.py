@@ -7,29 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sptseg.model.ops import (
-    Grid,
-    attend,
-    from_windows,
-    grid_to_tokens,
-    join_heads,
-    linear,
-    pad_to_multiple,
-    split_heads,
-    to_windows,
-    tokens_to_grid,
-)
+from sptseg.model import ops
+from sptseg.model.config import Branches, ModelConfig
+from sptseg.model.ops import Grid, attend, grid_to_tokens, join_heads, linear, split_heads, tokens_to_grid
 
-DecoderKind = Literal["spectral", "cross_attention"]
-DecoderStart = Literal["random", "dense_clip"]
-Norms = Literal["layer", "rms"]
-Branches = Literal["high_low", "high", "low", "full"]
 LOW_FREQUENCY_SHARE = 0.9
 START_THRESHOLD = 0.3  # cosine of patch and text at which a dense start says "maybe"; learned from there
 
@@ -78,10 +66,10 @@ class HighLowAttention(nn.Module):
 
     def high(self, x: Tensor) -> Tensor:
         """Padded grid (B, H, W, E) -> (B, H, W, h_hi * d)."""
-        windows = to_windows(self.high_qkv(x), self.window)
+        windows = ops.to_windows(self.high_qkv(x), self.window)
         query, key, value = split_heads(windows, 3, self.head_width)
         attended = join_heads(attend(query, key, value))
-        return from_windows(attended, self.window, (x.shape[1], x.shape[2]))
+        return ops.from_windows(attended, self.window, (x.shape[1], x.shape[2]))
 
     def low(self, x: Tensor) -> Tensor:
         """Padded grid (B, H, W, E) -> (B, H, W, h_lo * d)."""
@@ -96,7 +84,7 @@ class HighLowAttention(nn.Module):
         if self.full:
             return join_heads(attend(*split_heads(self.high_qkv(tokens), 3, self.head_width)))
         height, width = grid
-        padded = pad_to_multiple(tokens.unflatten(1, grid), self.window)
+        padded = ops.pad_to_multiple(tokens.unflatten(1, grid), self.window)
         widths = {self.high: self.high_width, self.low: self.low_width}
         both = torch.cat([branch(padded) for branch, wide in widths.items() if wide], dim=-1)
         return both[:, :height, :width].flatten(1, 2)
@@ -108,15 +96,13 @@ class QueryUpdate(nn.Module):
     With `norms` "rms" (ours), RMS norms stand for the layer norms: these would take the mean out of a query.
     """
 
-    def __init__(self, width: int, dropout: float, norms: Norms) -> None:
+    def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
-        norm = nn.RMSNorm if norms == "rms" else nn.LayerNorm
-        self.feedforward = nn.Sequential(
-            Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), Linear(4 * width, width)
-        )
+        norm = nn.RMSNorm if config.norms == "rms" else nn.LayerNorm
+        self.dropout = nn.Dropout(config.dropout)
+        self.feedforward = nn.Sequential(Linear(width, 4 * width), nn.ReLU(), self.dropout, Linear(4 * width, width))
         self.norm_attention = norm(width)
         self.norm_feedforward = norm(width)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, update: Tensor) -> Tensor:
         kept = self.norm_attention.weight.dtype  # autocast would hand the norms another
@@ -132,27 +118,15 @@ class SpectralGuidedLayer(nn.Module):
     that nothing would read. With `residual` (ours) Y <- X + Y T instead, T starting at zero.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        window: int,
-        dropout: float,
-        last: bool,
-        selection: bool,
-        residual: bool,
-        norms: Norms,
-        branches: Branches,
-    ) -> None:
+    def __init__(self, width: int, config: ModelConfig, last: bool) -> None:
         super().__init__()
-        self.attention = HighLowAttention(width, heads, window, branches)
-        self.selection_vector = nn.Parameter(torch.randn(width)) if selection else None
-        self.top_down = nn.Parameter(torch.zeros(width, width) if residual else torch.eye(width))
-        self.residual = residual
-        self.attention_dropout = nn.Dropout(dropout)
+        self.attention = HighLowAttention(width, config.decoder_heads, config.decoder_window, config.branches)
+        self.selection_vector = nn.Parameter(torch.randn(width)) if config.selection else None
+        self.top_down = nn.Parameter(torch.zeros(width, width) if config.residual else torch.eye(width))
+        self.residual = config.residual
+        self.attention_dropout = nn.Dropout(config.dropout)
         self.update_projection = None if last else Linear(width, width)
-        self.update = None if last else QueryUpdate(width, dropout, norms)
+        self.update = None if last else QueryUpdate(width, config)
 
     def selected(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Y after the selection, before T: (B, N, E)."""
@@ -181,14 +155,14 @@ class CrossAttentionLayer(nn.Module):
     """One layer of ZegCLIP's decoder: cross-attention from queries to patches; mask logits are its scaled dot products,
     averaged over the heads. The last layer gives logits only."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float, last: bool, norms: Norms) -> None:
+    def __init__(self, width: int, config: ModelConfig, last: bool) -> None:
         super().__init__()
-        self.head_width = width // heads
+        self.head_width = width // config.decoder_heads
         self.query = Linear(width, width)
         self.key = Linear(width, width)
         self.value = None if last else Linear(width, width)
         self.update_projection = None if last else Linear(width, width)
-        self.update = None if last else QueryUpdate(width, dropout, norms)
+        self.update = None if last else QueryUpdate(width, config)
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Queries (B, C, E), tokens (B, N, E) -> queries for the next layer (B, C, E), mask logits (B, C, N)."""
@@ -208,65 +182,45 @@ class Decoder(nn.Module):
     Query of class c ("relationship descriptor", ZegCLIP): q_c = Linear_{2E->E}([g * T_c, T_c]) with the image embedding
     g and the text embedding T_c.
 
-    Args:
-        kind, selection, branches: `decoder` and so on of `ModelConfig`.
-        start: the first weights: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours):
-            queries start as T_c, query updates at zero, ZegCLIP's projections as the identity.
-        residual: a spectral layer's output is X + Y T, T starting at zero, instead of Y T (ours).
-        norms: of the query updates, "layer" (paper) or "rms" (ours), which leave a query its direction.
-        logit_scale: a learned scale and threshold turn logits A into scale * (A * unit - threshold), A * unit being a
-            cosine and the scale starting as `clip_scale` (ours). With all four, the decoder's first logits are dense
-            CLIP's: the cosine of patch and text times CLIP's scale.
+    Fields of its configuration that are explained here:
+
+    start: the first weights: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours): queries
+        start as T_c, query updates at zero, ZegCLIP's projections as the identity.
+    residual: a spectral layer's output is X + Y T, T starting at zero, instead of Y T (ours).
+    norms: of the query updates, "layer" (paper) or "rms" (ours), which leave a query its direction.
+    logit_scale: a learned scale and threshold turn logits A into scale * (A * unit - threshold), A * unit being a
+        cosine and the scale starting as `clip_scale`, CLIP's (ours). With all four, the decoder's first logits are
+        dense CLIP's: the cosine of patch and text times CLIP's scale.
     """
 
     log_scale: nn.Parameter | None
     threshold: nn.Parameter  # this and `unit` only with `logit_scale`
     unit: float
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        kind: DecoderKind,
-        layers: int,
-        heads: int,
-        window: int,
-        selection: bool,
-        start: DecoderStart,
-        residual: bool,
-        norms: Norms,
-        logit_scale: bool,
-        clip_scale: float,
-        branches: Branches = "high_low",
-        dropout: float = 0.1,
-    ) -> None:
+    def __init__(self, width: int, config: ModelConfig, clip_scale: float) -> None:
         super().__init__()
+        config = replace(config, **config.of_decoder())
+        heads, layers = config.decoder_heads, config.decoder_layers
         if width % heads:
             raise ValueError(f"the embedding width {width} is no multiple of decoder_heads {heads}; choose a divisor")
-        if kind == "spectral" and heads < 2:
+        if config.decoder == "spectral" and heads < 2:
             raise ValueError(f"the spectral decoder needs at least 2 heads, one for each branch, got {heads}")
         self.query_map = Linear(2 * width, width)
-        last = [i == layers - 1 for i in range(layers)]
-        common: dict[str, Any] = {"dropout": dropout, "norms": norms}
-        own: dict[str, Any] = {"window": window, "selection": selection, "residual": residual, "branches": branches}
-        if kind == "spectral":
-            made = [SpectralGuidedLayer(width, heads, last=end, **own, **common) for end in last]
-        else:
-            made = [CrossAttentionLayer(width, heads, last=end, **common) for end in last]
-        self.layers = nn.ModuleList(made)
+        kind = SpectralGuidedLayer if config.decoder == "spectral" else CrossAttentionLayer
+        self.layers = nn.ModuleList(kind(width, config, last=i == layers - 1) for i in range(layers))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.log_scale = None
-        if start == "dense_clip":
+        if config.start == "dense_clip":
             self.start_as_dense_clip(width)
-        if logit_scale:
+        if config.logit_scale:
             self.log_scale = nn.Parameter(torch.tensor(math.log(clip_scale)))
             self.threshold = nn.Parameter(torch.tensor(START_THRESHOLD))
             self.unit = 1 / math.sqrt(width) if layers > 1 else 1.0  # the norms give queries the length sqrt(E)
-            if kind == "cross_attention":
+            if config.decoder == "cross_attention":
                 self.unit *= heads * math.sqrt(width / heads)  # its logits are mean dot products over heads, scaled
 
     @torch.no_grad()

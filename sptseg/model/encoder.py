@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sptseg.model.config import ModelConfig
 from sptseg.model.ops import Grid, fourier_filter, radial_frequency, resample_filter
 from sptseg.model.readouts import OPTIONS, ReadOut, gem, read_block
 from sptseg.model.towers import Tower, embed, embeddings, grid_of, run_block, tower
@@ -53,56 +54,42 @@ class PromptedEncoder(nn.Module):
 
     Args:
         visual: open_clip's image tower, of L blocks and width D; see `towers`.
-        grid: the token grid that the spectral filter is made for.
-        prompt_depth: how many blocks after the first get prompts of their own (paper: L - 1, all of them).
-        class_embedding_twice: token 0 = class embedding + (class embedding + its position), as in the released code;
-            otherwise CLIP's own class token, if it has one.
-
-    All others are as in `ModelConfig`.
+        config: the model's. Of its fields, `class_embedding_twice`: token 0 = class embedding + (class embedding + its
+            position), as in the released code; otherwise CLIP's own class token, if it has one.
     """
 
     prompts: nn.Parameter | None
     spectral_prompt: SpectralPrompt | None
 
-    def __init__(
-        self,
-        visual: nn.Module,
-        *,
-        grid: Grid,
-        prompt_tokens: int,
-        prompt_depth: int,
-        spectral_layers: Sequence[int],
-        spectral_band: tuple[float, float] = (0.0, 1.0),
-        spectral_trained: bool = True,
-        class_embedding_twice: bool = True,
-        readout: ReadOut = "plain",
-        bicubic: bool = False,
-        dropout: float = 0.1,
-    ) -> None:
+    def __init__(self, visual: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.visual = visual.requires_grad_(False).eval()
-        width, layers = self.tower.positions.shape[1], len(self.tower.blocks)
+        width, layers, spectral_layers = self.tower.positions.shape[1], len(self.tower.blocks), config.spectral_layers
+        prompt_depth = layers - 1 if config.prompt_depth is None else config.prompt_depth
         if not 0 <= prompt_depth < layers:
             raise ValueError(f"prompt_depth is {prompt_depth}; this CLIP has {layers} blocks, so 0 to {layers - 1} go")
         if not set(spectral_layers) <= set(range(layers)):
-            raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has the blocks 0 to {layers - 1}")
+            raise ValueError(f"spectral_layers is {spectral_layers}; this CLIP has the blocks 0 to {layers - 1}")
         if spectral_layers and self.tower.class_token is None:
-            raise ValueError(f"spectral_layers is {tuple(spectral_layers)}; this CLIP has no class token: wanted ()")
+            raise ValueError(f"spectral_layers is {spectral_layers}; this CLIP has no class token: wanted ()")
         self.checkpointing = False  # gradient checkpointing: blocks run again in the backward pass, nothing is kept
-        self.readout: ReadOut = readout
-        self.bicubic = bicubic
+        self.readout: ReadOut = config.readout
+        self.bicubic = config.bicubic
         self.prompt_depth = prompt_depth
         self.spectral_layers = frozenset(spectral_layers)
-        self.class_embedding_twice = class_embedding_twice
+        self.class_embedding_twice = config.class_embedding_twice
         self.prompts = self.spectral_prompt = None
-        if prompt_tokens:
+        if config.prompt_tokens:
             bound = math.sqrt(6 / (3 * math.prod(self.patch_size) + width))
-            self.prompts = nn.Parameter(torch.empty(1 + prompt_depth, prompt_tokens, width).uniform_(-bound, bound))
+            self.prompts = nn.Parameter(torch.empty(1 + prompt_depth, config.prompt_tokens, width))
+            nn.init.uniform_(self.prompts, -bound, bound)
             self.prompt_projection = nn.Linear(width, width)
             nn.init.kaiming_normal_(self.prompt_projection.weight, mode="fan_out")
-            self.prompt_dropout = nn.Dropout(dropout)
+            self.prompt_dropout = nn.Dropout(config.dropout)
         if self.spectral_layers:
-            self.spectral_prompt = SpectralPrompt(grid, width, spectral_band).requires_grad_(spectral_trained)
+            rows, columns = (side // patch for side, patch in zip(config.image_size, self.patch_size, strict=True))
+            self.spectral_prompt = SpectralPrompt((rows, columns), width, config.spectral_band)
+            self.spectral_prompt.requires_grad_(config.spectral_trained)
         self.prompt_norm = nn.LayerNorm(width, eps=1e-6)
 
     def train(self, mode: bool = True) -> PromptedEncoder:
@@ -164,9 +151,7 @@ class PromptedEncoder(nn.Module):
         """Normalised images (B, 3, S, S') -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E)."""
         grid = self.grid_of(images)
         if self.readout == "gem":  # which has no prompts, see `ModelConfig`
-            parts = self.tower
-            rotation = parts.rotation(grid)
-            x = gem(parts.blocks, self.embed(images), grid=grid, rotation=rotation, pooled=parts.pooled)
+            x = gem(self.tower, self.embed(images), grid)
         else:
             x = deque(self.states(images, of_prompts=False), maxlen=1)[0]  # the last; those before are not kept
         x = x.to(self.prompt_norm.weight.dtype)  # CPUs add up its gradients in x's own

@@ -10,7 +10,6 @@ scaled product of a with itself, a aᵀ / sqrt(d). "Bare": the block's residual 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -19,20 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sptseg.model import towers
 from sptseg.model.clip import TINY
 from sptseg.model.ops import Grid, attend, attend_by
-from sptseg.model.towers import (
-    attention_output,
-    check_visual,
-    embed,
-    embeddings,
-    feed_forward,
-    grid_of,
-    normed,
-    project,
-    run_block,
-    tower,
-)  # fmt: skip
+from sptseg.model.towers import Tower, attention_output, embed, feed_forward, grid_of, project, run_block, tower
 
 ReadOut = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "gem"]
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults
@@ -75,7 +64,7 @@ def read_out(
         options: `bare` (all but plain and gem); `sigma` (naclip: in patches; None leaves G out); `blocks` (gem: how
             many of the last blocks get the second path; by default 6, or all if there are fewer).
     """
-    check_visual("this model", visual)
+    towers.check_visual("this model", visual)
     if name not in OPTIONS:
         raise ValueError(f"there is no read-out {name!r}; choose one of {', '.join(OPTIONS)}")
     unknown = sorted(options.keys() - OPTIONS[name].keys())
@@ -86,15 +75,13 @@ def read_out(
     if chosen.get("sigma") is not None and not chosen["sigma"] > 0:
         raise ValueError(f"sigma is {chosen['sigma']}; wanted more than 0 patches, or None for no spatial term")
     grid, x, parts = grid_of(visual, images), embed(visual, images, bicubic=bicubic), tower(visual)
-    given: Any = {"grid": grid, "rotation": parts.rotation(grid), "pooled": parts.pooled}
     if name == "gem":
-        tokens = gem(parts.blocks, x, **given, **chosen)
-    else:
-        *earlier, last = parts.blocks
-        for block in earlier:
-            x = run_block(block, x, rotation=given["rotation"])
-        tokens = read_block(last, x, name=name, **given, **chosen)
-    return embeddings(visual, tokens, grid)
+        return towers.embeddings(visual, gem(parts, x, grid, **chosen), grid)
+    rotation = parts.rotation(grid)
+    for block in parts.blocks[:-1]:
+        x = run_block(block, x, rotation=rotation)
+    x = read_block(parts.blocks[-1], x, rotation=rotation, grid=grid, name=name, pooled=parts.pooled, **chosen)
+    return towers.embeddings(visual, x, grid)
 
 
 def read_block(
@@ -133,22 +120,17 @@ def read_block(
             mixed = among(query, key)
         case "clearclip":
             mixed = among(query)
+        case _ if sigma is None:
+            mixed = among(key)
         case _:
-            mixed = among(key, bias=spatial_bias(grid, key, sigma))
+            near = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
+            mixed = among(key, bias=F.pad(near, (key.shape[2] - count, 0)))  # 0 for keys off the grid, which come first
     looking = query[:, :, -x.shape[1] :][:, :, pooled]
     output = attention_output(block, torch.cat([attend(looking, key, value), mixed], dim=2))
     x = torch.cat([x[:, pooled], x[:, -count:]], dim=1)
     if not bare:
         return feed_forward(block, x + output)
     return torch.cat([feed_forward(block, (x + output)[:, :-count]), output[:, -count:]], dim=1)
-
-
-def spatial_bias(grid: Grid, key: Tensor, sigma: float | None) -> Tensor | None:
-    """NACLIP's G for the patches' rows, 0 for keys off the grid, which come first: (N, M) for keys (B, h, M, d)."""
-    if sigma is None:
-        return None
-    rows = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
-    return F.pad(rows, (key.shape[2] - rows.shape[1], 0))
 
 
 @lru_cache(maxsize=4)
@@ -163,31 +145,24 @@ def gaussian(grid: Grid, sigma: float, device: torch.device, dtype: torch.dtype)
         return F.pad(torch.kron(rows, columns), (1, 0, 1, 0)).to(dtype)
 
 
-def gem(
-    resblocks: Sequence[nn.Module],
-    x: Tensor,
-    blocks: int | None = None,
-    *,
-    grid: Grid,
-    rotation: Tensor | None = None,
-    pooled: slice = CLASS_TOKEN,
-) -> Tensor:
-    """GEM: tokens x (B, P + N, D) before the first block -> (B, M + N, D), patches of the second path.
+def gem(parts: Tower, x: Tensor, grid: Grid, blocks: int | None = None) -> Tensor:
+    """GEM: tokens x (B, P + N, D) of a tower before the first block -> (B, M + N, D), patches of the second path.
 
     Beside the last `blocks` the second path adds up, from the same input, what self-self attention makes of the first
     path's tokens, without any MLP: the mean over a = v, k, q of softmax(a aᵀ t) v, where a is made unit, replaced by
-    softmax(a aᵀ t) a and made unit again, and t is the tokens' mean length after the layer norm, over sqrt(d). M,
-    `rotation` and `pooled` as in `read_block`.
+    softmax(a aᵀ t) a and made unit again, and t is the tokens' mean length after the layer norm, over sqrt(d). M as in
+    `read_block`.
     """
-    count = min(GEM_BLOCKS, len(resblocks)) if blocks is None else blocks
-    if not 1 <= count <= len(resblocks):
-        raise ValueError(f"blocks is {blocks}; this CLIP has {len(resblocks)}, so 1 to {len(resblocks)} go")
-    for block in resblocks[:-count]:
+    rotation, pooled, layers = parts.rotation(grid), parts.pooled, len(parts.blocks)
+    count = min(GEM_BLOCKS, layers) if blocks is None else blocks
+    if not 1 <= count <= layers:
+        raise ValueError(f"blocks is {blocks}; this CLIP has {layers}, so 1 to {layers} go")
+    for block in parts.blocks[:-count]:
         x = run_block(block, x, rotation=rotation)
     second = x
-    for i, block in enumerate(resblocks[-count:], start=1):
+    for i, block in enumerate(parts.blocks[-count:], start=1):
         query, key, value = project(block, x, rotation=rotation)
-        length = normed(block, 1, x).norm(dim=-1).mean(dim=1)[:, None, None, None]
+        length = towers.normed(block, 1, x).norm(dim=-1).mean(dim=1)[:, None, None, None]
         units = [unit(a) for a in (value, key, query)]
         clustered = [unit(attend(a * length, a, a)) for a in units]
         second = second + attention_output(block, attend_by([(a * length, a) for a in clustered], value) / 3)

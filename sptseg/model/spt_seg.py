@@ -71,34 +71,9 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
     mean = about_weights(config.clip, config.clip_weights).get("mean", OPENAI_DATASET_MEAN)
     if config.normalization == "imagenet" and mean not in (OPENAI_DATASET_MEAN, IMAGENET_MEAN):
         raise ValueError(f"normalization is imagenet, but {config.clip} was trained with mean {mean}; set it to clip")
-    layers = len(parts.blocks)
-    encoder = PromptedEncoder(
-        clip.visual,
-        grid=(config.image_size[0] // patch_height, config.image_size[1] // patch_width),
-        prompt_tokens=config.prompt_tokens,
-        prompt_depth=layers - 1 if config.prompt_depth is None else config.prompt_depth,
-        spectral_layers=config.spectral_layers,
-        spectral_band=config.spectral_band,
-        spectral_trained=config.spectral_trained,
-        class_embedding_twice=config.class_embedding_twice,
-        readout=config.readout,
-        bicubic=config.bicubic,
-        dropout=config.dropout,
-    )
-    decoder = None
+    encoder, decoder = PromptedEncoder(clip.visual, config), None
     if config.decoder != "none":
-        decoder = Decoder(
-            parts.output_dim,
-            kind=config.decoder,
-            layers=config.decoder_layers,
-            heads=config.decoder_heads,
-            window=config.decoder_window,
-            selection=config.selection,
-            branches=config.branches,
-            **config.of_decoder(),
-            clip_scale=float(clip.model.logit_scale.exp()),
-            dropout=config.dropout,
-        )
+        decoder = Decoder(parts.output_dim, config, float(clip.model.logit_scale.exp()))
     model = SptSeg(config, encoder, decoder, clip)
     if not config.trains:
         model.encoder.prompt_norm.requires_grad_(False)  # dense CLIP has nothing to train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,17 +16,40 @@ GREEN, ORANGE, GLASS = COLOURS["green"], COLOURS["orange"], rgb("bfe3f2")
 ANY = " ".join(COLOURS)
 
 
-def _sun(p: Pen) -> None:
-    s = p.spokes()
-    p.fill(s.polygon((0.5, -0.26), (0.5, 0.26), (1.0, 0.0)), tone(p.colour, 0.92))
+@dataclass(frozen=True)
+class Thing:
+    """How to draw a thing: its painter, the colours it may have, how far it turns (radians) and where it belongs."""
+
+    paint: Callable[[Pen], None]
+    colours: str
+    turn: float
+    home: Literal["air", "ground", "water"]
+
+
+THINGS: dict[str, Thing] = {}
+
+
+def thing(colours: str, turn: float, home: Literal["air", "ground", "water"]) -> Callable:
+    """Makes a painter one of the `THINGS`, by its own name."""
+
+    def added(paint: Callable[[Pen], None]) -> Callable[[Pen], None]:
+        THINGS[paint.__name__] = Thing(paint, colours, turn, home)
+        return paint
+
+    return added
+
+
+@thing("yellow orange red", 0.2, "air")
+def sun(p: Pen) -> None:
+    p.fill(p.spokes().polygon((0.5, -0.26), (0.5, 0.26), (1.0, 0.0)), tone(p.colour, 0.92))
     p.fill(p.ellipse(0, 0, 0.62), p.colour)
     p.glow(p.ellipse(-0.1, -0.1, 0.5), WHITE, 0.5, 0.4)
-    f = p.fold()
-    p.fill(f.ellipse(0.2, -0.1, 0.065, 0.09), BROWN, line=False)
+    p.fill(p.fold().ellipse(0.2, -0.1, 0.065, 0.09), BROWN, line=False)
     p.fill(both(np.abs(p.ellipse(0, 0.02, 0.28)) - 0.035, 0.12 - p.y), BROWN, line=False)
 
 
-def _moon(p: Pen) -> None:
+@thing("yellow white gray orange blue", 0.6, "air")
+def moon(p: Pen) -> None:
     bite = between(p.rng, 0.38, 0.5)
     d = cut(p.ellipse(0, 0, 0.95), p.ellipse(bite, -0.12, 0.72))
     p.fill(d, p.colour)
@@ -34,35 +58,34 @@ def _moon(p: Pen) -> None:
         p.fill(p.ellipse(x, y, r), tone(p.colour, 0.78))
 
 
-def _cloud(p: Pen) -> None:
+@thing("white gray pink blue", 0.08, "air")
+def cloud(p: Pen) -> None:
     top = between(p.rng, -0.25, 0.2)
-    puffs = union(
-        p.ellipse(-0.55, 0.12, 0.42, 0.36), p.ellipse(top, -0.18, 0.48, 0.44), p.ellipse(0.55, 0.1, 0.43, 0.38)
-    )
-    d = both(union(puffs, p.rounded(-0.9, 0.0, 0.9, 0.5, 0.24)), p.y - 0.5)
+    puffs = union(p.ellipse(-0.55, 0.12, 0.42, 0.36), p.ellipse(top, -0.18, 0.48, 0.44))
+    puffs = union(puffs, p.ellipse(0.55, 0.1, 0.43, 0.38), p.rounded(-0.9, 0.0, 0.9, 0.5, 0.24))
+    d = both(puffs, p.y - 0.5)
     p.fill(d, p.colour)
     p.glow(both(d, 0.12 - p.y), rgb("8f9fc0"), 0.34, 0.5)
     p.glow(p.ellipse(top - 0.1, -0.25, 0.36), WHITE, 0.4, 0.6)
 
 
-def _window(p: Pen, x: float, y: float, w: float, h: float) -> None:
-    p.fill(p.box(x - w, y - h, x + w, y + h), WHITE)
-    p.fill(p.box(x - w * 0.68, y - h * 0.68, x + w * 0.68, y + h * 0.68), GLASS, line=False)
-    p.fill(union(p.box(x - 0.03, y - h, x + 0.03, y + h), p.box(x - w, y - 0.03, x + w, y + 0.03)), WHITE, line=False)
-
-
-def _house(p: Pen) -> None:
+@thing("red blue yellow green orange pink white brown gray purple", 0.06, "ground")
+def house(p: Pen) -> None:
     p.fill(p.box(0.38, -0.85, 0.62, -0.2), tone(BROWN, 0.9))
     p.fill(p.box(-0.78, -0.2, 0.78, 0.92), p.colour)
     p.fill(p.polygon((-1.0, -0.1), (1.0, -0.1), (0.0, -0.95)), tone(p.accent, 0.85))
     p.fill(p.box(-0.2, 0.3, 0.2, 0.92), BROWN)
     p.fill(p.ellipse(0.11, 0.62, 0.05), YELLOW, line=False)
     f = p.fold()
-    _window(f, 0.49, 0.22, 0.2, 0.22)
+    x, y, w, h = 0.49, 0.22, 0.2, 0.22  # a window on either side
+    f.fill(f.box(x - w, y - h, x + w, y + h), WHITE)
+    f.fill(f.box(x - w * 0.68, y - h * 0.68, x + w * 0.68, y + h * 0.68), GLASS, line=False)
+    f.fill(union(f.box(x - 0.03, y - h, x + 0.03, y + h), f.box(x - w, y - 0.03, x + w, y + 0.03)), WHITE, line=False)
     p.fill(p.ellipse(0, -0.42, 0.15), GLASS)
 
 
-def _castle(p: Pen) -> None:
+@thing("gray brown white yellow pink blue purple", 0.06, "ground")
+def castle(p: Pen) -> None:
     f = p.fold()
     teeth = np.maximum(0.1 - np.abs(np.abs(f.x - 0.2) - 0.1) * 1.0, 0)
     p.fill(union(p.box(-0.5, -0.05, 0.5, 0.92), both(f.box(0.0, -0.22, 0.5, 0.0), 0.05 - teeth)), tone(p.colour, 0.86))
@@ -76,7 +99,8 @@ def _castle(p: Pen) -> None:
     p.fill(p.polygon((0.03, -0.75), (0.03, -0.45), (0.36, -0.6)), p.accent)
 
 
-def _tent(p: Pen) -> None:
+@thing("red blue yellow green orange purple brown pink", 0.08, "ground")
+def tent(p: Pen) -> None:
     f = p.fold()
     p.fill(f.capsule(0, -0.72, 0.14, -0.92, 0.045), BROWN, line=False)
     d = p.polygon((-1.0, 0.78), (1.0, 0.78), (0.0, -0.78))
@@ -87,7 +111,8 @@ def _tent(p: Pen) -> None:
     p.fill(p.polygon((0.02, -0.3), (0.52, 0.78), (0.28, 0.78)), tone(p.colour, 1.15))
 
 
-def _lighthouse(p: Pen) -> None:
+@thing("red blue black green white orange", 0.08, "ground")
+def lighthouse(p: Pen) -> None:
     d = p.polygon((-0.44, 0.95), (0.44, 0.95), (0.26, -0.42), (-0.26, -0.42))
     p.fill(d, p.colour)
     p.fill(both(d + 0.03, np.abs(np.abs(p.y - 0.26) - 0.25) - 0.115), p.contrast, line=False)
@@ -97,7 +122,8 @@ def _lighthouse(p: Pen) -> None:
     p.fill(p.rounded(-0.11, 0.66, 0.11, 1.1, 0.11) + np.maximum(p.y - 0.94, 0) * 9, tone(BROWN, 0.8))
 
 
-def _windmill(p: Pen) -> None:
+@thing("white red brown gray yellow blue pink", 0.06, "ground")
+def windmill(p: Pen) -> None:
     p.fill(p.polygon((-0.52, 0.95), (0.52, 0.95), (0.28, -0.25), (-0.28, -0.25)), p.colour)
     p.fill(p.ellipse(0, -0.26, 0.32, 0.26), tone(p.accent, 0.8))
     p.fill(p.rounded(-0.13, 0.6, 0.13, 1.2, 0.13) + np.maximum(p.y - 0.94, 0) * 9, tone(BROWN, 0.8))
@@ -111,11 +137,10 @@ def _windmill(p: Pen) -> None:
     p.fill(q.ellipse(0, 0, 0.09), BROWN)
 
 
-def _tree(p: Pen) -> None:
-    p.fill(
-        union(p.polygon((-0.22, 0.98), (0.22, 0.98), (0.11, 0.1), (-0.11, 0.1)), p.capsule(0, 0.4, 0.4, 0.05, 0.06)),
-        BROWN,
-    )
+@thing("green orange red yellow pink brown", 0.1, "ground")
+def tree(p: Pen) -> None:
+    trunk = p.polygon((-0.22, 0.98), (0.22, 0.98), (0.11, 0.1), (-0.11, 0.1))
+    p.fill(union(trunk, p.capsule(0, 0.4, 0.4, 0.05, 0.06)), BROWN)
     w = between(p.rng, 0.3, 0.42)
     left, right = p.ellipse(-0.5, -0.02, 0.42), p.ellipse(0.5, 0.0, 0.43)
     p.fill(union(left, right, p.ellipse(0, -0.45, 0.55), p.ellipse(0, 0.05, 0.5, 0.36)), tone(p.colour, 0.86))
@@ -125,7 +150,8 @@ def _tree(p: Pen) -> None:
     p.glow(p.ellipse(-0.3, -0.5, 0.6), rgb("fff3b0"), 0.6, 0.25)
 
 
-def _pine(p: Pen) -> None:
+@thing("green blue white gray", 0.1, "ground")
+def pine(p: Pen) -> None:
     p.fill(p.box(-0.12, 0.6, 0.12, 0.98), BROWN)
     for y, w, h, f in ((0.75, 0.72, 0.75, 0.82), (0.3, 0.58, 0.7, 0.94), (-0.15, 0.44, 0.82, 1.08)):
         q = p.at(p.x, p.y + 0.1 * np.abs(p.x))  # drooping branches
@@ -133,21 +159,19 @@ def _pine(p: Pen) -> None:
     p.glow(p.polygon((-0.7, 0.7), (0.0, 0.8), (0.0, -0.9)), rgb("ffffe0"), 0.4, 0.16)
 
 
-def _cactus(p: Pen) -> None:
-    d = union(
-        p.capsule(0, -0.68, 0, 0.95, 0.27),
-        p.capsule(-0.68, -0.3, -0.68, 0.12, 0.16),
-        p.capsule(-0.66, 0.16, 0, 0.3, 0.15),
-    )
-    d = union(d, p.capsule(0.68, -0.5, 0.68, -0.06, 0.16), p.capsule(0.66, -0.04, 0, 0.12, 0.15))
-    d = both(d, p.y - 0.96)
+@thing("green blue gray yellow", 0.12, "ground")
+def cactus(p: Pen) -> None:
+    left = union(p.capsule(-0.68, -0.3, -0.68, 0.12, 0.16), p.capsule(-0.66, 0.16, 0, 0.3, 0.15))
+    right = union(p.capsule(0.68, -0.5, 0.68, -0.06, 0.16), p.capsule(0.66, -0.04, 0, 0.12, 0.15))
+    d = both(union(p.capsule(0, -0.68, 0, 0.95, 0.27), left, right), p.y - 0.96)
     p.fill(d, p.colour)
     p.fill(both(d + 0.06, np.abs(np.abs(p.x) - 0.1) - 0.025), tone(p.colour, 0.66), line=False)
     p.fill(both(d + 0.06, np.abs(np.abs(p.x) - 0.68) - 0.025), tone(p.colour, 0.66), line=False)
     p.fill(union(p.ellipse(-0.1, -0.9, 0.11), p.ellipse(0.1, -0.9, 0.11), p.ellipse(0, -0.95, 0.08)), COLOURS["pink"])
 
 
-def _flower(p: Pen) -> None:
+@thing("red blue yellow orange purple pink white", 0.3, "ground")
+def flower(p: Pen) -> None:
     p.fill(p.capsule(0, -0.2, 0.06, 0.98, 0.06), tone(GREEN, 0.85))
     p.fill(p.turned(-0.26, 0.62, 0.55).ellipse(0, 0, 0.32, 0.12), GREEN)
     p.fill(p.turned(0.34, 0.66, -0.6).ellipse(0, 0, 0.3, 0.12), GREEN)
@@ -158,18 +182,19 @@ def _flower(p: Pen) -> None:
     p.fill(q.ellipse(0, 0, 0.22), BROWN if 2 * p.colour[2, 0, 0] < p.colour[1, 0, 0] else YELLOW)
 
 
-def _mushroom(p: Pen) -> None:
+@thing("red brown orange white purple yellow blue", 0.2, "ground")
+def mushroom(p: Pen) -> None:
     p.fill(p.rounded(-0.3, -0.05, 0.3, 0.95, 0.22), rgb("f6ead0"))
     p.fill(both(p.ellipse(0, 0.1, 0.6, 0.2), 0.06 - p.y), tone(rgb("f6ead0"), 0.75))
     cap = both(p.ellipse(0, 0.12, 0.98, 1.0), p.y - 0.12)
     p.fill(cap, p.colour)
     p.glow(p.ellipse(-0.3, -0.4, 0.5), WHITE, 0.6, 0.3)
-    dots = union(p.ellipse(-0.1, -0.5, 0.17, 0.14), p.ellipse(0.45, -0.28, 0.15))
-    dots = union(dots, p.ellipse(-0.55, -0.12, 0.14), p.ellipse(0.06, -0.08, 0.11))
-    p.fill(both(dots, cap + 0.04), p.contrast, line=False)
+    dots = ((-0.1, -0.5, 0.17, 0.14), (0.45, -0.28, 0.15), (-0.55, -0.12, 0.14), (0.06, -0.08, 0.11))
+    p.fill(both(union(*(p.ellipse(*dot) for dot in dots)), cap + 0.04), p.contrast, line=False)
 
 
-def _pumpkin(p: Pen) -> None:
+@thing("orange yellow green white red", 0.2, "ground")
+def pumpkin(p: Pen) -> None:
     p.fill(p.capsule(0, -0.5, 0.14, -0.86, 0.1, 0.07), tone(GREEN, 0.75))
     f = p.fold()
     for x, w, s in ((0.58, 0.4, 0.84), (0.3, 0.4, 0.94), (0.0, 0.3, 1.05)):
@@ -177,7 +202,8 @@ def _pumpkin(p: Pen) -> None:
     p.glow(p.ellipse(-0.35, -0.15, 0.4), WHITE, 0.5, 0.3)
 
 
-def _apple(p: Pen) -> None:
+@thing("red green yellow pink", 0.35, "ground")
+def apple(p: Pen) -> None:
     p.fill(p.capsule(0, -0.45, 0.1, -0.9, 0.055), tone(BROWN, 0.8))
     f = p.fold()
     d = cut(union(f.ellipse(0.32, 0.12, 0.56, 0.66), f.ellipse(0.18, 0.42, 0.4, 0.5)), p.ellipse(0, -0.68, 0.2))
@@ -187,7 +213,8 @@ def _apple(p: Pen) -> None:
     p.fill(p.turned(0.38, -0.72, -0.5).ellipse(0, 0, 0.3, 0.14), tone(GREEN, 1.1))
 
 
-def _boat(p: Pen) -> None:
+@thing(ANY, 0.15, "water")
+def boat(p: Pen) -> None:
     p.fill(p.box(-0.04, -0.95, 0.04, 0.4), BROWN)
     p.fill(p.polygon((0.08, -0.9), (0.08, 0.26), (0.8, 0.26)), rgb("fbf5e6"))
     p.fill(p.polygon((-0.1, -0.7), (-0.1, 0.26), (-0.68, 0.26)), p.accent)
@@ -196,18 +223,19 @@ def _boat(p: Pen) -> None:
     p.fill(both(d + 0.04, np.abs(p.y - 0.5) - 0.05), p.contrast, line=False)
 
 
-def _car(p: Pen) -> None:
+@thing(ANY, 0.15, "ground")
+def car(p: Pen) -> None:
     p.fill(p.polygon((-0.62, 0.05), (0.55, 0.05), (0.3, -0.52), (-0.42, -0.52)), p.colour)
     p.fill(p.polygon((-0.46, 0.0), (-0.06, 0.0), (-0.06, -0.38), (-0.34, -0.38)), GLASS, line=False)
     p.fill(p.polygon((0.04, 0.0), (0.38, 0.0), (0.22, -0.38), (0.04, -0.38)), GLASS, line=False)
     p.fill(p.rounded(-0.98, -0.04, 0.98, 0.42, 0.17), p.colour)
     p.fill(p.box(-0.02, 0.06, 0.0, 0.36), tone(p.colour, 0.6), line=False)
     p.fill(p.ellipse(0.88, 0.12, 0.09), YELLOW, line=False)
-    f = p.fold()
-    f.wheel(0.53, 0.4, 0.25)
+    p.fold().wheel(0.53, 0.4, 0.25)
 
 
-def _bus(p: Pen) -> None:
+@thing(ANY, 0.12, "ground")
+def bus(p: Pen) -> None:
     p.fill(p.rounded(-0.98, -0.66, 0.98, 0.56, 0.14), p.colour)
     panes = p.at(np.abs(np.abs(np.abs(p.x + 0.17) - 0.42) - 0.21), p.y)
     p.fill(both(panes.box(-0.14, -0.46, 0.14, -0.04), np.abs(p.x + 0.17) - 0.8), GLASS)
@@ -216,7 +244,8 @@ def _bus(p: Pen) -> None:
     p.fold().wheel(0.55, 0.56, 0.23)
 
 
-def _airplane(p: Pen) -> None:
+@thing(ANY, 0.4, "air")
+def airplane(p: Pen) -> None:
     p.fill(p.polygon((-0.92, -0.55), (-0.66, -0.55), (-0.42, 0.0), (-0.8, 0.0)), p.accent)
     p.fill(p.polygon((-0.05, -0.1), (0.2, -0.1), (-0.1, -0.62), (-0.28, -0.62)), tone(p.accent, 0.75))
     d = p.capsule(-0.78, -0.02, 0.72, 0.02, 0.13, 0.26)
@@ -227,37 +256,36 @@ def _airplane(p: Pen) -> None:
     p.fill(p.polygon((-0.1, 0.08), (0.28, 0.08), (-0.22, 0.68), (-0.45, 0.68)), p.accent)
 
 
-def _balloon(p: Pen) -> None:
-    f = p.fold()
-    p.fill(f.capsule(0.42, 0.15, 0.16, 0.72, 0.025), tone(BROWN, 0.7), line=False)
+@thing(ANY, 0.15, "air")
+def balloon(p: Pen) -> None:
+    p.fill(p.fold().capsule(0.42, 0.15, 0.16, 0.72, 0.025), tone(BROWN, 0.7), line=False)
     p.fill(p.rounded(-0.2, 0.66, 0.2, 0.98, 0.06), tone(BROWN, 1.1))
     d = union(p.ellipse(0, -0.32, 0.66), p.polygon((-0.58, 0.0), (0.58, 0.0), (0.24, 0.46), (-0.24, 0.46)))
     p.fill(d, p.colour)
     width = np.sqrt(np.maximum(0.64 - (p.y + 0.32) * (p.y + 0.32), 0.05))
-    stripe = np.abs(f.x - 0.5 * width) - 0.14 * width
+    stripe = np.abs(np.abs(p.x) - 0.5 * width) - 0.14 * width
     p.fill(both(d + 0.04, stripe), p.accent, line=False)
     p.glow(p.ellipse(-0.25, -0.55, 0.4), WHITE, 0.4, 0.4)
 
 
-def _kite(p: Pen) -> None:
+@thing(ANY, 0.5, "air")
+def kite(p: Pen) -> None:
     tail = np.abs(p.x - 0.09 * sine(p.y * 1.4)) - 0.025
     p.fill(both(tail, np.abs(p.y - 0.6) - 0.38), BROWN, line=False)
     for y in (0.58, 0.84):
         x = 0.09 * math.sin(2 * math.pi * 1.4 * y)
         q = p.at(np.abs(p.x - x), p.y)
         p.fill(q.polygon((0.0, y), (0.17, y - 0.1), (0.17, y + 0.1)), p.accent)
-    f = p.fold()
-    d = f.polygon((-0.01, -0.98), (0.62, -0.4), (-0.01, 0.4))
+    d = p.fold().polygon((-0.01, -0.98), (0.62, -0.4), (-0.01, 0.4))
     p.fill(d, p.colour)
     p.fill(both(d + 0.04, p.x * np.where(p.y > -0.4, np.float32(1), np.float32(-1))), p.accent, line=False)
     p.fill(both(d, union(np.abs(p.x), np.abs(p.y + 0.4)) - 0.025), tone(BROWN, 0.7), line=False)
 
 
-def _fish(p: Pen) -> None:
-    p.fill(
-        union(p.polygon((-0.5, 0.0), (-1.0, -0.5), (-0.86, 0.0)), p.polygon((-0.5, 0.0), (-1.0, 0.5), (-0.86, 0.0))),
-        p.accent,
-    )
+@thing(ANY, 0.35, "water")
+def fish(p: Pen) -> None:
+    tail = [p.polygon((-0.5, 0.0), (-1.0, y), (-0.86, 0.0)) for y in (-0.5, 0.5)]
+    p.fill(union(*tail), p.accent)
     p.fill(p.polygon((-0.35, -0.3), (0.3, -0.35), (-0.3, -0.72)), p.accent)
     d = p.ellipse(0.14, 0.0, 0.8, 0.48)
     p.fill(d, p.colour)
@@ -267,7 +295,8 @@ def _fish(p: Pen) -> None:
     p.eye(0.62, -0.1, 0.13)
 
 
-def _bird(p: Pen) -> None:
+@thing(ANY, 0.2, "air")
+def bird(p: Pen) -> None:
     p.fill(union(p.capsule(-0.05, 0.5, -0.08, 0.95, 0.035), p.capsule(0.2, 0.5, 0.18, 0.95, 0.035)), ORANGE, line=False)
     p.fill(p.polygon((-0.4, -0.02), (-1.0, -0.3), (-0.9, 0.12), (-0.35, 0.4)), tone(p.colour, 0.8))
     p.fill(p.polygon((0.78, -0.6), (0.78, -0.28), (1.0, -0.42)), ORANGE)
@@ -278,7 +307,8 @@ def _bird(p: Pen) -> None:
     p.eye(0.58, -0.48, 0.1)
 
 
-def _snail(p: Pen) -> None:
+@thing(ANY, 0.15, "ground")
+def snail(p: Pen) -> None:
     body = rgb("e3c48f")
     p.fill(union(p.capsule(0.72, -0.3, 0.66, -0.78, 0.04), p.capsule(0.82, -0.25, 0.94, -0.7, 0.04)), body, line=False)
     p.fill(union(p.ellipse(0.66, -0.8, 0.08), p.ellipse(0.92, -0.72, 0.08)), BLACK, line=False)
@@ -288,7 +318,8 @@ def _snail(p: Pen) -> None:
         p.fill(p.at(x + 0.12 * (0.68 - r), y - 0.1 * (0.68 - r)).ellipse(0, 0, r), tone(p.colour, s))
 
 
-def _butterfly(p: Pen) -> None:
+@thing(ANY, 0.5, "air")
+def butterfly(p: Pen) -> None:
     f = p.fold()
     p.fill(f.capsule(0.04, -0.4, 0.24, -0.85, 0.03), BLACK, line=False)
     low, high = f.turned(0.4, 0.42, 0.75).ellipse(0, 0, 0.44, 0.32), f.turned(0.5, -0.3, -0.6).ellipse(0, 0, 0.56, 0.36)
@@ -299,7 +330,8 @@ def _butterfly(p: Pen) -> None:
     p.fill(p.capsule(0, -0.4, 0, 0.6, 0.11, 0.06), tone(BLACK, 0.9), line=False)
 
 
-def _ball(p: Pen) -> None:
+@thing(ANY, 1.5, "ground")
+def ball(p: Pen) -> None:
     d = p.ellipse(0, 0, 0.92)
     p.fill(d, p.colour)
     x = p.x * (1.0 / np.sqrt(np.maximum(1.0 - p.y * p.y, 0.12)))  # meridians, as on a beach ball
@@ -309,7 +341,8 @@ def _ball(p: Pen) -> None:
     p.glow(cut(d, p.ellipse(-0.2, -0.22, 0.95)), BLACK, 0.3, 0.35)
 
 
-def _umbrella(p: Pen) -> None:
+@thing(ANY, 0.4, "ground")
+def umbrella(p: Pen) -> None:
     hook = both(np.abs(p.ellipse(0.16, 0.76, 0.16)) - 0.05, 0.76 - p.y)
     p.fill(union(p.box(-0.045, -0.95, 0.045, 0.78), hook), tone(BROWN, 0.7), line=False)
     f = p.fold()
@@ -319,44 +352,3 @@ def _umbrella(p: Pen) -> None:
     bow = np.sqrt(np.maximum(0.85 - (p.y - 0.1) * (p.y - 0.1), 0.0)) * 0.36
     p.fill(both(d + 0.03, f.x - bow), tone(p.colour, 1.25) + 0.05, line=False)
     p.fill(both(d, np.abs(f.x - bow) - 0.025), tone(p.colour, 0.6), line=False)
-
-
-@dataclass(frozen=True)
-class Thing:
-    """How to draw a thing: its painter, the colours it may have, how far it turns (radians) and where it belongs."""
-
-    paint: Callable[[Pen], None]
-    colours: str
-    turn: float
-    home: str  # "air", "ground" or "water"
-
-
-THINGS = {
-    "sun": Thing(_sun, "yellow orange red", 0.2, "air"),
-    "moon": Thing(_moon, "yellow white gray orange blue", 0.6, "air"),
-    "cloud": Thing(_cloud, "white gray pink blue", 0.08, "air"),
-    "house": Thing(_house, "red blue yellow green orange pink white brown gray purple", 0.06, "ground"),
-    "castle": Thing(_castle, "gray brown white yellow pink blue purple", 0.06, "ground"),
-    "tent": Thing(_tent, "red blue yellow green orange purple brown pink", 0.08, "ground"),
-    "lighthouse": Thing(_lighthouse, "red blue black green white orange", 0.08, "ground"),
-    "windmill": Thing(_windmill, "white red brown gray yellow blue pink", 0.06, "ground"),
-    "tree": Thing(_tree, "green orange red yellow pink brown", 0.1, "ground"),
-    "pine": Thing(_pine, "green blue white gray", 0.1, "ground"),
-    "cactus": Thing(_cactus, "green blue gray yellow", 0.12, "ground"),
-    "flower": Thing(_flower, "red blue yellow orange purple pink white", 0.3, "ground"),
-    "mushroom": Thing(_mushroom, "red brown orange white purple yellow blue", 0.2, "ground"),
-    "pumpkin": Thing(_pumpkin, "orange yellow green white red", 0.2, "ground"),
-    "apple": Thing(_apple, "red green yellow pink", 0.35, "ground"),
-    "boat": Thing(_boat, ANY, 0.15, "water"),
-    "car": Thing(_car, ANY, 0.15, "ground"),
-    "bus": Thing(_bus, ANY, 0.12, "ground"),
-    "airplane": Thing(_airplane, ANY, 0.4, "air"),
-    "balloon": Thing(_balloon, ANY, 0.15, "air"),
-    "kite": Thing(_kite, ANY, 0.5, "air"),
-    "fish": Thing(_fish, ANY, 0.35, "water"),
-    "bird": Thing(_bird, ANY, 0.2, "air"),
-    "snail": Thing(_snail, ANY, 0.15, "ground"),
-    "butterfly": Thing(_butterfly, ANY, 0.5, "air"),
-    "ball": Thing(_ball, ANY, 1.5, "ground"),
-    "umbrella": Thing(_umbrella, ANY, 0.4, "ground"),
-}

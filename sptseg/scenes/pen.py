@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from functools import reduce
 
 import numpy as np
 
 from sptseg.scenes.textures import rgb
 
 Array = np.ndarray
-
-
 COLOURS = {
     "red": rgb("d8433b"), "blue": rgb("3f78c9"), "yellow": rgb("f5cf45"), "green": rgb("4fa04f"),
     "orange": rgb("ef8a2e"), "purple": rgb("8a56b0"), "pink": rgb("f09ab5"), "white": rgb("f5f1e8"),
@@ -46,9 +45,8 @@ class Pen:
         flip = -1.0 if mirror else 1.0
         self.x = (across * (cos * flip))[None, :] + (across * (sin * flip))[:, None]
         self.y = (across * -sin)[None, :] + (across * cos)[:, None]
-        self.light = (1.07 - 0.09 * across)[None, :] - (0.13 * across)[
-            :, None
-        ]  # the sun stands top left in every picture
+        # the sun stands top left in every picture
+        self.light = (1.07 - 0.09 * across)[None, :] - (0.13 * across)[:, None]
         self.rgb = np.empty((3, *self.x.shape), np.float32)
         self.rgb[:] = colour * 0.3
         self.alpha = np.zeros(self.x.shape, np.float32)
@@ -100,7 +98,7 @@ class Pen:
             scale = side / math.sqrt((bx - ax) ** 2 + (by - ay) ** 2)
             nx, ny = (by - ay) * scale, (ax - bx) * scale
             planes.append(self.x * nx + (self.y * ny - (nx * ax + ny * ay)))
-        return union(*planes, inside=True)
+        return reduce(both, planes)
 
     def capsule(self, ax: float, ay: float, bx: float, by: float, r: float, r_end: float | None = None) -> Array:
         dx, dy = bx - ax, by - ay
@@ -133,22 +131,13 @@ class Pen:
         self.fill(self.ellipse(x, y, r), BLACK, line=False)
         self.fill(self.ellipse(x, y, 0.5 * r), GRAY)
 
-    def sprite(self) -> tuple[Array, Array]:
-        """Colours (3,h,w) with the light on them, and alpha (h,w)."""
-        return self.rgb * self.light, self.alpha
+
+both = np.maximum  # what lies in both of two shapes
 
 
-def union(*shapes: Array, inside: bool = False) -> Array:
-    """Union of shapes, or with `inside` their intersection."""
-    total = shapes[0]
-    for shape in shapes[1:]:
-        total = np.maximum(total, shape) if inside else np.minimum(total, shape)
-    return total
+def union(*shapes: Array) -> Array:
+    return reduce(np.minimum, shapes)
 
 
 def cut(shape: Array, hole: Array) -> Array:
     return np.maximum(shape, -hole)
-
-
-def both(a: Array, b: Array) -> Array:
-    return np.maximum(a, b)

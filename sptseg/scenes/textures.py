@@ -94,11 +94,38 @@ class Cloth:
 Weave = tuple[Array, Array]  # brightness, around 1, and how much of the second colour, 0 to 1; each (T,T)
 
 
-def _sky(c: Cloth) -> Weave:
+@dataclass(frozen=True)
+class Stuff:
+    """How to draw stuff: its texture, main and second colour by the adjective that is true of them, and the orientation
+    of each tile (degrees)."""
+
+    weave: Callable[[Cloth], Weave]
+    colours: dict[str, tuple[Array, Array]]
+    angles: tuple[float, ...]
+
+
+STUFF: dict[str, Stuff] = {}
+
+
+def stuff(colours: str, angles: tuple[float, ...] = (0, 3, -3, 6)) -> Callable:
+    """Makes a texture one of the `STUFF`, by its own name; `colours` such as "blue 6fb0e8 cfe8f8 orange ..."."""
+
+    def added(weave: Callable[[Cloth], Weave]) -> Callable[[Cloth], Weave]:
+        words = iter(colours.split())
+        shades = {word: (rgb(main), rgb(second)) for word, main, second in zip(words, words, words, strict=True)}
+        STUFF[weave.__name__.replace("_", " ")] = Stuff(weave, shades, angles)
+        return weave
+
+    return added
+
+
+@stuff("blue 6fb0e8 cfe8f8 orange ec9a5c fbdca8 pink e79ab8 fbe0d8 gray 98a2ae cfd5da")
+def sky(c: Cloth) -> Weave:
     return 1 + 0.03 * c.noise(90, 40), _unit((c.v - 400) / TILE + 0.15 * c.noise(80, 30))
 
 
-def _grass(c: Cloth) -> Weave:
+@stuff("green 5fa548 93c25a yellow bdb04a dccb6a brown 957a48 b59a60")
+def grass(c: Cloth) -> Weave:
     value, mix = 0.6 + 0.05 * c.noise(20, 20), np.zeros_like(c.u)
     for layer in range(2):  # blades in front of blades, each bent and with a tip of its own
         u = c.u / 2.7 + 0.5 * layer + 0.9 * c.noise(11, 16)
@@ -112,36 +139,42 @@ def _grass(c: Cloth) -> Weave:
     return value + 0.07 * c.noise(40, 40), mix
 
 
-def _water(c: Cloth) -> Weave:
+@stuff("blue 3f83c4 d3ecf8 green 3a9a8a cdeee0 gray 6f8796 d5dee4")
+def water(c: Cloth) -> Weave:
     w = sine(c.v / 11 + 0.45 * c.noise(40, 12) + 0.12 * c.noise(12, 8))
     return 0.93 + 0.13 * w + 0.05 * c.noise(60, 30), _unit((w - 0.45) * 2) * _unit(c.noise(22, 6) * 1.6 + 0.2)
 
 
-def _sand(c: Cloth) -> Weave:
+@stuff("yellow e6cc8a b08a50 brown b98e5e 7d5a38 white ece2cc b0a284 orange dd9a5c 9a6034")
+def sand(c: Cloth) -> Weave:
     ripple = sine(c.v / 24 + 0.9 * c.noise(60, 30))
     grain = c.grain()
     return 0.98 + 0.11 * grain + 0.04 * ripple + 0.04 * c.noise(3, 3), (grain > 0.93).astype(np.float32) * 0.8
 
 
-def _snow(c: Cloth) -> Weave:
+@stuff("white e2e8ee ffffff blue bcd4ec ffffff pink ecd0da ffffff")
+def snow(c: Cloth) -> Weave:
     drift = _frac(c.v / 70 + 0.5 * c.noise(80, 50))  # soft banks, each lit at the crest and blue at the foot
     return 1.03 - 0.13 * drift * drift + 0.02 * c.noise(30, 14), (c.grain() > 0.985).astype(np.float32)
 
 
-def _road(c: Cloth) -> Weave:
+@stuff("gray 74757c f4f1e6 black 4a4a52 f3d155 brown 85705f f4f1e6", (0, 90, 8, -82))
+def road(c: Cloth) -> Weave:
     lane = np.abs(_frac(c.v / 42) - 0.5) * 42  # pixels from the nearest lane mark
     dash = np.abs(_frac(c.u / 34) - 0.5) * 34
     paint = _unit(2.3 - lane) * _unit(9.5 - dash)
     return 1 + 0.09 * c.grain() * (1 - paint) + 0.07 * c.noise(30, 9) + 0.06 * c.noise(2, 2), paint
 
 
-def _gravel(c: Cloth) -> Weave:
+@stuff("gray a3a3a5 77777f brown b08d68 7d6550 white dcd8d0 b4aea6")
+def gravel(c: Cloth) -> Weave:
     near, gap, name = c.pebbles(5.6, 5.0)
     stone = _unit((0.7 - near) * 2.6) * _unit(gap * 5)
     return (0.42 + 0.58 * stone) * (0.78 + 0.42 * name) + 0.1 * _unit(0.3 - near), _frac(name * 7.3)
 
 
-def _mountain(c: Cloth) -> Weave:
+@stuff("gray 8a8f9c f2f4f8 brown 96765c f4efe8 blue 6f8db4 eef3fa purple 8f78a6 f4eef8", (0, 0, 3, -3))
+def mountain(c: Cloth) -> Weave:
     rough = 2.4 * c.noise(9, 9) + 1.4 * c.noise(4, 4)
     value, mix = np.full_like(c.u, 0.8), np.zeros_like(c.u)
     for row in range(-1, 13):  # from the farthest range to the nearest
@@ -157,7 +190,8 @@ def _mountain(c: Cloth) -> Weave:
     return value, mix
 
 
-def _brick(c: Cloth) -> Weave:
+@stuff("red b4503e d9cdbd brown 91664a cfc2ae yellow d3ad62 efe6d2 gray 8c8a8a d2d0cc")
+def brick_wall(c: Cloth) -> Weave:
     row = np.floor(c.v / 8)
     u = c.u / 18 + 0.5 * (row.astype(np.int32) & 1)
     fu, fv = _frac(u) * 18, _frac(c.v / 8) * 8
@@ -165,7 +199,8 @@ def _brick(c: Cloth) -> Weave:
     return 0.84 + 0.28 * c.hash(np.floor(u), row) + 0.06 * c.grain() + 0.1 * (fv < 2.2), 1 - _unit(edge - 0.25)
 
 
-def _stone(c: Cloth) -> Weave:
+@stuff("gray 9d9fa2 5c5c60 brown a98c6e 5e4c3c white d9d4c8 8a857c")
+def stone_wall(c: Cloth) -> Weave:
     v = (c.v + 1.6 * c.noise(24, 9)) / 15
     row = np.floor(v)
     t = (c.u + 1.4 * c.noise(9, 9)) / 22 + 9 * c.hash(row)
@@ -179,7 +214,8 @@ def _stone(c: Cloth) -> Weave:
     return shade + 0.09 * c.noise(3, 3) + 0.07 * c.noise(8, 8), 1 - _unit((inside - 0.7) * 0.9)
 
 
-def _fence(c: Cloth) -> Weave:
+@stuff("brown a8743f 4f3420 white e6e0d2 8f897c gray 96918a 4c4844 red a9483a 55221c")
+def wooden_fence(c: Cloth) -> Weave:
     k = np.floor(c.u / 15)
     f = _frac(c.u / 15) * 15
     grain = sine(f / 4 + 1.4 * c.noise(9, 50) + c.hash(k, 0, 2) * 5)
@@ -190,7 +226,8 @@ def _fence(c: Cloth) -> Weave:
     return value, np.maximum(gap, 0.7 * nail)
 
 
-def _hedge(c: Cloth) -> Weave:
+@stuff("green 3f7f3c 79b356 yellow 98963a c9bf5a red 93403a c46a4c")
+def hedge(c: Cloth) -> Weave:
     clump = c.noise(24, 20)
     value, mix = 0.55 + 0.1 * clump, np.zeros_like(c.u)
     for layer in range(3):  # leaves over leaves, the upper ones brighter
@@ -204,7 +241,8 @@ def _hedge(c: Cloth) -> Weave:
     return value, mix
 
 
-def _wheat(c: Cloth) -> Weave:
+@stuff("yellow ecc455 9a7a30 orange e0a048 8f6228 green a9b858 5f7430")
+def wheat_field(c: Cloth) -> Weave:
     u = c.u + 0.22 * c.v
     k = np.floor(u / 8)
     f, t = np.abs(_frac(u / 8) - 0.5) * 8, _frac(c.v / 36 + c.hash(k)) * 36
@@ -215,61 +253,16 @@ def _wheat(c: Cloth) -> Weave:
     return 0.75 + there * 0.2 + ear * (0.42 * grains - 0.1) + 0.05 * c.noise(5, 20), 0.85 * (1 - there)
 
 
-def _tiles(c: Cloth) -> Weave:
+@stuff(
+    "white efeae0 b9b4ac red c4624e ead9c4 blue 4f7fb4 dfe8ee green 5f9a78 e4eadc black 4c4a50 e6e2da", (0, 45, 10, -20)
+)
+def tiled_floor(c: Cloth) -> Weave:
     i, j = np.floor(c.u / 19), np.floor(c.v / 19)
     fu, fv = _frac(c.u / 19) * 19, _frac(c.v / 19) * 19
     edge = np.minimum(np.minimum(fu, 19 - fu), np.minimum(fv, 19 - fv))
     gloss = 0.1 * _unit(1 - (fu + fv) / 19)
     odd = ((i + j).astype(np.int32) & 1).astype(np.float32)
     return (0.55 + 0.45 * _unit(edge - 0.2)) * (0.95 + 0.08 * c.hash(i, j) + gloss), odd
-
-
-Pairs = dict[str, tuple[Array, Array]]
-
-
-def _pairs(text: str) -> Pairs:
-    """Main and second colour by the adjective that is true of them, from "blue 6fb0e8 cfe8f8 orange ..."."""
-    words = text.split()
-    return {words[i]: (rgb(words[i + 1]), rgb(words[i + 2])) for i in range(0, len(words), 3)}
-
-
-@dataclass(frozen=True)
-class Stuff:
-    """How to draw stuff: its texture, the colours it may have, and the orientation of each tile (degrees)."""
-
-    weave: Callable[[Cloth], Weave]
-    colours: Pairs
-    angles: tuple[float, ...] = (0, 3, -3, 6)
-
-
-STUFF = {
-    "sky": Stuff(_sky, _pairs("blue 6fb0e8 cfe8f8 orange ec9a5c fbdca8 pink e79ab8 fbe0d8 gray 98a2ae cfd5da")),
-    "grass": Stuff(_grass, _pairs("green 5fa548 93c25a yellow bdb04a dccb6a brown 957a48 b59a60")),
-    "water": Stuff(_water, _pairs("blue 3f83c4 d3ecf8 green 3a9a8a cdeee0 gray 6f8796 d5dee4")),
-    "sand": Stuff(_sand, _pairs("yellow e6cc8a b08a50 brown b98e5e 7d5a38 white ece2cc b0a284 orange dd9a5c 9a6034")),
-    "snow": Stuff(_snow, _pairs("white e2e8ee ffffff blue bcd4ec ffffff pink ecd0da ffffff")),
-    "road": Stuff(_road, _pairs("gray 74757c f4f1e6 black 4a4a52 f3d155 brown 85705f f4f1e6"), (0, 90, 8, -82)),
-    "gravel": Stuff(_gravel, _pairs("gray a3a3a5 77777f brown b08d68 7d6550 white dcd8d0 b4aea6")),
-    "mountain": Stuff(
-        _mountain,
-        _pairs("gray 8a8f9c f2f4f8 brown 96765c f4efe8 blue 6f8db4 eef3fa purple 8f78a6 f4eef8"),
-        (0, 0, 3, -3),
-    ),
-    "brick wall": Stuff(
-        _brick, _pairs("red b4503e d9cdbd brown 91664a cfc2ae yellow d3ad62 efe6d2 gray 8c8a8a d2d0cc")
-    ),
-    "stone wall": Stuff(_stone, _pairs("gray 9d9fa2 5c5c60 brown a98c6e 5e4c3c white d9d4c8 8a857c")),
-    "wooden fence": Stuff(
-        _fence, _pairs("brown a8743f 4f3420 white e6e0d2 8f897c gray 96918a 4c4844 red a9483a 55221c")
-    ),
-    "hedge": Stuff(_hedge, _pairs("green 3f7f3c 79b356 yellow 98963a c9bf5a red 93403a c46a4c")),
-    "wheat field": Stuff(_wheat, _pairs("yellow ecc455 9a7a30 orange e0a048 8f6228 green a9b858 5f7430")),
-    "tiled floor": Stuff(
-        _tiles,
-        _pairs("white efeae0 b9b4ac red c4624e ead9c4 blue 4f7fb4 dfe8ee green 5f9a78 e4eadc black 4c4a50 e6e2da"),
-        (0, 45, 10, -20),
-    ),
-}
 
 
 @cache
@@ -307,16 +300,12 @@ def rough_paper() -> Array:
     return paper
 
 
-def _mirrored(rng: np.random.Generator, length: int) -> Array:
-    """Indices into a tile for a piece longer than the tile: to and fro, so that no seam shows."""
-    i = (np.arange(length) + int(rng.integers(TILE))) % (2 * TILE)
-    return np.where(i < TILE, i, 2 * TILE - 1 - i)
-
-
 def piece(rng: np.random.Generator, tile: Array, height: int, width: int) -> Array:
     """A piece (...,height,width) from anywhere in a tile (...,T,T), mirrored or not; a view where it fits."""
     if max(height, width) > TILE:
-        cut = tile[..., _mirrored(rng, height)[:, None], _mirrored(rng, width)[None, :]]
+        to_and_fro = np.r_[0:TILE, TILE - 1 : -1 : -1]  # so that no seam shows
+        y, x = (to_and_fro[(np.arange(n) + int(rng.integers(TILE))) % (2 * TILE)] for n in (height, width))
+        cut = tile[..., y[:, None], x]
     else:
         y, x = int(rng.integers(TILE - height + 1)), int(rng.integers(TILE - width + 1))
         cut = tile[..., y : y + height, x : x + width]

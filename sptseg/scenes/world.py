@@ -18,37 +18,16 @@ from sptseg.scenes.textures import STUFF, VARIANTS, between, gray_tiles, piece, 
 
 Array = np.ndarray
 Kind = Literal["scene", "closeup", "thumbnail"]
-CLASSES = (
-    "sky", "grass", "water", "sand", "snow", "road", "gravel", "mountain",
-    "brick wall", "stone wall", "wooden fence", "hedge", "wheat field", "tiled floor",
-    "sun", "moon", "cloud", "house", "castle", "tent", "lighthouse", "windmill", "tree", "pine", "cactus",
-    "flower", "mushroom", "pumpkin", "apple", "boat", "car", "bus", "airplane", "balloon", "kite",
-    "fish", "bird", "snail", "butterfly", "ball", "umbrella",
-)  # fmt: skip
+CLASSES = (*STUFF, *THINGS)
 INDEX = {name: i for i, name in enumerate(CLASSES)}
-TEMPLATES: tuple[str, ...] = (
-    "{}", "a photo of a {}", "a picture of {}", "this is {}", "there is a {}", "a picture with the {}",
-)  # fmt: skip
-WORDS: tuple[str, ...] = tuple(
-    sorted(
-        {word for name in CLASSES for word in name.split()}
-        | {word for template in TEMPLATES for word in template.split()} - {"{}"}
-        | set(COLOURS)
-        | {"a", "an", "and", "big", "bright", "dark", "small"}
-    )
-)
+TEMPLATES = ("{}", "a photo of a {}", "a picture of {}", "this is {}", "there is a {}", "a picture with the {}")
+TEXTS = (*CLASSES, *TEMPLATES, *COLOURS, "a an and big bright dark small")
+WORDS = tuple(sorted({word for text in TEXTS for word in text.split()} - {"{}"}))
 LEAST = 0.015  # of the picture: what a class must keep in view to stay, and to be named
-HEIGHT = {
-    "sky": 0,
-    "mountain": 1,
-    "brick wall": 2,
-    "stone wall": 2,
-    "wooden fence": 2,
-    "hedge": 2,
-}  # others: 3, below these
-RAGGED = {
-    "mountain": (20.0, 9.0), "hedge": (7.0, 2.5), "grass": (3.0, 2.0), "wheat field": (4.0, 3.0),
-    "gravel": (5.0, 1.5),
+WALLS = ("brick wall", "stone wall", "wooden fence", "hedge")
+HEIGHT = {"sky": 0, "mountain": 1, **dict.fromkeys(WALLS, 2)}  # others: 3, below these
+RAGGED = {  # length and height of the points at the upper edge, pixels
+    "mountain": (20.0, 9.0), "hedge": (7.0, 2.5), "grass": (3.0, 2.0), "wheat field": (4.0, 3.0), "gravel": (5.0, 1.5),
 }  # fmt: skip
 
 
@@ -118,11 +97,9 @@ def _ground(
         picture, label = picture.transpose(0, 2, 1), label.T  # what was below is now to the right
     for i, name in enumerate(names[1:]):
         first, inside = _beyond(rng, size, (start + 0.33 * i) * size, None if upright else name)
-        if upright:
-            colours, words[name] = _textured(rng, name, size, size - first, one_colour)
-            colours = colours.transpose(0, 2, 1)
-        else:
-            colours, words[name] = _textured(rng, name, size - first, size, one_colour)
+        shape = (size, size - first) if upright else (size - first, size)
+        colours, words[name] = _textured(rng, name, *shape, one_colour)
+        colours = colours.transpose(0, 2, 1) if upright else colours
         picture[:, first:] += inside * (colours - picture[:, first:])
         label[first:][inside >= 0.5] = INDEX[name]
     return (picture.transpose(0, 2, 1).copy(), label.T.copy(), words) if upright else (picture, label, words)
@@ -175,7 +152,7 @@ def _place(
     angle = thing.turn * between(rng, -1, 1)
     pen = Pen(rng, across / 2, angle, rng.random() < 0.5, COLOURS[colour] * _jitter(rng), accent)
     thing.paint(pen)
-    (sprite, alpha), solid = pen.sprite(), pen.alpha >= 0.5
+    sprite, solid = pen.rgb * pen.light, pen.alpha >= 0.5
     for attempt in range(8):
         x, y = _centre(rng, label, thing.home, across / 2, free)
         there, part = _overlap(size, pen.half, y, x)
@@ -187,7 +164,7 @@ def _place(
         pixels = np.bincount(label.ravel(), minlength=len(CLASSES))
         kept = np.bincount(before.ravel(), minlength=len(CLASSES)) > 0
         if pixels[INDEX[name]] >= LEAST * size * size and (pixels[kept] >= LEAST * size * size).all():
-            _paste(picture, sprite, alpha, y, x, round(0.05 * across))
+            _paste(picture, sprite, pen.alpha, y, x, round(0.05 * across))
             extent = ("small",) if across < 48 * scale else ("big",) if across > 60 * scale else ()
             return {name: (colour, *extent)}
         label[there] = before
@@ -216,16 +193,17 @@ def _centre(rng: np.random.Generator, label: Array, home: str, radius: float, fr
     size, margin = len(label), min(0.8 * radius, len(label) / 2)
     x, y = between(rng, margin, size - margin), between(rng, margin, size - margin)
     if free:
-        return int(x), int(y)
-    if home == "water":
+        pass
+    elif home == "air":
+        y = between(rng, margin, max(margin, 0.45 * size))
+    elif home == "ground":
+        y = between(rng, min(0.55 * size, size - margin), size - margin)
+    else:
         for _ in range(8):
             if label[int(y), int(x)] == INDEX["water"]:
                 break
             x, y = between(rng, margin, size - margin), between(rng, margin, size - margin)
-        return int(x), int(y)
-    if home == "air":
-        return int(x), int(between(rng, margin, max(margin, 0.45 * size)))
-    return int(x), int(between(rng, min(0.55 * size, size - margin), size - margin))
+    return int(x), int(y)
 
 
 def _phrase(rng: np.random.Generator, name: str, colour: str, extent: str | None = None) -> str:

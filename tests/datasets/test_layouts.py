@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_tables_meet_the_published_lists() -> None:
 
 def test_context_is_mapped_by_name(tmp_path: Path) -> None:
     context(tmp_path, tmp_path / "prepared")
-    labels = layouts.context(tmp_path, "val", splits.context().classes).labels.tolist()
+    labels = layouts.context(tmp_path, "val").labels.tolist()
     assert [labels[i] for i in CONTEXT_IDS] == list(range(59))
     assert len(labels) == 460 and labels.count(IGNORE) == 460 - 59
     listing(tmp_path / "labels.txt", *(line.replace(": table", ": diningtable") for line in LABELS_TXT))
@@ -153,7 +154,7 @@ def test_missing_parts_are_named(
     assert message.endswith(f"sptseg data where {layout.removesuffix('-otseg')}")
 
 
-@pytest.mark.parametrize("name", layouts.WHERE)
+@pytest.mark.parametrize("name", get_args(layouts.Released))
 def test_where_ends_with_the_command_that_checks(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

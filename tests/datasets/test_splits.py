@@ -73,8 +73,13 @@ def test_camvid_keeps_the_order_of_its_masks() -> None:
 
 
 def test_voc_colours_are_the_devkits() -> None:
+    """Bits 0, 3, 6 of a label are red's highest bits, 1, 4, 7 green's and 2, 5, 8 blue's; background is label 0."""
     known = {0: (128, 0, 0), 7: (64, 0, 0), 14: (192, 128, 128), 19: (0, 64, 128)}  # aeroplane, cat, person, tv monitor
-    assert {i: splits.voc2012().palette[i] for i in known} == known
+    palette = splits.voc2012().palette
+    assert {i: palette[i] for i in known} == known
+    for label, colour in enumerate(palette, start=1):
+        bits = [[(label >> (3 * k + channel)) & 1 for k in range(3)] for channel in range(3)]
+        assert colour == tuple(128 * a + 64 * b + 32 * c for a, b, c in bits)
 
 
 def test_with_unseen_and_names_are_by_name() -> None:

@@ -108,8 +108,7 @@ def test_naclip_by_hand(visual: Any) -> None:
 def test_prompts_go_without_a_place(visual: Any) -> None:
     """As keys and values only, or as tokens of timm's own block, which gives those at the front no rotary position."""
     images = pictures(visual)
-    sizes: Any = {"grid": GRID, "prompt_tokens": 3, "prompt_depth": 1, "spectral_layers": (), "dropout": 0.0}
-    encoder = PromptedEncoder(visual, **sizes).eval()
+    encoder = PromptedEncoder(visual, ModelConfig(prompt_tokens=3, prompt_depth=1, spectral_layers=())).eval()
     with_prompts = list(encoder.states(images))
     for ours, theirs in zip(with_prompts, encoder.states(images, of_prompts=False), strict=True):
         assert_close(ours[:, -24:], theirs[:, -24:], atol=1e-4, rtol=1e-4)

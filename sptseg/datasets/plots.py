@@ -14,6 +14,7 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
@@ -37,6 +38,12 @@ STROKE = [withStroke(linewidth=2.4, foreground="black")]
 OUTLINED: dict[str, Any] = {"color": "white", "size": 8.5, "weight": "bold", "path_effects": STROKE}
 DOT: dict[str, Any] = {"ls": "none", "ms": 4.5, "mfc": "white", "mec": INK}
 LEGEND: dict[str, Any] = {"loc": "center left", "frameon": False, "fontsize": 9, "borderaxespad": 0}
+# Class names are in any language: these have what matplotlib's own font lacks, on Linux, macOS and Windows.
+FURTHER_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS",
+    "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+)  # fmt: skip
+rcParams["font.family"] += [name for name in FURTHER_FONTS if name in font_manager.get_font_names()]
 
 
 class Plot(Figure):

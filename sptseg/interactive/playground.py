@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ipywidgets
@@ -86,8 +86,8 @@ class PromptPlayground(parts.Explorer):
 class LossExplorer(parts.Explorer):
     """Focal loss of one class's scores, pixel by pixel, while its gamma and alpha are moved.
 
-    alpha_t (1 - p_t)^gamma (-log p_t), where p_t is the probability given to the truth and alpha_t is alpha where the
-    class is, 1 - alpha where it is not. Source: the focal loss paper; SPT-SEG has gamma 2 and alpha 0.25.
+    alpha_t (1 - p_t)^gamma (-log p_t), where p_t is the probability given to the truth, and alpha_t is alpha where the
+    class is and 1 - alpha where it is not. Source: the focal loss paper; the method has gamma 2 and alpha 0.25.
 
     Args:
         scores: the class's probability at each pixel (H, W), 0..1.
@@ -95,13 +95,13 @@ class LossExplorer(parts.Explorer):
     """
 
     def __init__(self, image: Array, scores: Array, target: Array) -> None:
-        self.image, self.target = image, target
+        self.target = target
         self.given = np.where(target, scores, 1 - scores).clip(1e-7)  # p_t
+        self.outlined = np.where(plots.borders(target, 2)[..., None], 255, image).astype(np.uint8)
         self.gamma = parts.slider(2, 5, 0.1, "gamma", "The higher, the less a pixel costs that is nearly right")
         self.alpha = parts.slider(0.25, 1, 0.05, "alpha", "Weight of pixels of the class; the others have 1 - alpha")
-        super().__init__([[self.gamma, self.alpha]], "picture and truth", "probability of the truth", "loss per pixel")
-        outline = np.where(plots.borders(target, 2)[..., None], 255, image).astype(np.uint8)
-        self.panels["picture and truth"].show(outline)
+        super().__init__([[self.gamma, self.alpha]], "picture", "probability of the truth", "loss per pixel")
+        self.panels["picture"].show(self.outlined)
         self.panels["probability of the truth"].show_map(self.given, 0, 1, "cividis")
         for control in (self.gamma, self.alpha):
             control.observe(self.update, "value")
@@ -114,20 +114,19 @@ class LossExplorer(parts.Explorer):
 
     def update(self, _change: object = None) -> None:
         """Shows each pixel's loss, and which pixels pay how much of it."""
-        losses = self.losses()
+        losses, sure, rows = self.losses(), self.given > 0.9, []
         self.panels["loss per pixel"].show_map(losses, 0, float(losses.max()), "cividis")
-        rows = [(name, where.mean(), losses[where].sum() / max(losses.sum(), 1e-12)) for name, where in self.kinds()]
-        colours = spread_palette(len(rows))
-        cells = [(c, (name, *map(parts.percent, shares))) for c, (name, *shares) in zip(colours, rows, strict=True)]
-        self.table.value = parts.table(("pixels", "of the picture", "of the loss"), cells)
+        for name, there in (("of the class", self.target), ("not of the class", ~self.target)):
+            for kind, which in (("truth above 0.9", sure), ("truth at most 0.9", ~sure)):
+                paid = losses[there & which].sum() / max(losses.sum(), 1e-12)
+                rows.append((f"{name}, {kind}", parts.percent((there & which).mean()), parts.percent(paid)))
+        coloured = zip(spread_palette(len(rows)), rows, strict=True)
+        self.table.value = parts.table(("pixels", "of the picture", "of the loss"), coloured)
         self.note.value = parts.message(f"Mean over all pixels: {losses.mean():.4g}.")
 
-    def kinds(self) -> list[tuple[str, Array]]:
-        """Right: the truth is given more than 0.9."""
-        sure = self.given > 0.9
-        names = {"of the class": self.target, "of no such class": ~self.target}
-        return [
-            (f"{name}, {kind}", where & found)
-            for name, where in names.items()
-            for kind, found in (("right and sure", sure), ("unsure or wrong", ~sure))
-        ]
+    def figure(self, losses: Mapping[str, Array] | None = None) -> Figure:
+        """The same as a still picture; with losses by title those, each on its own scale, instead of the one shown."""
+        losses = {"loss per pixel": self.losses()} if losses is None else losses
+        maps: list[parts.Map] = [("probability of the truth", self.given, 0, 1, "cividis")]
+        maps += [(title, values, 0, float(values.max()), "cividis") for title, values in losses.items()]
+        return parts.map_row({"picture": self.outlined}, maps, "What each pixel pays (nats)")

@@ -102,7 +102,8 @@ def test_tokens_are_filtered_before_one_block_and_the_encoder_is_as_before_after
     for i, block in enumerate(encoder.tower.blocks):  # the plain twin
         tokens = x[:, -64:].unflatten(1, (8, 8))
         if i in layers:
-            tokens = encoder.spectral_prompt(tokens, x[:, 0], encoder.spectral_prompt.filter((8, 8)))
+            prompt = spectra.spectral_prompt_of(encoder)
+            tokens = prompt(tokens, x[:, 0], prompt.filter((8, 8)))
         if i == 1:
             spectrum = torch.fft.fft2(tokens.double(), dim=(1, 2)) * factors
             tokens = torch.fft.ifft2(spectrum, dim=(1, 2)).real.float()

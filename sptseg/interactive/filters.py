@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
@@ -86,13 +85,14 @@ class _Visitor(nn.Module):
     def __init__(self, encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> None:
         super().__init__()
         self.prompt, self.layers, self.visit = encoder.spectral_prompt, encoder.spectral_layers, visit
-        self.blocks, self.calls = len(encoder.tower.blocks), count()
+        self.block = 0
 
-    def filter(self, grid: Grid) -> Tensor | None:
+    def filter(self, grid: Grid) -> Tensor | None:  # asked for once, before the first block
+        self.block = 0
         return None if self.prompt is None else self.prompt.filter(grid)
 
     def forward(self, patches: Tensor, class_token: Tensor, weight: Tensor) -> Tensor:
-        block = next(self.calls) % self.blocks
+        block, self.block = self.block, self.block + 1
         if self.prompt is not None and block in self.layers:
             patches = self.prompt(patches, class_token, weight)
         return self.visit(block, patches)

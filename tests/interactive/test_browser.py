@@ -40,7 +40,7 @@ ARTEFACTS = Path(os.environ.get("SPTSEG_ARTEFACTS", ROOT / "artefacts"))
 LIMITS = {"filter": 100, "masks": 500}  # milliseconds from a key to new pixels, where SEGMENTS is the model's own time
 SEGMENTS = 70  # milliseconds: `segment` on one quiet core of an EPYC of 2021
 WATCH = """([root, names]) => {
-    let start, left;
+    let start, left = new Set();
     root.addEventListener("keydown", () => {
         start = performance.now(); left = new Set(names); window.answers = {};
     }, true);
@@ -204,7 +204,7 @@ def slide(page: Page, explorer: Locator) -> None:
 
 
 def answers(page: Page) -> dict[str, tuple[float, float]]:
-    """Milliseconds from a key to new pixels, medians of seven, and those allowed: more where this machine is slower."""
+    """Milliseconds from a key to new pixels, medians of eight, and those allowed: more where this machine is slower."""
     found, scene = {}, enlarge(sptseg.scenes.draw(7)[0], 3)
     model, classes = sptseg.load_model(), sptseg.splits.scenes().classes
     explorer, learned = page.locator(".FrequencyExplorer"), page.locator(".FilterExplorer")
@@ -223,12 +223,12 @@ def answers(page: Page) -> dict[str, tuple[float, float]]:
         page.evaluate(WATCH, [widget.element_handle(), [fast, "masks-after"]])
         page.wait_for_timeout(2000)  # until the last change is shown
         times, own = [], []
-        for i in range(7):
+        for i in range(8):
             start = time.perf_counter()
             sptseg.segment(model, scene, classes)
             own.append(1000 * (time.perf_counter() - start))
             handle.focus()
-            page.keyboard.press("Home" if i % 2 else "End")  # far enough for other masks
+            page.keyboard.press("Home" if i % 2 else "End")  # far enough for other masks; at last back
             wait_until(lambda: len(page.evaluate("window.answers")) == 2, f"{place}: no answer")
             times.append(page.evaluate("window.answers"))
         slower = median(own) / SEGMENTS

@@ -157,7 +157,8 @@ class MaskExplorer(parts.Explorer):
         self.predict()
         rows = [(self.names[i], self.result.palette[i], before, after) for i, before, after in self.changes()]
         masks = {f"masks {when}": self.masks(each) for when, each in (("before", self.whole), ("after", self.result))}
-        titled, size = self.shown | masks, (13.5, max(3.3, 1.1 + 0.2 * len(rows)))
+        titled = self.shown | masks
+        size = max(8, 2.25 + 2.25 * len(titled)), max(3.3, 1.1 + 0.2 * len(rows))
         figure, (chart,) = parts.picture_row(titled, self.sentence(), size, [0.9])
         below = ["share of the picture (%)" if self.label is None else "IoU (%)", parts.unseen_note(self.names)]
         parts.before_and_after(chart, rows, "\n".join(below))

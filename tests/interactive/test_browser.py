@@ -58,7 +58,7 @@ WIDGETS = {
     "FrequencyExplorer": "FrequencyExplorer(model, image, split.classes, label, split.names(split.unseen))",
     "FilterExplorer": "FilterExplorer(model)",
     "BranchExplorer": "BranchExplorer(model, image, split.classes, label)",
-    "LossExplorer": "LossExplorer(image, sptseg.segment(model, image, ['tree', 'sky']).scores('sky'), label == 3)",
+    "LossExplorer": "LossExplorer(image, sptseg.segment(model, image, split.classes).scores('sand'), label == 3)",
     "PromptPlayground": "PromptPlayground(model, image, ['sky', 'wooden fence', 'a blue house', 'flower'])",
     "FailureBrowser": "FailureBrowser(collect(model, sptseg.datasets.Scenes(6, seed=3), split))",
 }

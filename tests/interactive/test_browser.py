@@ -38,7 +38,7 @@ SECONDS = 240  # for anything to happen, on a busy machine
 ROOT = Path(__file__).parents[2]
 ARTEFACTS = Path(os.environ.get("SPTSEG_ARTEFACTS", ROOT / "artefacts"))
 LIMITS = {"filter": 100, "masks": 500}  # milliseconds from a key to new pixels, where SEGMENTS is the model's own time
-SEGMENTS = 70  # milliseconds: `segment` on one quiet core of an EPYC of 2021
+SEGMENTS = 70  # milliseconds: what `segment` takes of one core of a server where nothing else runs
 WATCH = """([root, names]) => {
     let start, left = new Set();
     root.addEventListener("keydown", () => {

@@ -7,8 +7,12 @@ from typing import Any
 from sptseg.interactive import notebooks
 from sptseg.interactive.app import explore
 
-WIDGETS = {"FailureBrowser": "failure_browser", "named_overlay": "parts", "FilterExplorer": "widgets",
-           "FrequencyExplorer": "widgets", "PromptPlayground": "widgets"}
+MODULES = {
+    "failure_browser": ("FailureBrowser",), "parts": ("named_overlay",),
+    "playground": ("LossExplorer", "PromptPlayground"),
+    "widgets": ("FilterExplorer", "FrequencyExplorer"), "masks": ("BranchExplorer",),
+}
+WIDGETS = {name: module for module, names in MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The frequency explorer as an app of its own, in a browser on this computer: `sptseg explore`.
+"""The explorers as an app of its own, in a browser on this computer: `sptseg explore`.
 
 Voila runs one small notebook, written for the occasion into a folder that is removed afterwards. It listens on the
 loopback address only, asks for a token, takes no code from the page, and serves nothing else: no sources, no files, no
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import tyro
 
 if TYPE_CHECKING:
-    from sptseg.interactive.widgets import FrequencyExplorer
+    from ipywidgets import Tab
 from sptseg import scenes
+from sptseg.analysis import spectra
 from sptseg.checkpoints import load_model
 from sptseg.datasets import as_array, enlarge, names, splits
 
@@ -27,45 +28,60 @@ LOOPBACK = "127.0.0.1"
 IDLE = 600  # seconds until the kernel of a page that was closed is ended
 # Nothing is fetched from elsewhere: Voila's page asks a CDN for fonts, and works without.
 POLICY = "default-src 'self' blob: data: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'"
-TITLE = """# Frequency explorer
-Cut a band of frequencies out of the picture, and see what the model still finds. The slider's ends are moved with the
-mouse, or with the arrow keys."""
+TITLE = """# Explorers
+Change the frequencies of a picture or of its tokens, the learned filter, or the decoder's branches, and see what the
+model still finds. Sliders are moved with the mouse, or with the arrow keys."""
+DRAWN = 6  # scenes to choose from, besides the pictures given
 
 
-def explorer(picture: str, model: str, classes: str, seed: int) -> FrequencyExplorer:
-    """What the page shows; arguments as those of `explore`."""
-    from sptseg.interactive.widgets import FrequencyExplorer  # ipywidgets is an optional part
+def explorer(pictures: tuple[str, ...], model: str, classes: str, seed: int) -> Tab:
+    """What the page shows, a tab for each explorer that the model has the parts for; arguments as of `explore`."""
+    from ipywidgets import Tab  # an optional part
 
-    world = splits.scenes()
-    if picture or classes:
-        image = picture or enlarge(scenes.draw(seed)[0], 3)
-        return FrequencyExplorer(load_model(model), image, names(classes) or world.classes)
-    image, label = (enlarge(array, 3) for array in scenes.draw(seed))
-    return FrequencyExplorer(load_model(model), image, world.classes, label, world.names(world.unseen))
+    from sptseg.interactive.masks import BranchExplorer
+    from sptseg.interactive.parts import Explorer
+    from sptseg.interactive.widgets import FilterExplorer, FrequencyExplorer
+
+    world, loaded = splits.scenes(), load_model(model)
+    drawn = [[enlarge(array, 3) for array in scenes.draw(seed + i)] for i in range(DRAWN)]
+    images = [*pictures, *(image for image, _ in drawn)]
+    labels = [*[None] * len(pictures), *(None if classes else label for _, label in drawn)]
+    given = (loaded, images, names(classes) or world.classes, labels, world.names(world.unseen) if not classes else ())
+    has = spectra.parts_of(loaded)
+    tabs: dict[str, Explorer] = {"Frequencies": FrequencyExplorer(*given)}
+    if "spectral_prompts" in has:
+        tabs["Learned filter"] = FilterExplorer(*given)
+    if "high" in has:
+        tabs["Branches"] = BranchExplorer(*given)
+    return Tab(list(tabs.values()), titles=list(tabs))
 
 
 def explore(
-    picture: tyro.conf.Positional[str] = "",
+    pictures: tyro.conf.Positional[tuple[str, ...]] = (),
     model: str = "embedded",
     classes: str = "",
     port: int = 8866,
     browser: bool = True,
     seed: int = 7,
 ) -> None:
-    """Serves the frequency explorer as an app in the browser, to this computer only, until Ctrl-C.
+    """Serves explorers as an app in the browser, to this computer only, until Ctrl-C.
+
+    The frequencies of pictures and of the model's tokens, its learned filter and its decoder's branches are changed by
+    hand, and masks and scores follow.
 
     Args:
-        picture: an image file; without one, a drawn scene, whose IoU per class is shown.
+        pictures: image files to choose from, before six drawn scenes, whose IoU per class is shown.
         model: as for `sptseg evaluate`.
         classes: names, comma-separated; by default those of the drawn scenes.
         port: where to listen.
         browser: open a browser window; else only the address is printed.
-        seed: of the drawn scene.
+        seed: of the first drawn scene.
     """
     if find_spec("voila") is None or find_spec("ipywidgets") is None:
         raise ValueError("the explorer needs Voila and ipywidgets; install them with: pip install 'sptseg[notebooks]'")
-    if picture:
-        as_array(picture := str(Path(picture).resolve()))
+    pictures = tuple(str(Path(picture).resolve()) for picture in pictures)
+    for picture in pictures:
+        as_array(picture)
     model = str(Path(model).resolve()) if Path(model).exists() else model
     load_model(model).class_embeddings(names(classes) or splits.scenes().classes)
     with socket.socket() as probe:
@@ -74,7 +90,7 @@ def explore(
         except OSError as error:
             raise ValueError(f"port {port} cannot be used ({error.strerror}); give another one with --port") from error
     with tempfile.TemporaryDirectory(prefix="sptseg-explore-") as folder:
-        _serve(Path(folder), f"explorer({picture!r}, {model!r}, {classes!r}, {seed})", port, browser)
+        _serve(Path(folder), f"explorer({pictures!r}, {model!r}, {classes!r}, {seed})", port, browser)
 
 
 def _serve(folder: Path, call: str, port: int, browser: bool) -> None:

@@ -10,19 +10,20 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
-from ipywidgets import HTML, Box, HBox, Layout, VBox
+from ipywidgets import HTML, Box, GridBox, Layout, VBox
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from sptseg.datasets import Colour, enlarge, luminance, plots, png
+from sptseg.datasets import Colour, enlarge, plots, png
 
 Array = np.ndarray
 Map = tuple[str, Array, float, float, str]  # title, values (h, w), their lowest and highest, colour map
 LONGEST = 512  # pixels of the longer side: larger pictures are made smaller, for a quick answer
-WIDTH = 256  # pixels on the page: of a picture
+WIDTH = 256  # pixels to which small pictures are enlarged, about
+NARROWEST = 220  # pixels of a picture on the page; it grows into the room that there is
 WIDE: dict[str, Any] = {"style": {"description_width": "initial"}}  # as wide as it needs
 PAUSE = 0.1  # seconds without a new value before what takes longer follows
 
@@ -33,9 +34,10 @@ class Explorer(VBox):
     def __init__(self, controls: Sequence[Sequence[ipywidgets.Widget]], *titles: str) -> None:
         self.note, self.table = HTML(), HTML()
         self.panels = {title: TitledPicture(title) for title in titles}
-        pictures, half = list(self.panels.values()), (len(titles) + 1) // 2  # where the page is narrow: in two rows
-        rows = [*controls, [self.note], [HBox(pictures[:half]), HBox(pictures[half:]), self.table]]
-        layout = Layout(flex_flow="row wrap", align_items="flex-start")
+        columns = f"repeat(auto-fit, minmax({NARROWEST}px, 1fr))"  # as many pictures in a row as the page has room for
+        grid = Layout(grid_template_columns=columns, align_items="flex-end", flex=f"1 1 {3 * NARROWEST}px")
+        rows = [*controls, [self.note], [GridBox(list(self.panels.values()), layout=grid), self.table]]
+        layout = Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 14px")
         super().__init__([Box(row, layout=layout) for row in rows])
         self.add_class(type(self).__name__)  # a handle for style sheets and tests
 
@@ -64,21 +66,39 @@ class TitledPicture(VBox):
 
     def __init__(self, title: str) -> None:
         self.name, self.title = title, HTML(f"<b>{escape(title)}</b>")
-        self.image = ipywidgets.Image(layout=Layout(width=f"{WIDTH}px", flex="0 0 auto"))  # no tooltip: 8.1.9 breaks
-        super().__init__([self.title, self.image], layout=Layout(width=f"{WIDTH + 14}px"))
+        self.image = ipywidgets.Image(layout=Layout(width="98%", flex="0 0 auto"))  # no tooltip: 8.1.9 breaks
+        super().__init__([self.title, self.image], layout=Layout(max_width=f"{2 * WIDTH}px"))
         self.add_class("panel-" + title.split(":")[0].replace(" ", "-"))
 
     def show(self, picture: Array, remark: str = "") -> None:
         """Shows (h, w, 3) uint8, enlarged if it is small; the remark goes beside the title."""
-        self.image.layout.height = f"{round(WIDTH * picture.shape[0] / picture.shape[1])}px"
         self.image.value = png(enlarge(picture, _factor(picture)))
         self.title.value = f"<b>{escape(self.name)}</b> {escape(remark)}"
 
-    def show_map(self, values: Array, low: float, high: float, colour_map: str) -> None:
-        """Shows values (h, w) as crisp squares; the remark tells their range."""
+    def show_map(self, values: Array, low: float, high: float, colour_map: str, remark: str = "") -> None:
+        """Shows values (h, w) as crisp squares; a remark tells their range, if there is no other."""
         colours = colormaps[colour_map]((values - low) / max(high - low, 1e-9), bytes=True)[..., :3]
-        factor = _factor(values)
-        self.show(colours.repeat(factor, axis=0).repeat(factor, axis=1), f"({low:.3g} to {high:.3g})")
+        self.show(crisp(colours), f"({remark or f'{low:.3g} to {high:.3g}'})")
+
+
+def slider(value: float, high: float, step: float, description: str, tooltip: str) -> Any:
+    return ipywidgets.FloatSlider(
+        value, min=0, max=high, step=step, description=description, tooltip=tooltip,
+        layout=Layout(width="310px"), **WIDE,
+    )  # fmt: skip
+
+
+def dropdown(options: Mapping[str, Any], description: str, tooltip: str = "") -> Any:
+    """A choice by name, whose value is what the name stands for."""
+    return ipywidgets.Dropdown(options=[*options.items()], description=description, tooltip=tooltip, **WIDE)
+
+
+def presets(known: Mapping[str, Any], choose: Callable[..., None]) -> list[ipywidgets.Widget]:
+    """A button for each: all but the last of its values go to `choose`, the last is its tooltip."""
+    buttons = [ipywidgets.Button(description=name, tooltip=values[-1]) for name, values in known.items()]
+    for button in buttons:
+        button.on_click(lambda clicked: choose(*known[clicked.description][:-1]))
+    return [ipywidgets.Label("Presets"), *buttons]
 
 
 def picture_row(
@@ -121,6 +141,12 @@ def before_and_after(ax: Axes, rows: Sequence[tuple[str, Colour, float, float]],
 def _factor(picture: Array, width: float = WIDTH) -> int:
     """How many times a picture is enlarged to be about as wide as that, if it is smaller."""
     return max(1, round(width / picture.shape[1]))
+
+
+def crisp(picture: Array) -> Array:
+    """A small picture (h, w, 3), or values (h, w), enlarged into squares."""
+    factor = _factor(picture)
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def table(head: Sequence[str], rows: Iterable[tuple[Colour, Sequence[str]]], note: str = "") -> str:
@@ -175,16 +201,27 @@ def made_smaller(array: Array) -> Array:
     return np.array(Image.fromarray(array).resize(size, resample))
 
 
-def spectrum_picture(image: Array) -> tuple[Array, Array]:
-    """Log amplitude of a picture's brightness, frequency 0 in the middle: colours (h, w, 3) uint8, and radii (h, w).
+def spectrum_picture(maps: Array) -> Array:
+    """Log amplitude of maps (..., H, W), averaged, frequency 0 in the middle: colours (h, w, 3) uint8.
 
-    Radii are in cycles per pixel. At most `WIDTH` values a side: neighbours are averaged.
+    At most `WIDTH` values a side: neighbours are averaged. The mean is left out.
     """
-    grey = luminance(image)
-    amplitude = np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(grey - grey.mean()))))
-    height, width = (min(WIDTH, n) for n in grey.shape)
-    small = np.asarray(Image.fromarray(amplitude.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
+    amplitude = np.abs(np.fft.fft2(maps - maps.mean((-2, -1), keepdims=True))).reshape(-1, *maps.shape[-2:]).mean(0)
+    height, width = (min(WIDTH, n) for n in amplitude.shape)
+    shown = Image.fromarray(np.fft.fftshift(np.log1p(amplitude)).astype(np.float32))
+    small = np.asarray(shown.resize((width, height), Image.Resampling.BOX))
     lowest, highest = np.quantile(small, 0.02), max(float(small.max()), 1e-9)
-    colours = colormaps["cividis"]((small - lowest) / (highest - lowest), bytes=True)[..., :3]
-    vertical, horizontal = (np.fft.fftshift(np.fft.fftfreq(n)) for n in (height, width))
-    return colours, np.hypot(vertical[:, None], horizontal)
+    return colormaps["cividis"]((small - lowest) / max(highest - lowest, 1e-9), bytes=True)[..., :3]
+
+
+def token_pictures(before: Array, after: Array) -> tuple[Array, Array]:
+    """Tokens (H, W, D) before and after as colours (H, W, 3) uint8: along the first three principal axes of the first.
+
+    Grey is the mean token, and full colour three standard deviations of the first axis.
+    """
+    grid, mean = before.shape[:2], before.mean((0, 1))
+    _, scales, axes = np.linalg.svd((before - mean).reshape(-1, len(mean)), full_matrices=False)
+    deviation = max(scales[0] / (grid[0] * grid[1]) ** 0.5, 1e-9)
+    shares = [(each - mean) @ axes[:3].T / (3 * deviation) for each in (before, after)]
+    first, second = (np.rint(127.5 * (1 + share.clip(-1, 1))).astype(np.uint8) for share in shares)
+    return first, second

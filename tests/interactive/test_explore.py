@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from voila.app import Voila
 
@@ -33,7 +34,7 @@ def test_the_server_is_for_this_computer_and_notebook_only(tmp_path: Path, monke
     assert app.voila_configuration.file_allowlist == [] and app.voila_configuration.strip_sources
     assert app.config.MappingKernelManager.cull_idle_timeout > 0
     assert "'self'" in app.tornado_settings["headers"]["Content-Security-Policy"]
-    assert notebook.cells[1].source.endswith("explorer('', 'embedded', '', 7)")
+    assert notebook.cells[1].source.endswith("explorer((), 'embedded', '', 7)")
     assert not Path(app.notebook_path).parent.exists(), "removed, though the server failed"
 
 
@@ -53,9 +54,13 @@ def test_bad_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Captur
             assert stopped.value.code == 2 and sentence in said and len(said.splitlines()) == 1
 
 
-def test_the_page_shows_the_scene_with_its_truth_or_the_picture_given(tmp_path: Path) -> None:
-    drawn = module.explorer("", "embedded", "", 7)
-    assert drawn.label is not None and drawn.classes == splits.scenes().classes and drawn.picture.shape == (384, 384, 3)
+def test_the_page_has_a_tab_for_each_part_of_the_model_and_pictures_to_choose_from(tmp_path: Path) -> None:
+    tabs = module.explorer((), "embedded", "", 7)
+    assert tabs.titles == ("Frequencies", "Learned filter", "Branches")
+    frequencies = tabs.children[0]
+    assert frequencies.classes == splits.scenes().classes and len(frequencies.pictures) == module.DRAWN
+    np.testing.assert_array_equal(frequencies.label, images.enlarge(scenes.draw(7)[1], 3))
     (tmp_path / "picture.png").write_bytes(images.png(scenes.draw(3)[0]))
-    given = module.explorer(str(tmp_path / "picture.png"), "embedded", "tree, sky", 7)
-    assert given.label is None and given.classes == ("tree", "sky") and (given.picture == scenes.draw(3)[0]).all()
+    (given,) = module.explorer((str(tmp_path / "picture.png"),), "embedded-zegclip", "tree, sky", 7).children
+    assert given.classes == ("tree", "sky") and given.labels == [None] * (1 + module.DRAWN)
+    np.testing.assert_array_equal(given.picture, scenes.draw(3)[0])

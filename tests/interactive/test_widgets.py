@@ -7,19 +7,24 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ipywidgets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from toys import SPLIT, Toys, toy_model
 
-from sptseg.analysis import failures
+from sptseg.analysis import failures, spectra
 from sptseg.datasets import plots
 from sptseg.inference.segmentation import segment
 from sptseg.interactive.failure_browser import FailureBrowser
+from sptseg.interactive.filters import Gain, edited, noise_instead, visited, with_amplitudes_of
+from sptseg.interactive.masks import BRANCHES, BranchExplorer
 from sptseg.interactive.parts import LONGEST, PAUSE, Explorer, TitledPicture, named_overlay, spectrum_picture, table
-from sptseg.interactive.widgets import BAND_PRESETS, FilterExplorer, FrequencyExplorer, PromptPlayground
+from sptseg.interactive.playground import LossExplorer, PromptPlayground
+from sptseg.interactive.widgets import BAND_PRESETS, FILTER_PRESETS, FilterExplorer, FrequencyExplorer
 from sptseg.model.spt_seg import SptSeg
+from sptseg.training.losses import segmentation_loss
 
 CLASSES = SPLIT.classes
 
@@ -49,37 +54,187 @@ def renewed(explorer: Explorer) -> Iterator[set[str]]:
     titles |= {title for title, panel in explorer.panels.items() if panel.image.value != before[title]}
 
 
-def test_the_band_slider_takes_waves_out_of_the_picture(model: SptSeg) -> None:
+def test_a_gain_has_the_values_of_its_definition() -> None:
+    y, x = np.mgrid[:16, :16]
+    across, down, fine = np.cos(np.pi * x / 4), np.cos(np.pi * y / 4), np.cos(np.pi * x)  # 1/8, 1/8, 1/2 cycles
+    maps = torch.tensor(3 + across + down + fine)[None, ..., None]
+
+    def left(*factors: float) -> torch.Tensor:
+        return torch.tensor(3 + factors[0] * across + factors[1] * down + factors[2] * fine)[None, ..., None]
+
+    cases = {
+        Gain(): (1, 1, 1),
+        Gain(0.1, 0.2, inside=0.5, outside=2): (0.5, 0.5, 2),
+        Gain(0.1, direction=180, width=60, inside=0, outside=1): (0, 1, 0),
+        Gain(0.2, direction=90, width=60): (0, 0, 0),
+        Gain(0.125, edge=0.2): (0.5, 0.5, 1),  # halfway up at the cut-off
+        Gain(0.175, edge=0.2, inside=2, outside=0): (2 * (0.5 - 0.5 * np.cos(np.pi / 4)),) * 2 + (2,),
+        Gain(0, 0.125): (0, 0, 0),  # low <= radius < high
+    }
+    for gain, factors in cases.items():
+        torch.testing.assert_close(gain(maps.float()), left(*factors).float(), atol=1e-5, rtol=0)
+    for grid in ((8, 8), (5, 8), (8, 5)):
+        member = Gain(0.1, 0.6, 0.1, 30, 40).member(grid)
+        np.testing.assert_array_equal(member, np.roll(member[::-1, ::-1], (1, 1), (0, 1)))  # real maps stay real
+
+
+def test_noise_has_the_energy_of_the_change_and_amplitudes_can_be_another_s() -> None:
+    generator = torch.Generator().manual_seed(1)
+    maps, other = torch.randn(2, 2, 8, 6, 3, generator=generator).unbind(0)
+    after = Gain(0.2)(maps)
+    noisy = noise_instead(maps, after)
+    torch.testing.assert_close((noisy - maps).square().sum((1, 2)), (after - maps).square().sum((1, 2)))
+    torch.testing.assert_close(noisy.mean((1, 2)), maps.mean((1, 2)), atol=1e-6, rtol=0)
+    assert torch.equal(noise_instead(maps, maps), maps)
+    mixed = torch.fft.fft2(with_amplitudes_of(other, maps), dim=(1, 2))
+    torch.testing.assert_close(mixed.abs(), torch.fft.fft2(other, dim=(1, 2)).abs(), atol=1e-4, rtol=1e-4)
+    unit = torch.fft.fft2(maps, dim=(1, 2))
+    torch.testing.assert_close(mixed / mixed.abs(), unit / unit.abs(), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [(), (0, 1)])
+def test_tokens_are_filtered_before_one_block_and_the_encoder_is_as_before_afterwards(layers: tuple[int, ...]) -> None:
+    encoder, gain = toy_model(spectral_layers=layers).eval().encoder, Gain(0.1, 0.3, inside=0, outside=2)
+    images, seen = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    x, prompts = encoder.embed(images), encoder.prompt_projection(encoder.prompts)
+    factors = torch.tensor(gain.factors((8, 8)))[..., None]
+    for i, block in enumerate(encoder.tower.blocks):  # the plain twin
+        tokens = x[:, -64:].unflatten(1, (8, 8))
+        if i in layers:
+            prompt = spectra.spectral_prompt_of(encoder)
+            tokens = prompt(tokens, x[:, 0], prompt.filter((8, 8)))
+        if i == 1:
+            spectrum = torch.fft.fft2(tokens.double(), dim=(1, 2)) * factors
+            tokens = torch.fft.ifft2(spectrum, dim=(1, 2)).real.float()
+        x = block(torch.cat([x[:, :1], prompts[i].expand(2, -1, -1), tokens.flatten(1, 2)], dim=1))
+
+    def visit(block: int, tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(block)
+        return gain(tokens) if block == 1 else tokens
+
+    whole = encoder(images)[0]
+    with pytest.raises(KeyError), visited(encoder, visit):
+        found = [*encoder.states(images)][-1]
+        again = [*encoder.states(images)][-1]
+        raise KeyError
+    torch.testing.assert_close(found[:, -64:], x[:, -64:], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found, again) and seen == [*range(len(encoder.tower.blocks))] * 2
+    assert torch.equal(encoder(images)[0], whole) and encoder.spectral_layers == frozenset(layers)
+
+
+@torch.no_grad()
+def test_the_learned_filter_is_multiplied_and_comes_back(model: SptSeg) -> None:
+    images, prompt = torch.randn(1, 3, 32, 32), spectra.spectral_prompt_of(model.encoder)
+    prompt.weight.mul_(20)
+    whole = model.encoder(images)[0]
+    with edited(prompt, Gain(0, 0.25, inside=0, outside=0)):
+        zeroed = model.encoder(images)[0]
+    with spectra.switched_off(model, "spectral_prompts"):
+        torch.testing.assert_close(zeroed, model.encoder(images)[0])
+    with edited(prompt, Gain(0, 0.25, inside=3, outside=0)):
+        low = model.encoder(images)[0]
+    assert torch.equal(model.encoder(images)[0], whole) and not torch.allclose(whole, zeroed, atol=1e-3)
+    below = np.hypot(*np.meshgrid(np.fft.rfftfreq(8), np.fft.fftfreq(8))) < 0.25
+    prompt.weight.mul_(3 * torch.tensor(below)[..., None, None])
+    torch.testing.assert_close(low, model.encoder(images)[0])
+
+
+def test_the_band_slider_changes_waves_of_the_picture(model: SptSeg) -> None:
     explorer = FrequencyExplorer(model, stripes(8), CLASSES)  # all power at 1/8
     explorer.band.value = (0.1, 0.2)
     assert np.ptp(explorer.filtered) == 200 and "100.0%" in explorer.note.value
+    explorer.inside.value = 0.5
+    assert np.ptp(explorer.filtered) == 100 and "25.0%" in explorer.note.value
     explorer.band.value = (0.2, 0.3)
     assert np.ptp(explorer.filtered) <= 1 and "0.0%" in explorer.note.value
-    explorer.remove.value = True
+    explorer.outside.value = 1
     assert np.abs(explorer.filtered.astype(int) - stripes(8)).max() <= 1
-    assert explorer.sentence().startswith("Removed: 0.200 to 0.300 cycles per pixel, waves of 3.33 to 5 pixels")
+    said = "0.200 to 0.300 cycles per pixel (waves of 3.33 to 5 pixels) times 0.5, all else times 1"
+    assert explorer.sentence().startswith(said)
+    explorer.choose(0.1, 0.2, 0, 1)
+    explorer.noise.value = True  # with the energy of the waves that went
+    assert explorer.energy == pytest.approx(2, abs=0.1)
 
 
-def test_all_pictures_but_the_first_follow_the_band_once_whatever_a_preset_changes(model: SptSeg) -> None:
+def test_the_pictures_follow_the_band_once_whatever_a_preset_changes(model: SptSeg) -> None:
     explorer, updates = FrequencyExplorer(model, toy()[0], CLASSES), []
     with renewed(explorer) as titles:
         explorer.choose(0.0, 0.1)
-    assert titles == {"spectrum", "filtered picture", "prediction"}
+    assert titles - {"score"} == {"spectrum", "after", "masks after"}
     assert (explorer.result.labels == segment(model, explorer.filtered, CLASSES).labels).all()
-    explorer.update = lambda: updates.append((explorer.band.value, explorer.remove.value))
-    for button in explorer.presets:
+    explorer.update = lambda: updates.append((*explorer.band.value, explorer.inside.value, explorer.outside.value))
+    for button in (each for row in explorer.children for each in row.children if isinstance(each, ipywidgets.Button)):
         button.click()
-    assert updates == [((low, high), remove) for low, high, remove, _ in BAND_PRESETS.values()]
+    assert updates == [values[:4] for values in BAND_PRESETS.values()]
+
+
+def test_tokens_before_a_block_are_filtered_shown_and_segmented(model: SptSeg) -> None:
+    explorer = FrequencyExplorer(model, [toy()[0], stripes(8, 32)], CLASSES, [toy()[1], None])
+    explorer.choose(0.1, 0.3, 0, 1)
+    for block in (0, 1):
+        with renewed(explorer) as titles:
+            explorer.place.value = block
+        assert titles >= {"before", "spectrum", "after"} and "cycles per token" in explorer.note.value
+        seen = lambda i, x, block=block: explorer.gain(x) if i == block else x  # noqa: E731
+        with visited(model.encoder, seen):
+            expected = segment(model, explorer.picture, CLASSES)
+        torch.testing.assert_close(explorer.result.logits.logits, expected.logits.logits)
+        tokens = explorer.tokens[0][block]
+        change = explorer.gain(tokens).var((1, 2), correction=0).sum() / tokens.var((1, 2), correction=0).sum()
+        assert explorer.energy == pytest.approx(float(change), rel=1e-3) and explorer.amplitudes.disabled
+    explorer.choice.value = 1
+    assert explorer.label is None and "Share of the picture" in explorer.table.value
+    explorer.place.value, explorer.amplitudes.value = -1, 0
+    assert "amplitudes of picture 1, the phases of this one" in explorer.note.value
+
+
+def test_the_score_is_held_against_the_cut_off(model: SptSeg) -> None:
+    image, label = toy()
+    explorer = FrequencyExplorer(model, image, CLASSES, label)
+    explorer.scored.value = 1
+    scores, true = explorer.result.scores("water"), (label == 1) & (label != 255)
+    explorer.cut.value = cut = round(float(np.median(scores)), 2)
+    above, asked = scores > cut, label != 255
+    iou = (above & true).sum() / ((above | true) & asked).sum()
+    said = f"{100 * above.mean():.1f} % above, IoU {100 * iou:.1f} %"
+    assert explorer.panels["score"].title.value.endswith(f"({said}; before {said})")
+
+
+def test_branches_are_switched_off(model: SptSeg) -> None:
+    explorer = BranchExplorer(model, toy()[0], CLASSES)
+    for name, without in BRANCHES.items():
+        explorer.branches.value = name
+        with spectra.switched_off(model, *without):
+            expected = segment(model, toy()[0], CLASSES).logits.logits
+        torch.testing.assert_close(explorer.result.logits.logits, expected)
+        assert name in explorer.note.value
+
+
+def test_the_loss_explorer_computes_the_library_s_focal_loss() -> None:
+    image, label = toy()
+    logits = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 3
+    target = label == 1
+    explorer = LossExplorer(image, logits[0, 0].sigmoid().numpy(), target)
+    labels = torch.where(torch.tensor(target), 0, 255)[None]
+    focal = segmentation_loss(logits, labels, "zegclip")["focal"]  # 100 times the mean
+    assert 100 * explorer.losses().mean() == pytest.approx(float(focal), rel=1e-4)
+    explorer.gamma.value, explorer.alpha.value = 0, 0.5
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, 0], torch.tensor(target).float())
+    assert explorer.losses().mean() == pytest.approx(float(entropy) / 2, rel=1e-4)
+    assert f"{entropy / 2:.4g}" in explorer.note.value
+    sure = np.where(target, logits[0, 0].sigmoid(), 1 - logits[0, 0].sigmoid()) > 0.9
+    share = explorer.losses()[target & ~sure].sum() / explorer.losses().sum()
+    assert f"{100 * share:.1f} %" in explorer.table.value
 
 
 def test_the_spectrum_is_bright_in_the_middle_ring_of_the_waves_and_dark_where_cut(model: SptSeg) -> None:
-    colours, radius = spectrum_picture(stripes(8))
-    light = colours.sum(axis=2, dtype=int)
+    light = spectrum_picture(stripes(8)[..., 0].astype(float)).sum(axis=2, dtype=int)
     assert light[32, 32 + 8] == light[32, 32 - 8] == light.max()  # 64 / 8 waves across
-    np.testing.assert_allclose([radius[32, 40], radius[32, 32], radius[0, 32]], [1 / 8, 0, 0.5])
     explorer = FrequencyExplorer(model, stripes(8), CLASSES)
-    explorer.choose(0.1, 0.2, remove=True)
-    shown = explorer.marked_spectrum().sum(axis=2, dtype=int)
+    light = explorer.spectrum.sum(axis=2, dtype=int)
+    explorer.choose(0.1, 0.2, 0, 1)
+    shown = explorer.marked_spectrum().sum(axis=2, dtype=int)[2::4, 2::4]  # 4 pixels a frequency
     assert shown[32, 40] < light[32, 40] / 2 and shown[32, 56] == light[32, 56]
 
 
@@ -113,7 +268,7 @@ def test_in_a_running_loop_the_prediction_waits_for_a_pause(model: SptSeg) -> No
         with renewed(explorer) as titles:
             for high in (0.5, 0.4, 0.3):
                 explorer.band.value = (0.0, high)
-        assert "filtered picture" in titles and not seen  # at once; later
+        assert "after" in titles and not seen  # at once; later
         await asyncio.sleep(3 * PAUSE)
         assert seen == [(0.0, 0.3)]  # once, with the last value
         explorer._predict_soon.function = predict
@@ -125,19 +280,25 @@ def test_in_a_running_loop_the_prediction_waits_for_a_pause(model: SptSeg) -> No
 
 
 def test_the_filter_explorer_shows_what_the_prompt_adds(model: SptSeg) -> None:
-    explorer = FilterExplorer(model, [toy()[0], stripes(8, 32)])
+    explorer = FilterExplorer(model, [toy()[0], stripes(8, 32)], CLASSES)
     with renewed(explorer) as titles:
         explorer.channel.value = (explorer.channel.value + 1) % 32
     assert titles >= {"filter: amplitude", "tokens before", "added by prompt"}
     with renewed(explorer) as titles:
-        explorer.picture.value = 1
-    assert {"picture", "tokens before", "tokens after"} <= titles <= set(explorer.panels) - {"filter: amplitude"}
-    for block in (0, 1):
+        explorer.choice.value = 1
+    assert {"masks before", "tokens before", "tokens after"} <= titles <= set(explorer.panels) - {"filter: amplitude"}
+    for block, (below, above) in ((0, (1, 1)), (1, (10, 0))):
+        explorer.choose(below, above)
         explorer.block.value = block
-        tokens, added, gate = explorer.tokens()  # (8, 8, 32) twice, (32,)
+        tokens, added, gate = explorer.tokens  # (8, 8, 32) twice, (32,)
         spectrum = torch.fft.fft2(tokens * gate, dim=(0, 1))
         kernel = torch.from_numpy(np.fft.ifftshift(explorer.response, axes=(0, 1)))
         torch.testing.assert_close(added, torch.fft.ifft2(spectrum * kernel, dim=(0, 1)).real, atol=1e-5, rtol=1e-4)
+    explorer.choose(*FILTER_PRESETS["zero"][:2])
+    assert not explorer.tokens[1].any() and "F is multiplied by 0 below 0.25 cycles" in explorer.note.value
+    with spectra.switched_off(model, "spectral_prompts"):
+        without = segment(model, explorer.picture, explorer.classes).logits.logits
+    torch.testing.assert_close(explorer.result.logits.logits, without)
     with pytest.raises(ValueError, match="this model has no spectral prompt"):
         FilterExplorer(toy_model(spectral_layers=()))
 
@@ -180,10 +341,11 @@ def test_the_failure_browser_steps_from_the_worst_picture_to_the_best(model: Spt
 def test_every_widget_has_a_still_figure_and_words_for_where_no_kernel_runs(model: SptSeg) -> None:
     image, label = toy()
     explorers = FrequencyExplorer(model, image, CLASSES, label), FrequencyExplorer(model, image, CLASSES)
-    others = FilterExplorer(model, [image]), PromptPlayground(model, image, ["grass", "water"])
-    for widget in (*explorers, *others, FailureBrowser(failures.collect(model, Toys(3), SPLIT))):
+    filtered, branches = FilterExplorer(model, image, CLASSES), BranchExplorer(model, image, CLASSES)
+    others = PromptPlayground(model, image, ["grass", "water"]), FailureBrowser(failures.collect(model, Toys(3), SPLIT))
+    for widget in (*explorers, filtered, branches, *others):
         figure = widget.figure()
-        assert len(figure.axes) >= 4 and len(plots.png_bytes(figure, dpi=30)) > 3000
+        assert len(figure.axes) >= 3 and len(plots.png_bytes(figure, dpi=30)) > 3000
         assert f"{type(widget).__name__} (its controls need a running kernel" in repr(widget)
 
 

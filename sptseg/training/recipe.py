@@ -60,11 +60,11 @@ def training_free(
     return config
 
 
-def beside_published(config: ModelConfig, layout: str, miou: float) -> str | None:
-    """A table of an mIoU (0..1) beside the published one, if there is one for this read-out, CLIP and data set."""
+def beside_published(config: ModelConfig, layout: str, miou: float) -> list[str]:
+    """Lines of a table: an mIoU (0..1) beside the published one, if this read-out, CLIP and data set have one."""
     openai = config.clip in ("ViT-B-16", "ViT-B-16-quickgelu") and config.clip_weights == "openai"
     if config.softmax_scale is None or not openai or layout not in COLUMNS:
-        return None
+        return []
     column = COLUMNS[layout]
     row = f"| {config.readout} | {column} | {PUBLISHED[config.readout][column]} | {100 * miou:.1f} |"
-    return f"| read-out | data set | published mIoU | yours |\n|---|---|---|---|\n{row}"
+    return ["| read-out | data set | published mIoU | yours |", "|---|---|---|---|", row]

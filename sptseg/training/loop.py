@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
 from sptseg.datasets import Augmentation, Sample, Split
-from sptseg.inference import evaluate, new_accelerator, summary
+from sptseg.inference import evaluate, new_accelerator
 from sptseg.model import SptSeg, fingerprint, upsample
 from sptseg.system import ended_helpers, output_place, write
 from sptseg.training.config import TrainConfig, learning_rate, training_augmentation
@@ -189,7 +189,7 @@ class Run:
         row = {"iteration": done, **terms, "learning_rate": rate, "images_per_second": speed}
         if validation is not None:
             options = {"limit": self.config.validation_images, "accelerator": self.accelerator, "progress": False}
-            row |= summary(evaluate(self.model, validation, self.split, **options))
+            row |= evaluate(self.model, validation, self.split, **options).summary()
             self.trainee.train()
         self.progress.history.append(row)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from sptseg.checkpoints import completed
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes
-from sptseg.inference import confusion_matrices, new_accelerator, scores_of_tallies, tallies
+from sptseg.inference import Scores, confusion_matrices, new_accelerator, ratios_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
 from sptseg.training.ablation import CONFIGURATIONS, mean_and_deviation
@@ -237,7 +237,7 @@ class Study:
 
     def summary(self, counts: Tensor) -> dict[str, Any]:
         """The figures of counts (P, 3, C) by name, and "iou", each class's."""
-        return scores_of_tallies(counts.sum(0), self.split).as_dict()
+        return Scores.of(ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
 
     def counts(self, model: SptSeg, dataset: Dataset[Sample], seen_offset: float | None = None) -> Tensor:
         """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""

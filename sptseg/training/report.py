@@ -14,7 +14,7 @@ from torch import Tensor
 from sptseg.datasets import STRENGTHS, Split
 from sptseg.inference import ratios_of_tallies
 from sptseg.system import write
-from sptseg.training.ablation import FIGURES, mean_and_deviation
+from sptseg.training.ablation import FIGURES, line, mean_and_deviation
 from sptseg.training.study import COUNTS, SPOILT, Run, Study
 
 FLAT_STEPS, FLAT_GAIN = 500, 0.005  # the rule of `flat`
@@ -150,7 +150,3 @@ def write_report(study: Study) -> str:
     write(study.folder / "tables.md", text)
     write(study.folder / "record.json", json.dumps(record) + "\n")
     return text
-
-
-def line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |\n"

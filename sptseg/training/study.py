@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import completed
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes
 from sptseg.inference import Scores, confusion_matrices, new_accelerator, ratios_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
-from sptseg.training.ablation import CONFIGURATIONS, mean_and_deviation
+from sptseg.training.ablation import mean_and_deviation
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
-from sptseg.training.state import HALFWAY, STATE
+from sptseg.training.presets import CONFIGURATIONS
+from sptseg.training.state import HALFWAY, STATE, differing
 from sptseg.training.stream import label_table
 
 Measure = Callable[[SptSeg, Dataset[Sample]], dict[str, float]]
@@ -275,10 +275,9 @@ class Study:
         """Does a share's runs that nobody has done, until all are done or `until` (time.monotonic); whether all are."""
         todo = self.plan.runs(share)
         for run in filter(self.finished, todo):
-            before = self.result(run.place)["asked"]
-            if {**before, "model": completed(before["model"])} != self.asked(run):
-                place = self.folder / run.place
-                raise ValueError(f"{place} is of another plan or CLIP; choose another output folder, or delete it")
+            if other := differing(self.result(run.place)["asked"], self.asked(run)):
+                what = f"{self.folder / run.place} is of another plan or CLIP ({', '.join(other)})"
+                raise ValueError(f"{what}; choose another output folder, or delete it")
         with ended_at(until):
             while (todo := [run for run in todo if not self.finished(run)]) and time.monotonic() < until:
                 if not any(self.tried(run, say) for run in todo):
@@ -307,9 +306,8 @@ def ended_at(until: float) -> Iterator[None]:
         raise SystemExit(143)
 
     before = signal.signal(signal.SIGTERM, end)
-    rest = min(until - time.monotonic(), threading.TIMEOUT_MAX)
-    timer = threading.Timer(max(0, rest), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
+    rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)
+    timer = threading.Timer(rest, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     try:
         yield

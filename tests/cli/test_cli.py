@@ -31,7 +31,7 @@ from sptseg.inference.segmentation import segment
 from sptseg.model.clip import load_clip, new_tiny_clip, save_tiny_clip
 from sptseg.model.config import ZEGCLIP, ModelConfig
 from sptseg.training import ablation
-from sptseg.training.presets import EMBEDDED, PRESETS
+from sptseg.training.presets import CONFIGURATIONS, EMBEDDED, PRESETS
 
 SMALL = "--prompt-tokens 2 --prompt-depth 1 --decoder-layers 2".split()
 STEPS = "--train.iterations 2 --train.batch-size 2 --train.precision no --train.workers 0 --train.save-every 1".split()
@@ -199,7 +199,7 @@ def test_ablate_knows_its_runs_by_model_and_data(
     """Settings behind a name; finished runs are read; other data are refused."""
     small = {"clip_weights": clip[-1], "image_size": (64, 64), "prompt_tokens": 2, "decoder_layers": 1}
     for name in ("spt", "zegclip"):
-        monkeypatch.setitem(ablation.CONFIGURATIONS, name, replace(ablation.CONFIGURATIONS[name], **small))
+        monkeypatch.setitem(CONFIGURATIONS, name, replace(CONFIGURATIONS[name], **small))
     monkeypatch.setitem(PRESETS, "embedded", replace(EMBEDDED, model=replace(EMBEDDED.model, **small)))
     steps = [*STEPS[:-1], "0", "--train.iterations", "4", "--data.images", "4", "--validation.images", "2"]
     names = "spt@transductive,spt,zegclip@supervised"
@@ -229,10 +229,11 @@ def test_ablate_knows_its_runs_by_model_and_data(
     main(command)
     assert capsys.readouterr().out.splitlines()[:5] == table.splitlines()[:5], "nothing is trained again"
     for options, part in (
-        (["--data.seed", "1"], "data"), (["--data.images", "5"], "data"), (["--validation.seed", "7"], "validation"),
-        (["--validation.unseen", "tree"], "split"), (["--train.learning-rate", "1e-4"], "train"),
+        (["--data.seed", "1"], "data.names"), (["--data.images", "5"], "data.pictures, data.names"),
+        (["--validation.seed", "7"], "validation.names"), (["--validation.unseen", "tree"], "split.unseen"),
+        (["--train.learning-rate", "1e-4"], "train.learning_rate"),
     ):  # fmt: skip
-        assert f"holds a run with other {part}; choose another output folder" in refused(capsys, *command, *options)
+        assert f"holds a run with other settings of {part}; choose another" in refused(capsys, *command, *options)
 
 
 # data

@@ -78,5 +78,5 @@ def test_a_finished_run_of_an_ablation_is_known_again(tmp_path: Path) -> None:
     del earlier["asked"]["data"]["content"], earlier["asked"]["validation"]["content"]
     path.write_text(json.dumps(earlier))
     assert result("b.safetensors")["scores"] == first["scores"]
-    with pytest.raises(ValueError, match="holds a run with other clip; choose another output folder"):
+    with pytest.raises(ValueError, match="holds a run with other settings of clip; choose another output folder"):
         result("other.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shlex
@@ -12,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import tyro
 
@@ -116,13 +117,12 @@ def segment_command(
             f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
             f"{shlex.quote(str(out.with_suffix('')))}"
         )
+    folder, beside = (out.parent, f"{out.stem}-") if out.suffix else (out, "")
+    stems = [out.stem if out.suffix else file.stem for file in files]
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
-    results = [out.with_name(f"{out.stem}{e}") if out.suffix else out / f"{f.stem}{e}" for f in files for e in ends]
-    coco_json, names_json, areas_csv = (
-        out.with_name(f"{out.stem}-{name}") if out.suffix else out / name
-        for name in ("coco.json", "names.json", "areas.csv")
-    )
-    taken = [path.resolve() for path in (*files, *results, coco_json, names_json, areas_csv)]
+    results = [[folder / f"{stem}{end}" for end in ends] for stem in stems]
+    coco_json, names_json, areas_csv = (folder / f"{beside}{name}" for name in ("coco.json", "names.json", "areas.csv"))
+    taken = [path.resolve() for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     (plots.picture_place if out.suffix else partial(output_place, folder=True))(out)
@@ -130,7 +130,7 @@ def segment_command(
     told = names(classes)
     chosen = background or ("usual" if len(told) == 1 else None)
     masks, rows, unread = CocoMasks([synonyms(name)[0] for name in told]), [], []
-    for i, file in enumerate(files):
+    for file, (picture, labels, scores) in zip(files, results, strict=True):
         try:
             pixels = as_array(file, max_pixels)
         except OSError as error:
@@ -144,7 +144,6 @@ def segment_command(
             write(names_json, json.dumps(result.named, indent=1, ensure_ascii=False) + "\n")
             if isinstance(result.background, tuple):
                 print(f"none stands for {', '.join(result.background)}")
-        picture, labels, scores = results[i * len(ends) : (i + 1) * len(ends)]
         result.save(picture)
         result.save_labels(labels)
         result.save_scores(scores)
@@ -155,13 +154,9 @@ def segment_command(
         print(f"wrote {picture}")
     write(coco_json, masks.json())
     if out.suffix:
-        print(f"wrote beside it {', '.join(each.name for each in (*results[1:], coco_json, names_json))}")
+        print(f"wrote beside it {', '.join(each.name for each in (labels, scores, coco_json, names_json))}")
         return
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]) if rows else ["picture"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write(areas_csv, table.getvalue())
+    write(areas_csv, pd.DataFrame(rows, columns=None if rows else ["picture"]).to_csv(index=False))
     if unread:
         raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 

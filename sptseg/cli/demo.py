@@ -21,10 +21,10 @@ from sptseg import scenes
 from sptseg.analysis import class_iou_bars, training_curves
 from sptseg.checkpoints import load_model
 from sptseg.datasets import Scenes, enlarge, plots, png
-from sptseg.inference import Scores, evaluate, segment
+from sptseg.inference import FIGURES, Scores, evaluate, segment, table
 from sptseg.model import EMBEDDED_CONFIG, SptSeg, build_model
 from sptseg.system import output_place, write
-from sptseg.training import EMBEDDED_TRAINING, FIGURES, fit
+from sptseg.training import EMBEDDED_TRAINING, fit
 
 MODELS = {"embedded": "SPT-SEG", "embedded-zegclip": "ZegCLIP", "dense-clip": "dense CLIP"}
 TRAINED = "SPT-SEG, just trained"
@@ -159,9 +159,8 @@ def percent(value: float) -> str:
 
 def markdown_table(scores: Mapping[str, Scores]) -> str:
     """The summary figures of all models in percent."""
-    lines = [["model (%)", *FIGURES.values()], ["---", *["---:"] * len(FIGURES)]]
-    lines += [[name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = ([name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items())
+    return table(["model (%)", *FIGURES.values()], *rows)
 
 
 def render_page(

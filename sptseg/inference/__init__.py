@@ -7,8 +7,8 @@ from sptseg.inference.evaluation import (
     by_training, confusion_matrices, evaluate, first_indices, new_accelerator, predictions,
 )
 from sptseg.inference.metrics import (
-    Change, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class, ratios,
-    ratios_of_tallies, score_interval, scores, tallies,
+    Change, FIGURES, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class,
+    ratios, ratios_of_tallies, score_interval, scores, table, tallies,
 )
 from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (

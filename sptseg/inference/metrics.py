@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sptseg.datasets import Split
+
+FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
+SUMMARY = tuple(FIGURES)
+
+
+def table(*rows: Iterable[object]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *lines])
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,7 @@ class Scores:
 
     def table(self) -> str:
         """The four summary figures in percent, as one Markdown table."""
-        shown = [" - " if value is None else f"{100 * value:.1f}" for value in self.summary().values()]
-        return "| pAcc | mIoU(S) | mIoU(U) | hIoU |\n|---|---|---|---|\n| " + " | ".join(shown) + " |"
-
-
-SUMMARY = ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou")
+        return table(FIGURES.values(), [" - " if v is None else f"{100 * v:.1f}" for v in self.summary().values()])
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Tensor:

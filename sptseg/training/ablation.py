@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from sptseg.checkpoints import load_model
 from sptseg.datasets import Sample, Split
-from sptseg.inference import evaluate
+from sptseg.inference import FIGURES, evaluate, metrics
 from sptseg.model import ModelConfig, build_model, fingerprint, load_clip
 from sptseg.system import is_main_process, write
 from sptseg.training.config import TrainConfig
@@ -23,8 +23,6 @@ from sptseg.training.loop import fit
 from sptseg.training.presets import in_setting
 from sptseg.training.state import HALFWAY, differing, identity
 from sptseg.training.stream import Setting
-
-FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
 
 
 def run_one(
@@ -101,18 +99,13 @@ def ablate(
     return table(results)
 
 
-def line(*cells: object) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |\n"
-
-
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, in percent, one row a configuration."""
-    text = line("configuration", "seeds", *FIGURES.values()) + "|---" * (2 + len(FIGURES)) + "|\n"
+    rows: list[list[object]] = [["configuration", "seeds", *FIGURES.values()]]
     for name in dict.fromkeys(result["name"] for result in results):
         own = [result["scores"] for result in results if result["name"] == name]
-        text += line(name, len(own), *(mean_and_deviation([scores[figure] for scores in own]) for figure in FIGURES))
-    return text
+        rows.append([name, len(own), *(mean_and_deviation([scores[figure] for scores in own]) for figure in FIGURES)])
+    return metrics.table(*rows) + "\n"
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:

@@ -119,12 +119,11 @@ class Plan:
         """
         found: dict[str, Run] = {}
         for part in self.parts:
-            rates = [run for row in part.rows for run in self.choosing(part, row) if self.rows[row].trains]
-            tested = [
-                Run(part, row, seed, steps) for row in part.rows
-                for seed, steps in ([(s, part.steps) for s in part.seeds] if self.rows[row].trains else [(0, 0)])
-            ]  # fmt: skip
-            for run in rates + tested:
+            trained = [row for row in part.rows if self.rows[row].trains]
+            runs = [run for row in trained for run in self.choosing(part, row)]
+            steps = {row: part.steps if row in trained else 0 for row in part.rows}
+            runs += [Run(part, row, seed if steps[row] else 0, steps[row]) for row in part.rows for seed in part.seeds]
+            for run in runs:
                 found.setdefault(run.place, run)
         rows = list(dict.fromkeys((run.part.clip, run.row) for run in found.values()))
         mine = set(rows[share[0] - 1 :: share[1]])
@@ -209,8 +208,8 @@ class Study:
         validation, clip = self.pool(run.world, "validation"), self.clip(run.part.clip)
         torch.manual_seed(run.seed)
         model, started = build_model(config, clip).to(new_accelerator("no").device), time.perf_counter()
-        result = {"row": run.row, "seed": run.seed, "steps": run.steps, "rate": rate, "asked": self.asked(run)}
-        result |= {"scores": {}, "curve": {}}
+        about = {"row": run.row, "seed": run.seed, "steps": run.steps, "rate": rate}
+        result: dict[str, Any] = {**about, "asked": self.asked(run), "scores": {}, "curve": {}}
         try:
             if config.trains:
                 options = {"validation": validation if train.validate_every else None, "output": place, "resume": True}
@@ -222,9 +221,8 @@ class Study:
                 result["curve"] = {0: self.summary(counts.pop("validation"))["hiou"]}
             if self.measure and run.rate is None:
                 result["spectra"] = self.measure(model, validation)
-            buffer = BytesIO()
             arrays: Any = {name: each.numpy().astype(np.uint16) for name, each in counts.items()}
-            np.savez_compressed(buffer, **arrays)
+            np.savez_compressed(buffer := BytesIO(), **arrays)
             write(place / COUNTS, buffer.getvalue())
             result["scores"] = self.summary(counts["test"])
             said = f"hIoU {mean_and_deviation([result['scores']['hiou']])}"
@@ -246,10 +244,10 @@ class Study:
     def scored(self, run: Run, model: SptSeg) -> Iterator[tuple[str, Tensor]]:
         """Counts (P, 3, C) by name: "test", those of `after`, and each corruption's, such as "blur-1"."""
         validation = self.pool(run.world, "validation")
+        test = validation if run.rate is not None else self.pool(run.world, "test")
+        yield "test", self.counts(model, test)
         if run.rate is not None:
-            yield "test", self.counts(model, validation)
             return
-        yield "test", self.counts(model, self.pool(run.world, "test"))
         if not model.config.trains:
             yield "validation", self.counts(model, validation)
         for name, after in self.plan.after.items():
@@ -257,11 +255,10 @@ class Study:
                 layers = model.encoder.spectral_layers
                 if after.without_spectral_prompts:
                     model.encoder.spectral_layers = frozenset()
-                yield name, self.counts(model, self.pool(run.world, "test"), after.seen_offset)
+                yield name, self.counts(model, test, after.seen_offset)
                 model.encoder.spectral_layers = layers
         for kind, strength in SPOILT if run.part.corrupted else ():
-            spoilt = self.pool(run.world, "test", (kind, strength))
-            yield f"{kind}-{strength}", self.counts(model, spoilt)
+            yield f"{kind}-{strength}", self.counts(model, self.pool(run.world, "test", (kind, strength)))
 
     def asked(self, run: Run) -> dict[str, Any]:
         """What a finished run must have been asked for, to be the same."""

@@ -24,12 +24,10 @@ from sptseg import scenes
 from sptseg.checkpoints.checkpoint import load_model, read_header
 from sptseg.cli import commands as cli
 from sptseg.cli.commands import COMMANDS, Which, main
+from sptseg.datasets import Data
 from sptseg.datasets import folders as datasets
-from sptseg.datasets.named import Data
-from sptseg.inference.evaluation import evaluate
-from sptseg.inference.segmentation import segment
-from sptseg.model.clip import load_clip, new_tiny_clip, save_tiny_clip
-from sptseg.model.config import ZEGCLIP, ModelConfig
+from sptseg.inference import evaluate, segment
+from sptseg.model import ZEGCLIP, ModelConfig, load_clip, new_tiny_clip, save_tiny_clip
 from sptseg.training import ablation
 from sptseg.training.presets import CONFIGURATIONS, EMBEDDED, PRESETS
 

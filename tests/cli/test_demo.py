@@ -13,7 +13,7 @@ import pytest
 from sptseg import scenes
 from sptseg.cli import demo
 from sptseg.datasets import plots, splits
-from sptseg.inference.metrics import Scores
+from sptseg.inference import Scores
 
 SPLIT = splits.scenes()
 

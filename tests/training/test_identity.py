@@ -17,8 +17,8 @@ from toys import SPLIT, Toys, toy_config, toy_model
 from sptseg import scenes
 from sptseg.datasets import ImageMaskFolder, Scenes
 from sptseg.model import DENSE_CLIP, fingerprint, load_clip, new_tiny_clip, save_tiny_clip
+from sptseg.training import TrainConfig, fit
 from sptseg.training.ablation import run_one
-from sptseg.training.loop import TrainConfig, fit
 from sptseg.training.state import identity
 
 

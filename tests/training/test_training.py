@@ -28,17 +28,20 @@ from torch.testing import assert_close
 from toys import SPLIT, ActsAt, Toys, same, toy_config, toy_model
 
 from sptseg.checkpoints.checkpoint import load_model, read_header
-from sptseg.datasets.splits import IGNORE
-from sptseg.datasets.transforms import Augmentation
-from sptseg.inference import windows
-from sptseg.inference.evaluation import evaluate
-from sptseg.inference.segmentation import segment
-from sptseg.model.spt_seg import SptSeg
+from sptseg.datasets import IGNORE, Augmentation
+from sptseg.inference import evaluate, segment, windows
+from sptseg.model import SptSeg
+from sptseg.training import (
+    TrainConfig,
+    fit,
+    learning_rate,
+    losses,
+    parameter_groups,
+    pseudo_labels,
+    segmentation_loss,
+    stream,
+)
 from sptseg.training import loop as training
-from sptseg.training import losses, stream
-from sptseg.training.config import TrainConfig, learning_rate
-from sptseg.training.loop import fit, parameter_groups, pseudo_labels
-from sptseg.training.losses import segmentation_loss
 from sptseg.training.state import read_tensors, write_tensors
 
 PLAIN = Augmentation(crop=32, resize_base=(128, 32), scale=(1, 1), largest_share=1, distortion=0)

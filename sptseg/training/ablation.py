@@ -51,12 +51,12 @@ def run_one(
     torch.manual_seed(train.seed)  # for all that is random from here on: making a CLIP draws numbers too
     clip = load_clip(config.clip, config.clip_weights)
     file = place / "result.json"
-    before = json.loads(file.read_text()) if file.is_file() else None
+    before = json.loads(file.read_text()) if file.is_file() else {"asked": {}}
     asked = {
         "model": asdict(config), "train": asdict(train), "split": asdict(split), "data": identity(dataset),
-        "validation": identity(validation), "clip": fingerprint(clip, like=before["asked"]["clip"] if before else ""),
+        "validation": identity(validation), "clip": fingerprint(clip, like=before["asked"].get("clip", "")),
     }  # fmt: skip
-    if before:
+    if before["asked"]:
         if other := differing(before["asked"], asked):
             differ = f"{file} holds a run with other settings of {', '.join(other)}"
             raise ValueError(f"{differ}; choose another output folder, or delete it")

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 try:
@@ -31,12 +31,9 @@ def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
         if folder != path.is_dir() and path.exists():
             raise OSError(f"it is a {'file' if folder else 'folder'}, wanted a {'folder' if folder else 'file'}")
         place = path.resolve() if folder else path.resolve().parent
-        missing = [each for each in (place, *place.parents) if not each.exists()]
-        place.mkdir(parents=True, exist_ok=True)
+        while not place.exists():
+            place = place.parent
         tempfile.TemporaryFile(dir=place).close()
-        with suppress(OSError):  # another program may have put something there
-            for made in missing:
-                made.rmdir()
     except OSError as error:
         said = error.strerror or str(error)
         raise OSError(f"nothing can be written to {path} ({said}); name another place for the results") from error

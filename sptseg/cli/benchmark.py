@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -26,14 +25,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sptseg import scenes, training
-from sptseg.checkpoints import load_model
 from sptseg.cli.measure import HEADER, Row, Stopwatch, Work, machine, peak_memory
 from sptseg.datasets import ImageMaskFolder, Split
 from sptseg.inference import Precision, at_precision, new_accelerator, window_logits
 from sptseg.model import TINY, ModelConfig, SptSeg, build_model, read_out, readouts, resize_positions
-from sptseg.system import cores, output_place, write
+from sptseg.system import output_place, write
 
-Suite = Literal["inference", "training", "loss", "data", "widgets"]
+Suite = Literal["inference", "training", "loss"]
 PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
 
 
@@ -175,7 +173,8 @@ class Trainer:
     def __init__(self, sizes: Sizes, classes: int, device: torch.device) -> None:
         self.precision: Precision = "bf16" if device.type == "cuda" else "no"
         self.config = training.TrainConfig(setting="supervised", batch_size=sizes.batch, precision=self.precision)
-        self.split = Split.from_names("benchmark", [f"class {i}" for i in range(classes)])
+        names = [f"{colour} {name}" for colour in scenes.COLOURS for name in scenes.CLASSES]  # the tiny CLIP knows them
+        self.split = Split.from_names("benchmark", names[:classes])
         self.accelerator = new_accelerator(self.precision, cpu=device.type == "cpu")
         self.model = new_model(sizes, device).train()
         self.trainee = training.Trainee(self.model, unit(classes, self.model.encoder.tower.output_dim).to(device))
@@ -183,9 +182,9 @@ class Trainer:
         self.images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device)
         self.labels = drawn_labels(sizes.batch, sizes.side, list(range(min(8, classes)))).to(device)
 
-    def step(self, *batch: Tensor) -> None:
-        images, labels = batch or (self.images, self.labels)
-        training.step(self.accelerator, self.trainee, self.optimizer, [(images, labels)], self.split, self.config)
+    def step(self) -> None:
+        batch = [(self.images, self.labels)]
+        training.step(self.accelerator, self.trainee, self.optimizer, batch, self.split, self.config)
 
     def plain_step(self, plain: SimpleNamespace) -> None:
         """The same in plain PyTorch, float32."""
@@ -194,20 +193,20 @@ class Trainer:
         plain.segmentation_loss(logits, self.labels, "spt")["total"].backward()
         self.optimizer.step()
 
-    def loaded(self, folder: str, pictures: int, workers: int) -> Iterator[Any]:
-        """Augmented training batches from JPEG files of VOC's size, 500 x 375."""
-        for part in ("images", "masks"):
-            Path(folder, part).mkdir()
-        for seed in range(pictures):
-            image, label = scenes.draw(seed, size=128)
-            mask = Image.fromarray((label % len(self.split.classes)).astype("uint8"))
-            Image.fromarray(image).resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
-            mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{folder}/masks/{seed}.png")
-        augmentation = training.training_augmentation(self.model, self.config)
-        _, table = training.label_table(self.split, "supervised")
-        stream = training.TrainingStream(ImageMaskFolder(folder, self.split), augmentation, table, 0)
-        positions = training.Positions(range(10**6), self.config.batch_size, 1, 0, 1)
-        return iter(training.loading(stream, positions, workers, pin_memory=self.accelerator.device.type == "cuda"))
+    def rate_with_loading(self, sizes: Sizes) -> float:
+        """Images a second in `fit`, which reads JPEG files of VOC's size, 500 x 375."""
+        with TemporaryDirectory() as folder:
+            for part in ("images", "masks"):
+                Path(folder, part).mkdir()
+            for seed in range(sizes.pictures):
+                image, label = scenes.draw(seed, size=128)
+                mask = Image.fromarray((label % len(self.split.classes)).astype("uint8"))
+                Image.fromarray(image).resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
+                mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{folder}/masks/{seed}.png")
+            workers = training.PRESETS["voc"].train.workers  # the first steps are left out, in which they start
+            config = replace(self.config, iterations=workers + sizes.steps, workers=workers, progress=False)
+            rows = training.fit(self.model, ImageMaskFolder(folder, self.split), self.split, config).history
+        return sizes.steps / sum(1 / row["images_per_second"] for row in rows[-sizes.steps :])
 
 
 def training_step(sizes: Sizes, classes: int, device: torch.device) -> Work:
@@ -231,51 +230,14 @@ def training_steps(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
             row = replace(row.with_rate("images_per_second", sizes.batch), peak_gib=peak)
         yield row
     for trainer, presets in zip(trainers.values(), PRESETS, strict=False):
-        workers = training.PRESETS["voc"].train.workers
-        with TemporaryDirectory() as folder:
-            batches = trainer.loaded(folder, sizes.pictures, workers)
-
-            def run(steps: int, trainer: Trainer = trainer, batches: Iterator[Any] = batches) -> None:
-                for batch in (next(batches) for _ in range(steps)):
-                    trainer.step(batch.image, batch.target)
-
-            run(workers)  # they start, and what each read before the clock did is used up
-            rate = sizes.steps * sizes.batch / watch.seconds(partial(run, sizes.steps))
+        rate = trainer.rate_with_loading(sizes)
         runs = {preset: training.PRESETS[preset].train for preset in presets}
         hours = {f"hours_{preset}": each.iterations * each.batch_size / rate / 3600 for preset, each in runs.items()}
         name = "steps, loading included" + (f", {len(trainer.split.classes)} classes" if trainer is not first else "")
         yield Row("training", name, extra={"images_per_second": rate, **hours})
 
 
-def data(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
-    """Augmented training pictures a second: from files in one process and in several; drawn scenes."""
-    trainer = Trainer(replace(sizes, clip=TINY), sizes.few, torch.device("cpu"))
-    for workers in (0, cores()):
-        count = max(sizes.pictures // sizes.batch, 4 * workers)  # each reads two ahead
-        with TemporaryDirectory() as folder:
-            batches = trainer.loaded(folder, sizes.pictures, workers)
-            next(batches)
-            seconds = watch.seconds(partial(list, islice(batches, count)))
-            rate = {"images_per_second": count * sizes.batch / seconds}
-            yield Row("data", f"crops of {sizes.side}, {workers} workers", extra=rate)
-            del batches
-    seconds = watch.seconds(lambda: [scenes.draw(seed) for seed in range(sizes.pictures)])
-    yield Row("data", "drawn scenes of 128", extra={"images_per_second": sizes.pictures / seconds})
-
-
-def widgets(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
-    """What one movement of the band explorer's slider takes: filtering at once, the masks after a pause."""
-    try:
-        from sptseg.interactive import FrequencyExplorer  # ipywidgets is an optional part
-    except ImportError as error:
-        raise ValueError("the widgets suite needs ipywidgets: pip install 'sptseg[notebooks]'") from error
-    image, _ = scenes.draw(7, size=sizes.side)
-    explorer = FrequencyExplorer(load_model(), image, ["tree", "sky", "grass", "house"])
-    cases = {"filter and show": explorer.update, "masks of the filtered picture": explorer.predict}
-    yield from watch.compare("widgets", cases, {})
-
-
-SUITES = {"inference": inference, "training": training_steps, "loss": loss, "data": data, "widgets": widgets}
+SUITES = {"inference": inference, "training": training_steps, "loss": loss}
 
 
 def benchmark(
@@ -288,7 +250,7 @@ def benchmark(
     """Measures speed and memory as ratios within one run, on the GPU if there is one, and describes the machine.
 
     Args:
-        suites: inference, training, loss, data, widgets; all by default.
+        suites: inference, training, loss; all by default.
         quick: tiny sizes, in seconds: whether it runs, not how fast.
         threads: of torch on the CPU.
         loss_batch: pictures in the loss suite; the plain twin needs about 4 GiB for each.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TextIO
+from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import tyro
 
@@ -63,24 +64,23 @@ def evaluate_command(
     across = bool(shown) and {*shown, *new} != set(split.classes)
     seen_offset = 0.0 if across and seen_offset is None else seen_offset
     scores = evaluate(model, dataset, split, seen_offset=seen_offset, limit=limit, workers=workers)
-    report = scores.as_dict()
-    print(scores.table())
+    report, lines = scores.as_dict(), [scores.table()]
     if across or set(shown) & set(split.names(split.unseen)):
         found = report["training"] = {"split": model.about["split"], **by_training(scores, shown)}
-        all_of_them, old, others = (
-            "-" if found[key] is None else f"{found[key]:.1%}" for key in ("miou", "miou_shown", "miou_new")
+        miou = {key: "-" if value is None else f"{value:.1%}" for key, value in found.items() if "miou" in key}
+        lines.append(
+            f"trained on {found['split']}: mIoU {miou['miou']} of all classes, {miou['miou_shown']} of the "
+            f"{len(found['shown'])} whose names training showed masks of, {miou['miou_new']} of the others"
         )
-        print(
-            f"trained on {found['split']}: mIoU {all_of_them} of all classes, {old} of the {len(found['shown'])} whose "
-            f"names training showed masks of, {others} of the others"
-        )
-    published = beside_published(model.config, data.layout, by_training(scores, ())["miou"])
-    if published and limit is None:
-        print(published)
+    if limit is None:
+        lines += beside_published(model.config, data.layout, by_training(scores, ())["miou"])
     if model.config.clip in EMBEDDED_CLIPS and data.data != "scenes":
-        print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
+        lines.append(
+            "The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work."
+        )
     if json_file is not None and is_main_process():
         write(json_file, json.dumps(report, indent=1) + "\n")
+    print("\n".join(lines))
 
 
 def segment_command(
@@ -117,13 +117,12 @@ def segment_command(
             f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
             f"{shlex.quote(str(out.with_suffix('')))}"
         )
+    folder, beside = (out.parent, f"{out.stem}-") if out.suffix else (out, "")
+    stems = [out.stem if out.suffix else file.stem for file in files]
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
-    results = [out.with_name(f"{out.stem}{e}") if out.suffix else out / f"{f.stem}{e}" for f in files for e in ends]
-    coco_json, names_json, areas_csv = (
-        out.with_name(f"{out.stem}-{name}") if out.suffix else out / name
-        for name in ("coco.json", "names.json", "areas.csv")
-    )
-    taken = [path.resolve() for path in (*files, *results, coco_json, names_json, areas_csv)]
+    results = [[folder / f"{stem}{end}" for end in ends] for stem in stems]
+    coco_json, names_json, areas_csv = (folder / f"{beside}{name}" for name in ("coco.json", "names.json", "areas.csv"))
+    taken = [path.resolve() for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     (plots.picture_place if out.suffix else partial(output_place, folder=True))(out)
@@ -131,7 +130,7 @@ def segment_command(
     told = names(classes)
     chosen = background or ("usual" if len(told) == 1 else None)
     masks, rows, unread = CocoMasks([synonyms(name)[0] for name in told]), [], []
-    for i, file in enumerate(files):
+    for file, (picture, labels, scores) in zip(files, results, strict=True):
         try:
             pixels = as_array(file, max_pixels)
         except OSError as error:
@@ -145,7 +144,6 @@ def segment_command(
             write(names_json, json.dumps(result.named, indent=1, ensure_ascii=False) + "\n")
             if isinstance(result.background, tuple):
                 print(f"none stands for {', '.join(result.background)}")
-        picture, labels, scores = results[i * len(ends) : (i + 1) * len(ends)]
         result.save(picture)
         result.save_labels(labels)
         result.save_scores(scores)
@@ -156,13 +154,9 @@ def segment_command(
         print(f"wrote {picture}")
     write(coco_json, masks.json())
     if out.suffix:
-        print(f"wrote beside it {', '.join(each.name for each in (*results[1:], coco_json, names_json))}")
+        print(f"wrote beside it {', '.join(each.name for each in (labels, scores, coco_json, names_json))}")
         return
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]) if rows else ["picture"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write(areas_csv, table.getvalue())
+    write(areas_csv, pd.DataFrame(rows, columns=None if rows else ["picture"]).to_csv(index=False))
     if unread:
         raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 
@@ -184,9 +178,9 @@ def check_command(
     if json_file is not None:
         output_place(json_file)
     report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
-    print(report.table())
     if json_file is not None:
         write(json_file, json.dumps(report.as_dict(), indent=1) + "\n")
+    print(report.table())
     if report.faults:
         raise ValueError(f"{len(report.faults)} files are faulty: {report.faults[0]}")
 
@@ -271,30 +265,6 @@ COMMANDS = {
 IN_SEVERAL_PROCESSES = ("train", "ablate", "evaluate")  # what torchrun and accelerate launch may start
 
 
-class Outlet(io.FileIO):
-    """A standard stream whose failures wait: work goes on when its reader has left (`| head`) or its disk is full."""
-
-    failure: ClassVar[OSError | None] = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if not isinstance(error, BrokenPipeError):
-                Outlet.failure = OSError(f"what was printed is not whole: {error.strerror}")
-            return len(data)
-
-    @classmethod
-    def of(cls, stream: TextIO) -> TextIO:
-        """The stream, through an outlet if it leads to a file; what its encoding lacks is printed as in \\u8349."""
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-            if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
-                file = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
-                return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
-        return stream
-
-
 @contextmanager
 def notes_told_once() -> Iterator[None]:
     """What is noted of pictures goes to standard error, a line each, with the first picture it is said of."""
@@ -318,8 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["data"], ["notebooks"]):
         given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
-    Outlet.failure = None
-    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), one_voice(), notes_told_once():
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what an encoding lacks is printed as in \u8349
+    with one_voice(), notes_told_once():
         try:
             if processes() > 1 and given[:1] and given[0] not in IN_SEVERAL_PROCESSES:
                 one = "works in one process; start it without torchrun or accelerate launch"
@@ -329,8 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 listed = {**COMMANDS, "train": Train, "ablate": Ablate}
                 tyro.extras.subcommand_cli_from_dict(listed, args=given, prog="sptseg", description=__doc__)
-            if Outlet.failure is not None:
-                raise Outlet.failure
         except (ValueError, OSError, FloatingPointError, MemoryError) as error:
             said = str(error) or "memory ran out"
             print(f"sptseg: {' '.join(said.split())[:2000]}", file=sys.stderr)

@@ -21,10 +21,10 @@ from sptseg import scenes
 from sptseg.analysis import class_iou_bars, training_curves
 from sptseg.checkpoints import load_model
 from sptseg.datasets import Scenes, enlarge, plots, png
-from sptseg.inference import Scores, evaluate, segment
+from sptseg.inference import FIGURES, Scores, evaluate, segment, table
 from sptseg.model import EMBEDDED_CONFIG, SptSeg, build_model
 from sptseg.system import output_place, write
-from sptseg.training import EMBEDDED_TRAINING, FIGURES, fit
+from sptseg.training import EMBEDDED_TRAINING, fit
 
 MODELS = {"embedded": "SPT-SEG", "embedded-zegclip": "ZegCLIP", "dense-clip": "dense CLIP"}
 TRAINED = "SPT-SEG, just trained"
@@ -103,7 +103,7 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
 
 
 def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:
-    """The first scenes with their truth; a scene cut up by free phrases, and each phrase's scores."""
+    """The first scenes with their truth; a scene cut up by free phrases, and that scene alone."""
     classes, palette, unseen = data.split.classes, data.split.palette, data.split.names(data.split.unseen)
     made = {}
     for i in range(min(GALLERY, len(data))):
@@ -119,31 +119,18 @@ def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:
     found = shares(free.labels, FREE_CLASSES, marked)
     figure = plots.show_segmentation(image, free.labels, FREE_CLASSES, free.palette, marked)
     made["free-phrases"] = Picture.of(figure, f"A scene and its mask by free phrases: {found}")
-    maps, figure = {name: free.scores(name) for name in FREE_CLASSES}, plots.Plot(10, 4.6)
-    best, axes = {name: float(each.max()) for name, each in maps.items()}, iter(figure.subplots(2, 4).flat)
-    plots.show_image(next(axes), image, "picture")
-    for ax, (name, each) in zip(axes, maps.items(), strict=True):
-        plots.score_map(ax, each, plots.marked(name, marked), max(best.values()))
-    highest = ", ".join(f"{name} {score:.2f}" for name, score in best.items())
-    below = "How much each pixel looks like each phrase. Every pixel goes to the phrase that scores highest there."
-    made["scores"] = Picture.of(figure, f"Score of each phrase at each pixel; highest: {highest}", below)
-
-    large = enlarge(image, 4)
-    split, (y, x) = plots.overlay(large, enlarge(free.labels, 4), free.palette, alpha=0.8), np.indices(large.shape[:2])
-    split[x + y < len(large)] = large[x + y < len(large)]
-    split[abs(x + y - len(large)) < 4] = 255
-    made["halves"] = Picture(png(split), f"A drawn scene, half as it is, half cut up into {found}")
-    return {**made, "picture": Picture(png(enlarge(image, 2)), "The drawn scene")}
+    return {**made, "picture": Picture(png(enlarge(image, 2)), "A drawn scene with a boat beside a tree")}
 
 
 def trained(seed: int, iterations: int) -> tuple[SptSeg, list[dict[str, Any]]]:
     """A model after a few steps of training, and their history."""
-    looking = {"validate_every": max(1, iterations // 4), "validation_images": 12}
-    short = {"iterations": iterations, "warmup": iterations // 10, "batch_size": BATCH, "seed": seed, **looking}
     torch.manual_seed(seed)
     model, data = build_model(EMBEDDED_CONFIG), Scenes(10_000, seed, "training")
-    config = replace(EMBEDDED_TRAINING, **short)
-    return model, list(fit(model, data, data.split, config, validation=Scenes(12, seed + 1)).history)
+    config = replace(
+        EMBEDDED_TRAINING, iterations=iterations, warmup=iterations // 10, batch_size=BATCH, seed=seed,
+        validate_every=max(1, iterations // 4), validation_images=12,
+    )  # fmt: skip
+    return model, fit(model, data, data.split, config, validation=Scenes(12, seed + 1)).history
 
 
 def charts(scores: Mapping[str, Scores], history: list[dict[str, Any]], data: Scenes) -> dict[str, Picture]:
@@ -172,9 +159,8 @@ def percent(value: float) -> str:
 
 def markdown_table(scores: Mapping[str, Scores]) -> str:
     """The summary figures of all models in percent."""
-    lines = [["model (%)", *FIGURES.values()], ["---", *["---:"] * len(FIGURES)]]
-    lines += [[name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = ([name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items())
+    return table(["model (%)", *FIGURES.values()], *rows)
 
 
 def render_page(

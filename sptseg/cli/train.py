@@ -16,27 +16,13 @@ import torch
 import tyro
 from accelerate import PartialState
 
+from sptseg import training
 from sptseg.analysis import spectral_summary
 from sptseg.checkpoints import load_model
 from sptseg.datasets import SCENES_TO_SCORE, SCENES_TO_TRAIN, Data, names
 from sptseg.model import EMBEDDED_CLIPS, EMBEDDED_CONFIG, ModelConfig, build_model, load_clip
 from sptseg.system import output_place
-from sptseg.training import (
-    CONFIGURATIONS,
-    EMBEDDED_TRAINING,
-    LADDER,
-    PRESETS,
-    Plan,
-    PresetName,
-    Setting,
-    Study,
-    TrainConfig,
-    ablate,
-    fit,
-    in_setting,
-    preflight,
-    write_report,
-)
+from sptseg.training import CONFIGURATIONS, EMBEDDED_TRAINING, PRESETS, PresetName, Setting, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -89,14 +75,14 @@ class Train:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
         model.to(PartialState().device)  # on a GPU the thousands of prompts of many classes take seconds, not a minute
-        report = preflight(model, dataset, split, self.train, folder=self.output)
+        report = training.preflight(model, dataset, split, self.train, folder=self.output)
         print(report.text())
         report.raise_on_fault()
         if self.preflight_only:
             return
         data = asdict(self.data.resolved("training"))
         about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
-        fit(
+        training.fit(
             model, dataset, split, self.train,
             output=self.output, validation=validation, resume=self.resume, about=about,
         )  # fmt: skip
@@ -160,7 +146,7 @@ class Ablate:
         if self.plan is not None:
             return self.study(self.plan)
         preset = PRESETS[self.preset]
-        default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else LADDER
+        default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else training.LADDER
         chosen = names(self.configurations) or list(default)
         unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
         if unknown:
@@ -170,7 +156,7 @@ class Ablate:
         configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
         dataset, _ = self.data.load("training")
         scored, split = self.validation.load("evaluation")
-        print(ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output))
+        print(training.ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output))
 
     def study(self, plan: Path) -> None:
         until = time.monotonic() + 60 * (math.inf if self.minutes is None else self.minutes)
@@ -184,9 +170,9 @@ class Ablate:
         i, n = map(int, share.groups()) if share else (0, 0)
         if not 1 <= i <= n:
             raise ValueError(f"--share is {self.share!r}; wanted I/N with I from 1 to N, such as 1/2")
-        study = Study(Plan.read(plan), self.output, spectral_summary)
+        study = training.Study(training.Plan.read(plan), self.output, spectral_summary)
         if self.minutes == 0 or study.work((i, n), until, lambda text: print(text, flush=True)):
-            print(write_report(study))
+            print(training.write_report(study))
 
 
 @dataclass(frozen=True)
@@ -206,7 +192,7 @@ def with_preset(command: str, arguments: Sequence[str]) -> Train | Ablate:
         scored = SCENES_TO_SCORE if preset.data == SCENES_TO_TRAIN else preset.data
         ablation = Ablate(preset=chosen.preset, data=preset.data, validation=scored, train=preset.train)
         return tyro.cli(Ablate, args=list(arguments), default=ablation, prog=prog)
-    model, train = in_setting(preset.model, preset.train, chosen.setting)
+    model, train = training.in_setting(preset.model, preset.train, chosen.setting)
     default = Train(output=tyro.MISSING, preset=chosen.preset, data=preset.data, model=model, train=train)
     return tyro.cli(Train, args=list(arguments), default=default, prog=prog)
 

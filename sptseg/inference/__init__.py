@@ -4,11 +4,11 @@
 from sptseg.inference import evaluation, metrics
 from sptseg.inference.coco import CocoMasks
 from sptseg.inference.evaluation import (
-    by_training, confusion_matrices, evaluate, first_indices, new_accelerator, predictions, summary,
+    by_training, confusion_matrices, evaluate, first_indices, new_accelerator, predictions,
 )
 from sptseg.inference.metrics import (
-    Change, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class, ratios,
-    ratios_of_tallies, score_interval, scores, scores_of_tallies, tallies,
+    Change, FIGURES, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class,
+    ratios, ratios_of_tallies, score_interval, scores, table, tallies,
 )
 from sptseg.inference.segmentation import Segmentation, segment
 from sptseg.inference.windows import (

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,11 +50,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned
 
 
-def summary(scores: Scores) -> dict[str, float | None]:
-    """The four summary figures, without the classes'."""
-    return {name: value for name, value in scores.as_dict().items() if name != "iou"}
-
-
 class Prepared(Dataset[tuple[Sample, Tensor]]):
     """Pictures as they are and as a model sees them."""
 
@@ -63,12 +59,6 @@ class Prepared(Dataset[tuple[Sample, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Sample, Tensor]:
         sample = self.dataset[index]
         return sample, self.prepare(tv_tensors.Image(sample["image"]))
-
-
-def only(items: list[Any]) -> Any:
-    """The one item of a list."""
-    (item,) = items
-    return item
 
 
 def first_indices(dataset: Dataset[Sample], limit: int | None) -> range:
@@ -103,7 +93,7 @@ def predictions(
     prepared = Prepared(dataset, test_transform(augmentation(model.config)))
     indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
     one_by_one, pin = [[i] for i in indices], model.device.type == "cuda"
-    pictures = read_batches(prepared, one_by_one, only, workers, pin, ahead=2 * batch_size)
+    pictures = read_batches(prepared, one_by_one, itemgetter(0), workers, pin, ahead=2 * batch_size)
     while batch := list(islice(pictures, batch_size)):
         found: dict[int, WindowLogits] = {}
         for size in {image.shape for _, image in batch}:
@@ -140,16 +130,8 @@ def evaluate(
     metrics = SegmentationMetrics(split, accelerator.device)
     mine = first_indices(dataset, limit)[accelerator.process_index :: accelerator.num_processes]
     hidden = not (progress and accelerator.is_main_process)
-    found = predictions(
-        model,
-        dataset,
-        split,
-        seen_offset=seen_offset,
-        indices=mine,
-        batch_size=batch_size,
-        autocast=accelerator.autocast,
-        workers=workers,
-    )
+    options = {"seen_offset": seen_offset, "batch_size": batch_size, "workers": workers}
+    found = predictions(model, dataset, split, indices=mine, autocast=accelerator.autocast, **options)
     with ended_helpers("use workers=0 (command line: --workers 0)"), closing(found):
         for sample, logits in tqdm(found, desc="evaluating", total=len(mine), disable=hidden, mininterval=1):
             label = torch.as_tensor(sample["label"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sptseg.datasets import Split
+
+FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
+SUMMARY = tuple(FIGURES)
+
+
+def table(*rows: Iterable[object]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *lines = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *lines])
 
 
 @dataclass(frozen=True)
@@ -28,24 +37,23 @@ class Scores:
     hiou: float
     iou: dict[str, float]
 
+    @classmethod
+    def of(cls, values: Tensor, split: Split) -> Scores:
+        """The ratios (4 + C,) that `ratios_of_tallies` gives, by name."""
+        summary, iou = values[: len(SUMMARY)].tolist(), values[len(SUMMARY) :].tolist()
+        return cls(*summary, iou=dict(zip(split.classes, iou, strict=True)))
+
+    def summary(self) -> dict[str, float | None]:
+        """The four summary figures, JSON-ready: nan becomes None."""
+        return {name: None if (value := getattr(self, name)) != value else value for name in SUMMARY}
+
     def as_dict(self) -> dict[str, Any]:
-        """The ratios, JSON-ready: nan becomes None."""
-
-        def clean(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: clean(each) for name, each in value.items()}
-            return None if value != value else value
-
-        return {name: clean(value) for name, value in asdict(self).items()}
+        """The summary, and "iou", each class's, JSON-ready."""
+        return {**self.summary(), "iou": {name: None if v != v else v for name, v in self.iou.items()}}
 
     def table(self) -> str:
         """The four summary figures in percent, as one Markdown table."""
-        cells = [self.pixel_accuracy, self.miou_seen, self.miou_unseen, self.hiou]
-        shown = [" - " if value != value else f"{100 * value:.1f}" for value in cells]
-        return "| pAcc | mIoU(S) | mIoU(U) | hIoU |\n|---|---|---|---|\n| " + " | ".join(shown) + " |"
-
-
-SUMMARY = ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou")
+        return table(FIGURES.values(), [" - " if v is None else f"{100 * v:.1f}" for v in self.summary().values()])
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Tensor:
@@ -90,7 +98,7 @@ def _iou(counts: Tensor) -> Tensor:
 
 def ratios(confusion: Tensor, split: Split) -> Tensor:
     """Confusion (..., C, C) -> the figures of `SUMMARY`, then each class's IoU: (..., 4 + C), float64; see `Scores`."""
-    return ratios_of_tallies(tallies(confusion.double()), split)
+    return ratios_of_tallies(tallies(confusion), split)
 
 
 def ratios_of_tallies(counts: Tensor, split: Split) -> Tensor:
@@ -105,17 +113,7 @@ def ratios_of_tallies(counts: Tensor, split: Split) -> Tensor:
 
 def scores(confusion: Tensor, split: Split) -> Scores:
     """All ratios of a confusion matrix (C, C), rows true, columns predicted."""
-    return scores_of_tallies(tallies(confusion.cpu()), split)
-
-
-def scores_of_tallies(counts: Tensor, split: Split) -> Scores:
-    """All ratios of (3, C); see `tallies`."""
-    return _named(ratios_of_tallies(counts, split), split)
-
-
-def _named(values: Tensor, split: Split) -> Scores:
-    summary, iou = values[: len(SUMMARY)].tolist(), values[len(SUMMARY) :].tolist()
-    return Scores(*summary, iou=dict(zip(split.classes, iou, strict=True)))
+    return Scores.of(ratios(confusion.cpu(), split), split)
 
 
 def bootstrap(
@@ -138,8 +136,8 @@ def bootstrap(
 
 def score_interval(confusions: Tensor, split: Split, **options: Any) -> tuple[Scores, Scores]:
     """Lower and upper ends of all scores of pictures' confusions (P, C, C); options as for `bootstrap`."""
-    low, high = bootstrap(confusions, lambda pooled: ratios(pooled, split), **options)
-    return _named(low, split), _named(high, split)
+    low, high = bootstrap(tallies(confusions), lambda pooled: ratios_of_tallies(pooled, split), **options)
+    return Scores.of(low, split), Scores.of(high, split)
 
 
 @dataclass(frozen=True)
@@ -162,13 +160,10 @@ def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options:
     """
     if before.shape != after.shape:
         raise ValueError(f"confusions {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures")
-    kept = torch.eye(before.shape[-1], dtype=torch.float64)[list(classes)]
-    merge = torch.cat([kept, 1 - kept.sum(0, keepdim=True)])  # all other classes as one: these have the same IoU
-    both = merge @ torch.stack([before, after], dim=1).double() @ merge.T  # (P, 2, k + 1, k + 1)
+    both = tallies(torch.stack([before, after], dim=1).double())[..., list(classes)]  # (P, 2, 3, k)
 
-    def change(pooled: Tensor) -> Tensor:  # (..., 2, k + 1, k + 1) -> (..., 1)
-        iou = iou_per_class(pooled).masked_fill(pooled.sum(-1) == 0, torch.nan)
-        return iou[..., :-1].nanmean(-1).diff(dim=-1)
+    def change(pooled: Tensor) -> Tensor:  # (..., 2, 3, k) -> (..., 1)
+        return _iou(pooled).masked_fill(pooled[..., 1, :] == 0, torch.nan).nanmean(-1).diff(dim=-1)
 
     return Change(*torch.cat([change(both.sum(0)), bootstrap(both, change, **options)[:, 0]]).tolist())
 

@@ -2,12 +2,12 @@
 
 # fmt: off
 from sptseg.training import ablation, losses
-from sptseg.training.ablation import CONFIGURATIONS, FIGURES, LADDER, ablate
+from sptseg.training.ablation import FIGURES, ablate
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig, learning_rate, training_augmentation
 from sptseg.training.loop import Trainee, fit, parameter_groups, pseudo_labels, step
 from sptseg.training.losses import present_pairs, segmentation_loss
 from sptseg.training.checks import preflight
-from sptseg.training.presets import PRESETS, PresetName, VOC, in_setting
+from sptseg.training.presets import CONFIGURATIONS, LADDER, PRESETS, PresetName, in_setting
 from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
 from sptseg.training.recipe import WORDS, beside_published, training_free
 from sptseg.training.report import interval, write_report

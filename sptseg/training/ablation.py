@@ -13,45 +13,16 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import completed, load_model
+from sptseg.checkpoints import load_model
 from sptseg.datasets import Sample, Split
-from sptseg.inference import evaluate
-from sptseg.model import (
-    DENSE_CLIP,
-    EMBEDDED_CONFIG,
-    SPT_RELEASED,
-    ZEGCLIP,
-    ModelConfig,
-    ReadOut,
-    build_model,
-    fingerprint,
-    load_clip,
-)
+from sptseg.inference import FIGURES, evaluate, metrics
+from sptseg.model import ModelConfig, build_model, fingerprint, load_clip
 from sptseg.system import is_main_process, write
 from sptseg.training.config import TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import in_setting
-from sptseg.training.state import HALFWAY, identity
-
-FIGURES = {"pixel_accuracy": "pAcc", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
-DENSE_ZEGCLIP = replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0)
-CONFIGURATIONS: dict[str, ModelConfig] = {
-    "dense-clip": DENSE_CLIP,
-    **{f"dense-clip-{name}": replace(DENSE_CLIP, readout=name) for name in get_args(ReadOut) if name != "plain"},
-    "zegclip-released": ZEGCLIP,
-    "spt-released": SPT_RELEASED,
-    "zegclip": DENSE_ZEGCLIP,
-    "zegclip+spectral-prompts": replace(DENSE_ZEGCLIP, spectral_layers=(0, 1)),
-    "spt": EMBEDDED_CONFIG,
-    "spt+selection": replace(EMBEDDED_CONFIG, selection=True),
-    "spt-spectral-prompts": replace(EMBEDDED_CONFIG, spectral_layers=()),
-    "spt-deep-prompts": replace(EMBEDDED_CONFIG, prompt_tokens=0),
-    "spt+ssim": replace(EMBEDDED_CONFIG, loss="spt"),
-    "zegclip-released+spectral-prompts": replace(ZEGCLIP, spectral_layers=(0, 1)),
-    "spt-released-ssim": replace(SPT_RELEASED, loss="zegclip"),
-}
-# The paper's ablation, part by part: nothing trained, ZegCLIP, + spectral prompts, + spectral guided decoder, + SSIM.
-LADDER = ("dense-clip", "zegclip-released", "zegclip-released+spectral-prompts", "spt-released-ssim", "spt-released")
+from sptseg.training.state import HALFWAY, differing, identity
+from sptseg.training.stream import Setting
 
 
 def run_one(
@@ -70,33 +41,26 @@ def run_one(
     CLIP, split, training, or other pictures.
     """
     base, _, setting = name.partition("@")
-    if setting not in ("", "inductive", "supervised", "transductive"):
+    if setting not in ("", *get_args(Setting)):
         raise ValueError(f"{name} asks for the setting {setting!r}; wanted {base}@supervised or {base}@transductive")
-    place = folder / f"{name}-seed{train.seed}"
-    start = None
+    place, start = folder / f"{name}-seed{train.seed}", None
     if setting == "transductive":
         run_one(base, config, dataset, validation, split, train, folder)
         start = folder / f"{base}-seed{train.seed}" / HALFWAY
-    config, train = in_setting(config, train, setting or "inductive")
+    config, train = in_setting(config, train, setting or "inductive")  # pyright: ignore[reportArgumentType]
     torch.manual_seed(train.seed)  # for all that is random from here on: making a CLIP draws numbers too
     clip = load_clip(config.clip, config.clip_weights)
-    result_file = place / "result.json"
-    parts = {"model": asdict(config), "train": asdict(train), "split": asdict(split), "clip": fingerprint(clip)}
-    data = {"data": identity(dataset), "validation": identity(validation)}
-    asked = json.loads(json.dumps({**parts, **data}))
-    if result_file.is_file():
-        result = json.loads(result_file.read_text())
-        before = {**result["asked"], "model": completed(result["asked"]["model"])}
-        before["model"]["clip_weights"] = config.clip_weights  # wherever the file lies: the fingerprint tells it
-        asked["clip"] = fingerprint(clip, like=before.get("clip", ""))
-        for part in ("data", "validation"):  # what is younger than the file
-            before[part] = {**asked[part], **before.get(part, {"pictures": 0})}
-        other = [part for part in asked if before.get(part) != asked[part]]
-        if not other:
-            return result
-        raise ValueError(
-            f"{result_file} holds a run with other {', '.join(other)}; choose another output folder, or delete it"
-        )
+    file = place / "result.json"
+    before = json.loads(file.read_text()) if file.is_file() else {"asked": {}}
+    asked = {
+        "model": asdict(config), "train": asdict(train), "split": asdict(split), "data": identity(dataset),
+        "validation": identity(validation), "clip": fingerprint(clip, like=before["asked"].get("clip", "")),
+    }  # fmt: skip
+    if before["asked"]:
+        if other := differing(before["asked"], asked):
+            differ = f"{file} holds a run with other settings of {', '.join(other)}"
+            raise ValueError(f"{differ}; choose another output folder, or delete it")
+        return before
     model = build_model(config, clip) if start is None else load_model(start, clip)
     model.config = config
     if config.trains:
@@ -104,7 +68,7 @@ def run_one(
     scores = evaluate(model, validation, split, progress=train.progress)
     result = {"name": name, "seed": train.seed, "scores": scores.as_dict(), "asked": asked}
     if is_main_process():
-        write(result_file, json.dumps(result, indent=1) + "\n")
+        write(file, json.dumps(result, indent=1) + "\n")
     PartialState().wait_for_everyone()  # who comes later must find it
     return result
 
@@ -137,12 +101,11 @@ def ablate(
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, in percent, one row a configuration."""
-    lines = ["| configuration | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---|" + "---|" * len(FIGURES)]
+    rows: list[list[object]] = [["configuration", "seeds", *FIGURES.values()]]
     for name in dict.fromkeys(result["name"] for result in results):
         own = [result["scores"] for result in results if result["name"] == name]
-        cells = [mean_and_deviation([scores[figure] for scores in own]) for figure in FIGURES]
-        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, len(own), *(mean_and_deviation([scores[figure] for scores in own]) for figure in FIGURES)])
+    return metrics.table(*rows) + "\n"
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,25 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sptseg.checkpoints import IMPORTED
-from sptseg.datasets import (
-    IGNORE,
-    MOST_LISTED,
-    Augmentation,
-    DataReport,
-    Sample,
-    Split,
-    evenly,
-    listed,
-    plots,
-    save_figure,
-    survey,
-)
-from sptseg.inference import new_accelerator
+from sptseg.datasets import IGNORE, MOST_LISTED, Augmentation, DataReport, Sample, Split, evenly, listed, plots, survey
 from sptseg.model import SptSeg
 from sptseg.system import is_main_process
 from sptseg.training.config import TrainConfig, training_augmentation
-from sptseg.training.loop import fit
-from sptseg.training.stream import UNSEEN_PIXEL, Positions, Setting, TrainingStream, collate, label_table
+from sptseg.training.loop import Run, fit
+from sptseg.training.stream import UNSEEN_PIXEL, label_table
 
 SAMPLE = 16  # pictures that are read for their label values
 SAME_TEXT = 0.999  # cosine of two classes that no mask could tell apart
@@ -81,18 +69,11 @@ def preflight(
     check_names(getattr(dataset, "split", split), split, report)
     if model.clip.weights is None and model.clip.name != IMPORTED:
         report.warnings.append(f"CLIP {model.clip.name!r} has random weights: no name means anything to it")
-    augment = training_augmentation(model, config)
     try:
         check_text(model, split, report)
         if not data.faults:  # the first batch may run into the same files
-            start = time.perf_counter()
-            images, targets = check_first_batch(dataset, split, config, augment, report)
-            reading = time.perf_counter() - start
-            if folder is not None and is_main_process():
-                path = Path(folder) / "first-batch.png"
-                draw(images, targets, augment, split, config.setting, path)
-                report.findings.append(f"first batch drawn: {path}")
-            try_out(model, dataset, split, config, augment, reading, report)
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                try_out(model, dataset, split, config, folder, report)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         report.faults.append(f"a first step cannot be made: {error}")
     return report
@@ -116,72 +97,40 @@ def check_names(own: Split, split: Split, report: PreflightReport) -> None:
 def check_text(model: SptSeg, split: Split, report: PreflightReport) -> None:
     """No two classes may be the same to CLIP."""
     names, text = split.texts(), model.class_embeddings(split.texts())
-    cosine = (text @ text.T).cpu().fill_diagonal_(-2).triu(1)
     if len(names) > 1:
+        cosine = (text @ text.T).cpu().fill_diagonal_(-2)
         first, second = divmod(int(cosine.argmax()), len(names))
         pair = f"{names[first]!r} and {names[second]!r}, cosine {cosine[first, second]:.3f}"
         report.findings.append(f"closest text embeddings: {pair}")
-    same = [f"{names[i]!r} and {names[j]!r}" for i, j in (cosine > SAME_TEXT).nonzero().tolist()]
-    if same:
-        report.faults.append(f"CLIP cannot tell apart {listed(same)}; give other words with with_prompts")
-
-
-def check_first_batch(
-    dataset: Dataset[Sample], split: Split, config: TrainConfig, augment: Augmentation, report: PreflightReport
-) -> tuple[Tensor, Tensor]:
-    """This process's pictures (B, 3, S, S') of the first iteration, and their targets (B, S, S')."""
-    queries, table = label_table(split, config.setting)
-    accelerator = new_accelerator("no")
-    share = accelerator.process_index, accelerator.num_processes
-    stream = TrainingStream(dataset, augment, table, config.seed)
-    positions = Positions(range(1), config.batch_size, config.accumulation, *share)
-    images, targets, _ = collate([stream[position] for part in positions for position in part])
-    ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)
-    report.findings.append(f"first batch: {len(queries)} queries, {ignored.mean():.1%} of the pixels ignored")
-    empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
-    if len(empty) == len(targets):
-        report.faults.append(
-            f"every pixel of the first {len(targets)} training pictures is ignored: there is nothing to learn; look at "
-            "the masks' values, and at which classes are unseen"
-        )
-    elif empty:
-        report.warnings.append(f"pictures of the first batch in which every pixel is ignored: {listed(empty)}")
-    return images, targets
-
-
-def draw(images: Tensor, targets: Tensor, augment: Augmentation, split: Split, setting: Setting, path: Path) -> None:
-    """Writes pictures of the first batch, as the model sees them, beside their targets with the queries' names."""
-    queries, _ = label_table(split, setting)
-    cells: list[tuple[str, np.ndarray | str, np.ndarray | None]] = []
-    for i, (image, target) in enumerate(zip(images[:MOST_LISTED], targets, strict=False)):
-        pixels = image.permute(1, 2, 0).numpy() * np.array(augment.std) + np.array(augment.mean)  # (S, S', 3)
-        picture = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-        labels = torch.where(target == UNSEEN_PIXEL, IGNORE, target).numpy()
-        cells += [(f"picture {i}", picture, None), ("", picture, labels)]
-    palette = [split.palette[label] for label in queries]
-    title = f"First training batch: {len(cells) // 2} of {len(images)} pictures; ignored pixels keep their colours"
-    figure = plots.gallery(cells, split.names(queries), palette, split.names(split.unseen), title)
-    save_figure(figure, path)
+        if cosine[first, second] > SAME_TEXT:
+            report.faults.append(f"CLIP cannot tell apart {pair}; give other words with with_prompts")
 
 
 def try_out(
-    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, augment: Augmentation, reading: float,
+    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: str | Path | None,
     report: PreflightReport,
 ) -> None:  # fmt: skip
-    """Two iterations of `fit` on a copy: loss of the first, time of the second, as the first loads kernels too.
-
-    `reading`: seconds that a batch takes to read, which the workers share.
-    """
+    """The first batch, and two iterations of `fit` on a copy: loss of the first, time of the second, as the first loads
+    kernels too."""
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
+    batches, start = Run(copy, dataset, split, few).batches, time.perf_counter()
+    first_batch = [next(batches) for _ in range(config.accumulation)]
+    reading = time.perf_counter() - start
+    images, targets = (torch.cat(parts) for parts in list(zip(*first_batch, strict=True))[:2])
+    queries, _ = label_table(split, config.setting)
+    check_targets(targets, len(queries), report)
+    if folder is not None and is_main_process():
+        path = Path(folder) / "first-batch.png"
+        draw(images, targets, training_augmentation(model, config), split, queries, path)
+        report.findings.append(f"first batch drawn: {path}")
     before = torch.cuda.memory_allocated()  # also of the model itself; 0 without a GPU
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        first, second = fit(copy, dataset, split, few, augment=augment).history
+    first, second = fit(copy, dataset, split, few).history
     report.terms = {name: first[name] for name in ("focal", "ssim", "dice", "total") if name in first}
     seconds = config.batch_size / second["images_per_second"]
-    if config.workers:
+    if config.workers:  # which share the reading
         seconds = max(seconds - reading, reading / config.workers)
     memory, what = psutil.Process().memory_info().rss, "of the process"
     if copy.device.type == "cuda":
@@ -191,3 +140,32 @@ def try_out(
         f"time: {seconds:.3g} s an iteration, about {seconds * config.iterations / 3600:.2g} h without validation",
         f"memory: {memory / 2**30:.2g} GiB {what}",
     ]
+
+
+def check_targets(targets: Tensor, queries: int, report: PreflightReport) -> None:
+    """Some pixels of this process's first pictures must teach something."""
+    ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)
+    report.findings.append(f"first batch: {queries} queries, {ignored.mean():.1%} of the pixels ignored")
+    empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
+    if len(empty) == len(targets):
+        report.faults.append(
+            f"every pixel of the first {len(targets)} training pictures is ignored: there is nothing to learn; look at "
+            "the masks' values, and at which classes are unseen"
+        )
+    elif empty:
+        report.warnings.append(f"pictures of the first batch in which every pixel is ignored: {listed(empty)}")
+
+
+def draw(
+    images: Tensor, targets: Tensor, augment: Augmentation, split: Split, queries: Sequence[int], path: Path
+) -> None:
+    """Writes pictures of the first batch, as the model sees them, beside their targets with the queries' names."""
+    cells: list[tuple[str, np.ndarray | str, np.ndarray | None]] = []
+    for i, (image, target) in enumerate(zip(images[:MOST_LISTED], targets, strict=False)):
+        pixels = image.permute(1, 2, 0).numpy() * np.array(augment.std) + np.array(augment.mean)  # (S, S', 3)
+        picture = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+        labels = torch.where(target == UNSEEN_PIXEL, IGNORE, target).numpy()
+        cells += [(f"picture {i}", picture, None), ("", picture, labels)]
+    palette = [split.palette[label] for label in queries]
+    title = f"First training batch: {len(cells) // 2} of {len(images)} pictures; ignored pixels keep their colours"
+    plots.save_figure(plots.gallery(cells, split.names(queries), palette, split.names(split.unseen), title), path)

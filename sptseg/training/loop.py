@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
@@ -10,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,22 +22,12 @@ from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
 from sptseg.datasets import Augmentation, Sample, Split
-from sptseg.inference import evaluate, new_accelerator, summary
+from sptseg.inference import evaluate, new_accelerator
 from sptseg.model import SptSeg, fingerprint, upsample
 from sptseg.system import ended_helpers, output_place, write
+from sptseg.training import state
 from sptseg.training.config import TrainConfig, learning_rate, training_augmentation
 from sptseg.training.losses import present_pairs, segmentation_loss
-from sptseg.training.state import (
-    HALFWAY,
-    STATE,
-    History,
-    Progress,
-    agreed_signal,
-    identity,
-    load_state,
-    noted_signals,
-    save_state,
-)
 from sptseg.training.stream import UNSEEN_PIXEL, Positions, TrainingStream, label_table, loading, mixed_seed
 
 
@@ -47,7 +36,7 @@ class FitResult:
     """The trained model and one row per logged iteration: loss terms, learning rate, images/s, validation figures."""
 
     model: SptSeg
-    history: History = field(default_factory=list)
+    history: state.History = field(default_factory=list)
 
 
 def fit(
@@ -83,9 +72,9 @@ def fit(
         raise ValueError("resume and tensorboard need an output folder; give output=")
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
-    run = Run(model, dataset, split, config, output, augment, resume, about or {})
+    run = Run(model, dataset, split, config, output, augment, resume, about)
     last = config.iterations
-    noting = nullcontext([]) if run.folder is None else noted_signals()
+    noting = nullcontext([]) if run.folder is None else state.noted_signals()
     with ended_helpers("use workers=0 (command line: --train.workers 0)"), noting as noted:
         for iteration in range(run.progress.iteration, last):
             terms = run.step(iteration)
@@ -95,11 +84,11 @@ def fit(
             if validating or due(max(1, last // 200), done, last):
                 run.log(done, terms, validation if validating else None)
 
-            stopped = 0 if done == last else agreed_signal(run.accelerator, noted)
+            stopped = 0 if done == last else state.agreed_signal(run.accelerator, noted)
             if stopped or due(config.save_every, done, last):
                 run.save(done)
             if config.setting == "inductive" and done == last // 2:
-                run.save_model(HALFWAY, {"iteration": done})
+                run.save_model(state.HALFWAY, {"iteration": done})
             if stopped:
                 run.stop(stopped)
     run.finish()
@@ -115,8 +104,9 @@ class Run:
     """A run of `fit` on its way: what it trains and reads, where it writes, how far it is. Arguments are `fit`'s."""
 
     def __init__(
-        self, model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, output: str | Path | None,
-        augment: Augmentation | None, resume: bool, about: Mapping[str, Any],
+        self, model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig,
+        output: str | Path | None = None, augment: Augmentation | None = None, resume: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if config.setting != "supervised" and not split.unseen:
             raise ValueError(
@@ -139,19 +129,18 @@ class Run:
         trainee = Trainee(model, model.class_embeddings(split.texts(queries)))
         self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
 
-        parts = {"train": config, "model": model.config, "split": split}
+        about = dict(about or {})
         self.settings = {
-            **{name: dataclasses.asdict(part) for name, part in parts.items()},
-            "data": identity(dataset),
-            "clip": {"fingerprint": fingerprint(model.clip)},
-        }
-        trained_classes = split.classes if config.setting == "supervised" else split.names(split.seen)
-        unseen, train = split.names(split.unseen), self.settings["train"]
-        self.facts = {"split": split.name, "seen": [*trained_classes], "unseen": [*unseen], "train": train, **about}
-        self.progress = Progress()
+            "train": asdict(config), "model": asdict(model.config), "split": asdict(split),
+            "data": state.identity(dataset), "clip": {"fingerprint": fingerprint(model.clip)},
+        }  # fmt: skip
+        seen = split.classes if config.setting == "supervised" else split.names(split.seen)
+        classes = {"split": split.name, "seen": [*seen], "unseen": [*split.names(split.unseen)]}
+        self.facts = {**classes, "train": self.settings["train"], **about}
+        self.progress = state.Progress()
         if self.folder is not None and resume:
-            self.progress = load_state(self.folder, model, self.optimizer, self.accelerator.scaler, self.settings)
-        self.write("config.json", {**self.settings, "about": dict(about)})
+            self.progress = state.load_state(self.folder, model, self.optimizer, self.accelerator.scaler, self.settings)
+        self.write("config.json", {**self.settings, "about": about})
 
         begin, last = self.progress.iteration, config.iterations
         stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
@@ -174,7 +163,7 @@ class Run:
             names = ", ".join(gather_object([name for batch in batches for name in batch.name]))
             kept = "no state was saved before"
             if self.folder is not None and self.progress.iteration:
-                kept = f"the last good state is {self.folder / STATE}"
+                kept = f"the last good state is {self.folder / state.STATE}"
             raise FloatingPointError(
                 f"the loss is {terms['total']} at iteration {iteration}, on {names}; lower learning_rate, or use "
                 f"precision='no'; {kept}"
@@ -189,7 +178,7 @@ class Run:
         row = {"iteration": done, **terms, "learning_rate": rate, "images_per_second": speed}
         if validation is not None:
             options = {"limit": self.config.validation_images, "accelerator": self.accelerator, "progress": False}
-            row |= summary(evaluate(self.model, validation, self.split, **options))
+            row |= evaluate(self.model, validation, self.split, **options).summary()
             self.trainee.train()
         self.progress.history.append(row)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})
@@ -198,11 +187,10 @@ class Run:
 
     def save(self, done: int) -> None:
         """The state from which `resume` goes on."""
-        if self.folder is not None:
-            self.progress.iteration = done
-            if self.main:
-                scaler = self.accelerator.scaler
-                save_state(self.folder, self.model, self.optimizer, scaler, self.progress, self.settings)
+        self.progress.iteration = done
+        if self.folder is not None and self.main:
+            kept = self.model, self.optimizer, self.accelerator.scaler, self.progress, self.settings
+            state.save_state(self.folder, *kept)
 
     def write(self, name: str, values: Any) -> None:
         if self.folder is not None and self.main:
@@ -224,11 +212,9 @@ class Run:
         """Ends the program as the signal asks for, once all processes are here."""
         self.close()
         if self.main:
-            what = (
-                f"{signal.Signals(number).name} after iteration {self.progress.iteration} of {self.config.iterations}"
-            )
+            done = f"iteration {self.progress.iteration} of {self.config.iterations}; the state is in {self.folder}"
             how = "go on with resume=True (command line: the same command and --resume)"
-            print(f"stopped by {what}; the state is in {self.folder}: {how}", file=sys.stderr)
+            print(f"stopped by {signal.Signals(number).name} after {done}: {how}", file=sys.stderr)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def finish(self) -> None:

@@ -1,4 +1,5 @@
-"""What a run starts from: data, model and training of the embedded world, of VOC, of COCO-Stuff and of Context.
+"""What a run starts from: data, model and training of the embedded world, of VOC, of COCO-Stuff and of Context; and
+the configurations that are compared.
 
 The last three are the literature's protocol: ZegCLIP's configuration files, as SPT-SEG published none.
 """
@@ -6,10 +7,10 @@ The last three are the literature's protocol: ZegCLIP's configuration files, as 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from sptseg.datasets import SCENES_TO_TRAIN, Data
-from sptseg.model import EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig
+from sptseg.model import DENSE_CLIP, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, ReadOut
 from sptseg.system import cores
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.stream import Setting
@@ -92,3 +93,21 @@ PresetName = Literal[
     "embedded", "spt", "zegclip", "naclip", "voc-naclip", "coco-stuff-naclip",
     "voc", "voc-zegclip", "coco-stuff", "coco-stuff-zegclip", "context", "context-zegclip",
 ]  # fmt: skip
+DENSE_ZEGCLIP = replace(ZEGCLIP, start="dense_clip", class_embedding_twice=False, seen_offset=0.0)
+CONFIGURATIONS: dict[str, ModelConfig] = {
+    "dense-clip": DENSE_CLIP,
+    **{f"dense-clip-{name}": replace(DENSE_CLIP, readout=name) for name in get_args(ReadOut) if name != "plain"},
+    "zegclip-released": ZEGCLIP,
+    "spt-released": SPT_RELEASED,
+    "zegclip": DENSE_ZEGCLIP,
+    "zegclip+spectral-prompts": replace(DENSE_ZEGCLIP, spectral_layers=(0, 1)),
+    "spt": EMBEDDED_CONFIG,
+    "spt+selection": replace(EMBEDDED_CONFIG, selection=True),
+    "spt-spectral-prompts": replace(EMBEDDED_CONFIG, spectral_layers=()),
+    "spt-deep-prompts": replace(EMBEDDED_CONFIG, prompt_tokens=0),
+    "spt+ssim": replace(EMBEDDED_CONFIG, loss="spt"),
+    "zegclip-released+spectral-prompts": replace(ZEGCLIP, spectral_layers=(0, 1)),
+    "spt-released-ssim": replace(SPT_RELEASED, loss="zegclip"),
+}
+# The paper's ablation, part by part: nothing trained, ZegCLIP, + spectral prompts, + spectral guided decoder, + SSIM.
+LADDER = ("dense-clip", "zegclip-released", "zegclip-released+spectral-prompts", "spt-released-ssim", "spt-released")

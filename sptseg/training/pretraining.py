@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,8 +107,7 @@ def noun(phrase: str) -> str:
     return " ".join(words)
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Pictures (n, size, size, 3) uint8 with their phrases."""
 
     images: np.ndarray
@@ -116,8 +115,7 @@ class Pool:
 
 
 def draw_one(size: int, job: Job) -> tuple[np.ndarray, tuple[str, ...]]:
-    kind, seed = job
-    scene = scenes.compose(seed, size, kind)
+    scene = scenes.compose(job[1], size, job[0])
     return scene.image, scene.phrases
 
 
@@ -125,28 +123,31 @@ def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> Pool:
     """The pictures of one stage, drawn by all cores."""
     count = min(config.pool, stage.images)
     jobs: list[Job] = [(stage.kinds[i % len(stage.kinds)], (STREAM, config.seed, number, i)) for i in range(count)]
-    images, phrases = np.empty((count, stage.size, stage.size, 3), np.uint8), []
+    pool = Pool(np.empty((count, stage.size, stage.size, 3), np.uint8), [])
     remedy = "make room and give the same command: it goes on from its last state"
     with ended_helpers(remedy), ProcessPoolExecutor(config.threads, multiprocessing.get_context("spawn")) as workers:
         drawn = workers.map(partial(draw_one, stage.size), jobs, chunksize=256)
         for i, (image, words) in enumerate(tqdm(drawn, total=count, desc="drawing", mininterval=5)):
-            images[i] = image
-            phrases.append(words)
-    return Pool(images, phrases)
+            pool.images[i] = image
+            pool.phrases.append(words)
+    return pool
+
+
+def normalised(images: np.ndarray) -> Tensor:
+    """Pictures (B, S, S, 3) uint8 as CLIP is trained on them: (B, 3, S, S)."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) - mean) / std
 
 
 def batches(pool: Pool, stage: Stage, rng: np.random.Generator) -> Iterator[tuple[Tensor, list[tuple[str, ...]]]]:
     """Normalised batches (B, 3, S, S), mirrored at random, with their phrases in random order."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
     while True:
         order = rng.permutation(len(pool.images))
         for start in range(0, len(order) - stage.batch + 1, stage.batch):
             chosen = order[start : start + stage.batch]
-            images = torch.from_numpy(pool.images[chosen]).permute(0, 3, 1, 2)
-            mirrored = torch.from_numpy(rng.random(stage.batch) < 0.5)
+            images, mirrored = normalised(pool.images[chosen]), torch.from_numpy(rng.random(stage.batch) < 0.5)
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-            phrases = [tuple(rng.permutation(pool.phrases[i]).tolist()) for i in chosen]
-            yield (images - mean) / std, phrases
+            yield images, [tuple(rng.permutation(pool.phrases[i]).tolist()) for i in chosen]
 
 
 def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: int = 0) -> tuple[Tensor, Tensor]:
@@ -243,12 +244,9 @@ def caption_losses(
     if not config.dense_losses:
         return losses
     losses["mean_patch"] = contrast(F.normalize(patches.mean(dim=1), dim=-1), captions, scale)
-    nouns = sorted({noun(phrase) for words in phrases for phrase in words})
-    position = {name: i for i, name in enumerate(nouns)}
-    present = torch.zeros(len(phrases), len(nouns), dtype=torch.bool)
-    for row, words in zip(present, phrases, strict=True):
-        row[[position[noun(phrase)] for phrase in words]] = True
-    present = present.to(images.device)
+    own = [{noun(phrase) for phrase in words} for words in phrases]
+    nouns = sorted(set().union(*own))
+    present = torch.tensor([[name in names for name in nouns] for names in own], device=images.device)
     template = scenes.TEMPLATES[rng.integers(len(scenes.TEMPLATES))]
     noun_texts = embed_texts(clip, [template.format(name) for name in nouns])
     log_p = (scale * patches @ noun_texts.T).log_softmax(dim=-1)
@@ -268,12 +266,10 @@ def caption_losses(
 @torch.inference_mode()
 def retrieval(clip: Clip, *, seed: int = 0, groups: int = 10, pictures: int = 100) -> float:
     """How often a fresh scene's own caption is the closest among those of `pictures` scenes, over `groups` of them."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
     device, hits = clip.visual.conv1.weight.device, 0
     for group in range(groups):
         drawn = [scenes.compose((STREAM + 1, seed, group, i)) for i in range(pictures)]
-        images = (torch.from_numpy(np.stack([each.image for each in drawn])).permute(0, 3, 1, 2) - mean) / std
-        _, found = embed_images(clip, images.to(device))
+        _, found = embed_images(clip, normalised(np.stack([each.image for each in drawn])).to(device))
         captions = embed_texts(clip, [each.caption for each in drawn])
         hits += int(((found @ captions.T).argmax(dim=1).cpu() == torch.arange(pictures)).sum())
     return hits / (groups * pictures)
@@ -294,9 +290,8 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
         clip.model.to(config.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {config.device!r}, which cannot be used here ({error}); use cpu") from error
-    decay = [p for p in clip.model.parameters() if p.ndim >= 2]
-    rest = [p for p in clip.model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    matrices, rest = ([p for p in clip.model.parameters() if (p.ndim >= 2) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.stages[0].rates[0], betas=(0.9, 0.98))
     machine = {"threads", "device"}  # a run may go on upon another
     settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in machine}))
@@ -335,18 +330,12 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
             if step % 50 == 0:
                 values = {name: round(value.item(), 4) for name, value in losses.items()}
                 bar.set_postfix(values)
-                seconds = round(time.perf_counter() - began, 1)
-                row = {"step": step, "stage": number, "seconds": seconds, "lr": rate, **values}
+                about = {"step": step, "stage": number, "seconds": round(time.perf_counter() - began, 1), "lr": rate}
                 with history_file.open("a") as file:
-                    print(json.dumps(row), file=file)
+                    print(json.dumps({**about, **values}), file=file)
             if step % 500 == 0 or (number == len(config.stages) - 1 and i == steps - 1):
-                state = {
-                    "model": clip.model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "config": json.dumps(settings),
-                }
-                write_tensors(state_file, state)
+                parts = {"model": clip.model.state_dict(), "optimizer": optimizer.state_dict()}
+                write_tensors(state_file, {**parts, "step": step, "config": json.dumps(settings)})
     clip.model.eval().requires_grad_(False)
     save_tiny_clip(clip, output)
     return clip

@@ -7,6 +7,7 @@ from dataclasses import replace
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from sptseg import scenes
+from sptseg.inference import table
 from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, ModelConfig, ReadOut, default_readout
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # OpenAI's 80
@@ -60,11 +61,11 @@ def training_free(
     return config
 
 
-def beside_published(config: ModelConfig, layout: str, miou: float) -> str | None:
-    """A table of an mIoU (0..1) beside the published one, if there is one for this read-out, CLIP and data set."""
+def beside_published(config: ModelConfig, layout: str, miou: float) -> list[str]:
+    """A table of an mIoU (0..1) beside the published one; none if this read-out, CLIP and data set have no such."""
     openai = config.clip in ("ViT-B-16", "ViT-B-16-quickgelu") and config.clip_weights == "openai"
     if config.softmax_scale is None or not openai or layout not in COLUMNS:
-        return None
+        return []
     column = COLUMNS[layout]
-    row = f"| {config.readout} | {column} | {PUBLISHED[config.readout][column]} | {100 * miou:.1f} |"
-    return f"| read-out | data set | published mIoU | yours |\n|---|---|---|---|\n{row}"
+    row = config.readout, column, PUBLISHED[config.readout][column], f"{100 * miou:.1f}"
+    return [table(("read-out", "data set", "published mIoU", "yours"), row)]

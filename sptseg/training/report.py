@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sptseg.datasets import STRENGTHS, Split
-from sptseg.inference import ratios_of_tallies
+from sptseg.inference import FIGURES, ratios_of_tallies, table
 from sptseg.system import write
-from sptseg.training.ablation import FIGURES, mean_and_deviation
+from sptseg.training.ablation import mean_and_deviation
 from sptseg.training.study import COUNTS, SPOILT, Run, Study
 
 FLAT_STEPS, FLAT_GAIN = 500, 0.005  # the rule of `flat`
@@ -134,23 +134,20 @@ def write_report(study: Study) -> str:
         rows, pairs = [*found.rows(group)], [*found.pairs(group)]
         record = {"rows": record["rows"] + rows, "pairs": record["pairs"] + pairs}
         text += f"\n## {group.clip}, {group.world}, {group.steps} steps\n\n"
-        text += line("row", "rate", "seeds", *FIGURES.values(), "validation hIoU", "flat at") + "|---" * 9 + "|\n"
+        lines: list[list[object]] = [["row", "rate", "seeds", *FIGURES.values(), "validation hIoU", "flat at"]]
         for row in rows:
             means = [mean_and_deviation([scores[figure] for scores in row["scores"]]) for figure in FIGURES]
             end = mean_and_deviation([*row["curve"].values()][-1:])
-            text += line(row["row"], row["rate"], len(row["seeds"]), *means, end, row["flat"] or "-")
-        if pairs:
-            heads = "question", "difference", "pictures", "seeds", "mIoU(S)", "mIoU(U)", "hIoU", "gap"
-            text += "\n" + line(*heads) + "|---" * 8 + "|\n"
+            lines.append([row["row"], row["rate"], len(row["seeds"]), *means, end, row["flat"] or "-"])
+        text += table(*lines) + "\n"
+        lines = [["question", "difference", "pictures", "seeds", "mIoU(S)", "mIoU(U)", "hIoU", "gap"]]
         for pair in pairs:
             ends = ([100 * x for x in pair[name]] for name in ("miou_seen", "miou_unseen", "hiou", "gap"))
             cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*each) for each in ends]
             what = f"{pair['row']} less {pair['other']}"
-            text += line(pair["question"], what, pair["pictures"], len(pair["seeds"]), *cells)
+            lines.append([pair["question"], what, pair["pictures"], len(pair["seeds"]), *cells])
+        if pairs:
+            text += "\n" + table(*lines) + "\n"
     write(study.folder / "tables.md", text)
     write(study.folder / "record.json", json.dumps(record) + "\n")
     return text
-
-
-def line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |\n"

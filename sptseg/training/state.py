@@ -9,7 +9,7 @@ import json
 import signal
 import threading
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ Optimizer = torch.optim.Optimizer
 Scaler = torch.amp.GradScaler | None
 STATE = "state.pt"
 HALFWAY = "halfway.safetensors"  # the inductive checkpoint from which transductive training goes on
-MAY_CHANGE_ON_RESUME = {"workers", "progress", "save_every", "validate_every", "validation_images", "tensorboard"}
+MAY_CHANGE_ON_RESUME = ("workers", "progress", "save_every", "validate_every", "validation_images", "tensorboard")
 SEAL = b"sptseg sha256 "  # the first line of states that an earlier version wrote; the same content follows
 
 
@@ -75,18 +75,9 @@ def load_state(folder: Path, model: SptSeg, optimizer: Optimizer, scaler: Scaler
         return Progress()
     state = read_tensors(path, model.device)
     before = json.loads(state["settings"])
-    before["model"] = completed(before["model"])
     settings = {**settings, "clip": {"fingerprint": fingerprint(model.clip, like=before["clip"]["fingerprint"])}}
-    changed = [
-        f"{part}.{name}"
-        for part, values in json.loads(json.dumps(settings)).items()
-        for name, value in values.items()
-        if not (part == "train" and name in MAY_CHANGE_ON_RESUME)
-        and name != "clip_weights"  # wherever the file lies: the fingerprint tells the weights
-        and not (part == "data" and name not in before[part])  # younger than the state
-        and before[part].get(name) != value
-    ]
-    if changed:
+    free = {f"train.{name}" for name in MAY_CHANGE_ON_RESUME}
+    if changed := [name for name in differing(before, settings) if name not in free]:
         raise ValueError(
             f"{path} was trained with other settings of {', '.join(changed)}; "
             f"resume with the same, or choose another output"
@@ -96,6 +87,24 @@ def load_state(folder: Path, model: SptSeg, optimizer: Optimizer, scaler: Scaler
     if scaler is not None:
         scaler.load_state_dict(state["scaler"])
     return Progress(state["iteration"], json.loads(state["history"]))
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings, such as "train.seed", in which an earlier run differs from one of now.
+
+    What the model's settings and the data's identity had not yet when that ran is no difference; nor is where CLIP's
+    weights lie, as the fingerprint tells them.
+    """
+    before, found = {**before, "model": completed(before["model"])}, []
+    for part, values in json.loads(json.dumps(now)).items():
+        old = before.get(part)
+        if isinstance(old, dict) and isinstance(values, dict):
+            old = {**(values if part in ("data", "validation") else {}), **old}
+            changed = [name for name, value in values.items() if old.get(name) != value and name != "clip_weights"]
+            found += [f"{part}.{name}" for name in changed]
+        elif old != values:
+            found.append(part)
+    return found
 
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import completed
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes
-from sptseg.inference import confusion_matrices, new_accelerator, scores_of_tallies, tallies
+from sptseg.inference import Scores, confusion_matrices, new_accelerator, ratios_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
-from sptseg.training.ablation import CONFIGURATIONS, mean_and_deviation
+from sptseg.training.ablation import mean_and_deviation
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
-from sptseg.training.state import HALFWAY, STATE
+from sptseg.training.presets import CONFIGURATIONS
+from sptseg.training.state import HALFWAY, STATE, differing
 from sptseg.training.stream import label_table
 
 Measure = Callable[[SptSeg, Dataset[Sample]], dict[str, float]]
@@ -119,12 +119,11 @@ class Plan:
         """
         found: dict[str, Run] = {}
         for part in self.parts:
-            rates = [run for row in part.rows for run in self.choosing(part, row) if self.rows[row].trains]
-            tested = [
-                Run(part, row, seed, steps) for row in part.rows
-                for seed, steps in ([(s, part.steps) for s in part.seeds] if self.rows[row].trains else [(0, 0)])
-            ]  # fmt: skip
-            for run in rates + tested:
+            trained = [row for row in part.rows if self.rows[row].trains]
+            runs = [run for row in trained for run in self.choosing(part, row)]
+            steps = {row: part.steps if row in trained else 0 for row in part.rows}
+            runs += [Run(part, row, seed if steps[row] else 0, steps[row]) for row in part.rows for seed in part.seeds]
+            for run in runs:
                 found.setdefault(run.place, run)
         rows = list(dict.fromkeys((run.part.clip, run.row) for run in found.values()))
         mine = set(rows[share[0] - 1 :: share[1]])
@@ -209,8 +208,8 @@ class Study:
         validation, clip = self.pool(run.world, "validation"), self.clip(run.part.clip)
         torch.manual_seed(run.seed)
         model, started = build_model(config, clip).to(new_accelerator("no").device), time.perf_counter()
-        result = {"row": run.row, "seed": run.seed, "steps": run.steps, "rate": rate, "asked": self.asked(run)}
-        result |= {"scores": {}, "curve": {}}
+        about = {"row": run.row, "seed": run.seed, "steps": run.steps, "rate": rate}
+        result: dict[str, Any] = {**about, "asked": self.asked(run), "scores": {}, "curve": {}}
         try:
             if config.trains:
                 options = {"validation": validation if train.validate_every else None, "output": place, "resume": True}
@@ -222,9 +221,8 @@ class Study:
                 result["curve"] = {0: self.summary(counts.pop("validation"))["hiou"]}
             if self.measure and run.rate is None:
                 result["spectra"] = self.measure(model, validation)
-            buffer = BytesIO()
             arrays: Any = {name: each.numpy().astype(np.uint16) for name, each in counts.items()}
-            np.savez_compressed(buffer, **arrays)
+            np.savez_compressed(buffer := BytesIO(), **arrays)
             write(place / COUNTS, buffer.getvalue())
             result["scores"] = self.summary(counts["test"])
             said = f"hIoU {mean_and_deviation([result['scores']['hiou']])}"
@@ -237,7 +235,7 @@ class Study:
 
     def summary(self, counts: Tensor) -> dict[str, Any]:
         """The figures of counts (P, 3, C) by name, and "iou", each class's."""
-        return scores_of_tallies(counts.sum(0), self.split).as_dict()
+        return Scores.of(ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
 
     def counts(self, model: SptSeg, dataset: Dataset[Sample], seen_offset: float | None = None) -> Tensor:
         """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""
@@ -246,10 +244,10 @@ class Study:
     def scored(self, run: Run, model: SptSeg) -> Iterator[tuple[str, Tensor]]:
         """Counts (P, 3, C) by name: "test", those of `after`, and each corruption's, such as "blur-1"."""
         validation = self.pool(run.world, "validation")
+        test = validation if run.rate is not None else self.pool(run.world, "test")
+        yield "test", self.counts(model, test)
         if run.rate is not None:
-            yield "test", self.counts(model, validation)
             return
-        yield "test", self.counts(model, self.pool(run.world, "test"))
         if not model.config.trains:
             yield "validation", self.counts(model, validation)
         for name, after in self.plan.after.items():
@@ -257,11 +255,10 @@ class Study:
                 layers = model.encoder.spectral_layers
                 if after.without_spectral_prompts:
                     model.encoder.spectral_layers = frozenset()
-                yield name, self.counts(model, self.pool(run.world, "test"), after.seen_offset)
+                yield name, self.counts(model, test, after.seen_offset)
                 model.encoder.spectral_layers = layers
         for kind, strength in SPOILT if run.part.corrupted else ():
-            spoilt = self.pool(run.world, "test", (kind, strength))
-            yield f"{kind}-{strength}", self.counts(model, spoilt)
+            yield f"{kind}-{strength}", self.counts(model, self.pool(run.world, "test", (kind, strength)))
 
     def asked(self, run: Run) -> dict[str, Any]:
         """What a finished run must have been asked for, to be the same."""
@@ -275,10 +272,9 @@ class Study:
         """Does a share's runs that nobody has done, until all are done or `until` (time.monotonic); whether all are."""
         todo = self.plan.runs(share)
         for run in filter(self.finished, todo):
-            before = self.result(run.place)["asked"]
-            if {**before, "model": completed(before["model"])} != self.asked(run):
-                place = self.folder / run.place
-                raise ValueError(f"{place} is of another plan or CLIP; choose another output folder, or delete it")
+            if other := differing(self.result(run.place)["asked"], self.asked(run)):
+                what = f"{self.folder / run.place} is of another plan or CLIP ({', '.join(other)})"
+                raise ValueError(f"{what}; choose another output folder, or delete it")
         with ended_at(until):
             while (todo := [run for run in todo if not self.finished(run)]) and time.monotonic() < until:
                 if not any(self.tried(run, say) for run in todo):
@@ -307,9 +303,8 @@ def ended_at(until: float) -> Iterator[None]:
         raise SystemExit(143)
 
     before = signal.signal(signal.SIGTERM, end)
-    rest = min(until - time.monotonic(), threading.TIMEOUT_MAX)
-    timer = threading.Timer(max(0, rest), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
+    rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)
+    timer = threading.Timer(rest, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     try:
         yield

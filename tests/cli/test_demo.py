@@ -13,7 +13,7 @@ import pytest
 from sptseg import scenes
 from sptseg.cli import demo
 from sptseg.datasets import plots, splits
-from sptseg.inference.metrics import Scores
+from sptseg.inference import Scores
 
 SPLIT = splits.scenes()
 
@@ -56,7 +56,7 @@ def test_page_is_semantic(page: Element) -> None:
 
 def test_every_image_says_what_it_shows(page: Element) -> None:
     texts = [tag.attrib["alt"] for tag in page.iter("img")]
-    assert len(texts) == 1 + 2 + 2 + 2, "halves, scenes, free phrases and their scores, charts"
+    assert len(texts) == 1 + 2 + 1 + 2, "a scene, the first ones, one by free phrases, charts"
     assert all(len(text) > 15 for text in texts) and len(set(texts)) == len(texts)
     _, truth = scenes.draw((0, 5, 0))
     label = plots.present(truth)[0]
@@ -65,7 +65,7 @@ def test_every_image_says_what_it_shows(page: Element) -> None:
 
 
 def test_the_folder_holds_pictures_figures_and_a_table_that_agree(folder: Path, page: Element) -> None:
-    names = {"scene-1", "scene-2", "free-phrases", "picture", "halves", "class-iou", "scores", "training"}
+    names = {"scene-1", "scene-2", "free-phrases", "picture", "class-iou", "training"}
     assert {path.stem for path in folder.glob("*.png")} == names
     results = json.loads((folder / "results.json").read_text())
     assert (results["seed"], results["scenes"], len(results["history"])) == (5, 2, 2)

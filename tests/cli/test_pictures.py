@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from sptseg import scenes
-from sptseg.checkpoints.checkpoint import load_model
-from sptseg.cli.commands import main
+from sptseg.checkpoints import load_model
+from sptseg.cli import main
 from sptseg.datasets.images import Note, open_mask
-from sptseg.inference.segmentation import segment
+from sptseg.inference import segment
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, list[str]]:

@@ -10,7 +10,7 @@ from conftest import refused
 from toys import data_folder
 
 from sptseg.cli import Which, main
-from sptseg.datasets.named import Data
+from sptseg.datasets import Data
 
 COMMANDS = {
     "evaluate --json": "file", "train --output": "folder", "ablate --output": "folder", "demo --output": "folder",

@@ -21,21 +21,16 @@ from toys import SPLIT, Toys, toy_config, toy_model
 
 from sptseg import scenes
 from sptseg.analysis import failures, spectra
-from sptseg.checkpoints.checkpoint import load_model
+from sptseg.checkpoints import load_model
 from sptseg.cli import main
 from sptseg.cli.benchmark import benchmark
-from sptseg.datasets import splits
-from sptseg.datasets.folders import Scenes
-from sptseg.inference.evaluation import evaluate
-from sptseg.inference.segmentation import segment
-from sptseg.inference.windows import Precision, at_precision, window_logits
-from sptseg.model import ops
+from sptseg.datasets import Scenes, splits
+from sptseg.inference import Precision, at_precision, evaluate, segment, window_logits
+from sptseg.model import build_model, ops
 from sptseg.model.clip import TEMPLATES, TINY
 from sptseg.model.readouts import OPTIONS, read_out
-from sptseg.model.spt_seg import build_model
-from sptseg.training.checks import preflight
+from sptseg.training import PRESETS, preflight
 from sptseg.training.loop import FitResult, fit
-from sptseg.training.presets import PRESETS
 
 GPU = DEVICE == "cuda"
 if GPU and not torch.cuda.is_available():

@@ -110,5 +110,5 @@ def test_a_place_where_nothing_can_be_written_is_refused(place: str, folder: boo
 def test_only_the_main_process_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("sptseg.system.Path.mkdir", fails_with(AssertionError()))
+    monkeypatch.setattr("sptseg.system.tempfile.TemporaryFile", fails_with(AssertionError()))
     output_place(tmp_path / "new" / "a.json")

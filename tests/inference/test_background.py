@@ -18,12 +18,9 @@ from torch.testing import assert_close
 from toys import data_folder, toy_model
 
 from sptseg.analysis.failures import collect
-from sptseg.datasets.folders import ImageMaskFolder
-from sptseg.datasets.splits import BACKGROUND
+from sptseg.datasets import BACKGROUND, ImageMaskFolder
+from sptseg.inference import Segmentation, WindowLogits, evaluate, segment
 from sptseg.inference.coco import CocoMasks, run_lengths
-from sptseg.inference.evaluation import evaluate
-from sptseg.inference.segmentation import Segmentation, segment
-from sptseg.inference.windows import WindowLogits
 from sptseg.inference.words import resolved, told, usual_background
 
 MODEL = toy_model().eval()

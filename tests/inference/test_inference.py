@@ -19,22 +19,21 @@ from torchvision import tv_tensors
 from toys import toy_model
 
 from sptseg.checkpoints import load_model
-from sptseg.datasets.images import as_array
+from sptseg.datasets import CLIP_MEAN, IMAGENET_MEAN, as_array
 from sptseg.datasets.splits import scenes as scenes_split
-from sptseg.datasets.transforms import CLIP_MEAN, IMAGENET_MEAN
 from sptseg.datasets.transforms import test_transform as transform_of
-from sptseg.inference.segmentation import Segmentation, segment
-from sptseg.inference.windows import (
+from sptseg.inference import (
+    Segmentation,
     at_precision,
     augmentation,
     pad_to_patches,
+    segment,
     window_logits,
     window_starts,
     windows_of,
 )
-from sptseg.model.config import ModelConfig
-from sptseg.model.spt_seg import SptSeg
-from sptseg.scenes.world import draw
+from sptseg.model import ModelConfig, SptSeg
+from sptseg.scenes import draw
 
 MODEL = toy_model().eval()
 CLASSES = ("grass", "water", "tree")

@@ -13,9 +13,8 @@ from torch import Tensor
 from toys import SPLIT as TOYS
 from toys import Toys, toy_model
 
-from sptseg.datasets.splits import IGNORE, Split
-from sptseg.inference import evaluation
-from sptseg.inference.metrics import Scores, SegmentationMetrics, iou_change, iou_per_class, score_interval, scores
+from sptseg.datasets import IGNORE, Split
+from sptseg.inference import Scores, SegmentationMetrics, evaluation, iou_change, iou_per_class, score_interval, scores
 
 SPLIT = Split.from_names("farm", ["cow", "grass", "sheep", "sky"], unseen=["sheep", "sky"])
 SEEN_ONLY = Split.from_names("farm", ["cow", "grass"])

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from toys import SPLIT, Toys, data_folder, toy_config, toy_model
 
-from sptseg.checkpoints.checkpoint import load_model
-from sptseg.datasets.folders import Scenes
-from sptseg.inference.evaluation import evaluate
-from sptseg.training.loop import fit
+from sptseg.checkpoints import load_model
+from sptseg.datasets import Scenes
+from sptseg.inference import evaluate
+from sptseg.training import fit
 
 pytestmark = pytest.mark.slow
 ODD = {"length": 5, "sizes": ((32, 32), (40, 33))}

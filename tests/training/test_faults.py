@@ -12,13 +12,10 @@ import pytest
 import torch
 from toys import SPLIT, Toys, data_folder, same, toy_config, toy_model
 
-from sptseg.datasets.folders import ImageMaskFolder
-from sptseg.datasets.images import Unreadable
+from sptseg.datasets import ImageMaskFolder, Unreadable
+from sptseg.training import TrainingStream, fit, training_augmentation
 from sptseg.training import loop as training
-from sptseg.training.config import training_augmentation
-from sptseg.training.loop import fit
 from sptseg.training.state import STATE, read_tensors
-from sptseg.training.stream import TrainingStream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -17,8 +17,8 @@ from toys import SPLIT, Toys, toy_config, toy_model
 from sptseg import scenes
 from sptseg.datasets import ImageMaskFolder, Scenes
 from sptseg.model import DENSE_CLIP, fingerprint, load_clip, new_tiny_clip, save_tiny_clip
+from sptseg.training import TrainConfig, fit
 from sptseg.training.ablation import run_one
-from sptseg.training.loop import TrainConfig, fit
 from sptseg.training.state import identity
 
 
@@ -78,5 +78,5 @@ def test_a_finished_run_of_an_ablation_is_known_again(tmp_path: Path) -> None:
     del earlier["asked"]["data"]["content"], earlier["asked"]["validation"]["content"]
     path.write_text(json.dumps(earlier))
     assert result("b.safetensors")["scores"] == first["scores"]
-    with pytest.raises(ValueError, match="holds a run with other clip; choose another output folder"):
+    with pytest.raises(ValueError, match="holds a run with other settings of clip; choose another output folder"):
         result("other.safetensors")

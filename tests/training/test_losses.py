@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sptseg.model import ops
-from sptseg.training import losses
-from sptseg.training.losses import present_pairs, segmentation_loss
+from sptseg.training import losses, present_pairs, segmentation_loss
 
 few = settings(max_examples=15, deadline=None)
 

@@ -12,14 +12,9 @@ import torch
 from PIL import Image
 from toys import PARK, Bands
 
-from sptseg.datasets.folders import Sample
-from sptseg.datasets.splits import IGNORE, Split
-from sptseg.model.clip import Clip
-from sptseg.model.config import ModelConfig
-from sptseg.model.spt_seg import SptSeg, build_model
-from sptseg.training.checks import preflight
-from sptseg.training.config import TrainConfig
-from sptseg.training.loop import fit
+from sptseg.datasets import IGNORE, Sample, Split
+from sptseg.model import Clip, ModelConfig, SptSeg, build_model
+from sptseg.training import TrainConfig, fit, preflight
 
 CONFIG = TrainConfig(iterations=1000, batch_size=4, precision="no", workers=0, progress=False)
 SMALL = ModelConfig(

@@ -19,14 +19,11 @@ import torch
 from miniatures import MINIATURES, context, voc
 
 from sptseg.checkpoints.checkpoint import read_header
-from sptseg.cli.commands import main
-from sptseg.datasets import splits
-from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from sptseg.model.clip import new_tiny_clip, save_tiny_clip
-from sptseg.model.config import SPT_RELEASED, ZEGCLIP
+from sptseg.cli import main
+from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD, splits
+from sptseg.model import SPT_RELEASED, ZEGCLIP, new_tiny_clip, save_tiny_clip
+from sptseg.training import PRESETS, PresetName, in_setting, training_augmentation
 from sptseg.training import loop as training
-from sptseg.training.config import training_augmentation
-from sptseg.training.presets import PRESETS, VOC, PresetName, in_setting
 
 REAL = ("voc", "coco-stuff", "context")
 SMALL = "--image-size 64 64 --prompt-tokens 2 --decoder-layers 1 --templates {} --train.precision no".split()
@@ -72,7 +69,7 @@ def test_presets_are_the_protocol(
 
 def test_every_preset_has_a_name_for_the_command_line() -> None:
     assert set(get_args(PresetName)) == set(PRESETS)
-    assert VOC.with_method(SPT_RELEASED) == VOC
+    assert PRESETS["voc"].with_method(SPT_RELEASED) == PRESETS["voc"]
 
 
 # Training and scores

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sptseg import scenes
-from sptseg.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from sptseg.model.clip import Clip, WordTokenizer, load_clip
+from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD
+from sptseg.model import Clip, WordTokenizer, load_clip
 from sptseg.training import pretraining
 from sptseg.training.pretraining import (
     Pool,

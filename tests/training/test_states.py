@@ -22,13 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toys import SPLIT, ActsAt, Toys, interrupt, same, toy_config, toy_model
 
-from sptseg.datasets import splits
-from sptseg.datasets.folders import Scenes
-from sptseg.model import fingerprint
-from sptseg.model.config import EMBEDDED_CONFIG
-from sptseg.model.spt_seg import build_model
+from sptseg.datasets import Scenes, splits
+from sptseg.model import EMBEDDED_CONFIG, build_model, fingerprint
+from sptseg.training import fit
 from sptseg.training import state as states
-from sptseg.training.loop import fit
 from sptseg.training.state import STATE, read_tensors, write_tensors
 
 

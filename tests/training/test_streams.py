@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import SPLIT, Toys
 
-from sptseg.datasets.transforms import Augmentation
+from sptseg.datasets import Augmentation
 from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading, mixed_seed
 
 AUGMENT = Augmentation(crop=16, resize_base=(64, 16))

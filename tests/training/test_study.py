@@ -112,7 +112,7 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     assert before == {file: file.stat().st_mtime_ns for file in two.rglob(RESULT)}, "nothing is run again"
     assert (two / "tables.md").read_text() == tables
     plan.write_text(json.dumps({**PLAN, "scenes": {**PLAN["scenes"], "test": [4, 1000]}}))
-    with pytest.raises(ValueError, match="is of another plan or CLIP; choose another output folder"):
+    with pytest.raises(ValueError, match="is of another plan or CLIP .scenes.test.; choose another output folder"):
         Study(Plan.read(plan), two).work((1, 1), math.inf, print)
 
 

@@ -28,17 +28,20 @@ from torch.testing import assert_close
 from toys import SPLIT, ActsAt, Toys, same, toy_config, toy_model
 
 from sptseg.checkpoints.checkpoint import load_model, read_header
-from sptseg.datasets.splits import IGNORE
-from sptseg.datasets.transforms import Augmentation
-from sptseg.inference import windows
-from sptseg.inference.evaluation import evaluate, summary
-from sptseg.inference.segmentation import segment
-from sptseg.model.spt_seg import SptSeg
+from sptseg.datasets import IGNORE, Augmentation
+from sptseg.inference import evaluate, segment, windows
+from sptseg.model import SptSeg
+from sptseg.training import (
+    TrainConfig,
+    fit,
+    learning_rate,
+    losses,
+    parameter_groups,
+    pseudo_labels,
+    segmentation_loss,
+    stream,
+)
 from sptseg.training import loop as training
-from sptseg.training import losses, stream
-from sptseg.training.config import TrainConfig, learning_rate
-from sptseg.training.loop import fit, parameter_groups, pseudo_labels
-from sptseg.training.losses import segmentation_loss
 from sptseg.training.state import read_tensors, write_tensors
 
 PLAIN = Augmentation(crop=32, resize_base=(128, 32), scale=(1, 1), largest_share=1, distortion=0)
@@ -329,7 +332,7 @@ def test_evaluation_equals_a_confusion_of_plain_labels(trained: SptSeg, sizes: t
     found = evaluate(trained, dataset, SPLIT, batch_size=batch_size, progress=False)
     assert dataset.read == list(range(7))
     expected = plain_evaluation(trained, dataset, trained.config.seen_offset)
-    assert summary(found) == pytest.approx(expected, abs=1e-3)  # rounding may turn a pixel or two of some thousand
+    assert found.summary() == pytest.approx(expected, abs=1e-3)  # rounding may turn a pixel or two of some thousand
     assert 0.2 < expected["pixel_accuracy"] < 1
 
 
@@ -337,10 +340,10 @@ def test_the_seen_offset_moves_pixels_to_unseen_classes(trained: SptSeg) -> None
     offsets = (0.0, 0.1, 2.0, -2.0)
     found = {offset: evaluate(trained, Toys(), SPLIT, seen_offset=offset, progress=False) for offset in offsets}
     for offset in (0.0, 2.0):
-        assert summary(found[offset]) == pytest.approx(plain_evaluation(trained, Toys(), offset), abs=1e-3)
+        assert found[offset].summary() == pytest.approx(plain_evaluation(trained, Toys(), offset), abs=1e-3)
     assert found[2.0].miou_seen == 0 < found[2.0].miou_unseen, "everything is called unseen"
     assert found[-2.0].miou_unseen == 0 < found[-2.0].miou_seen
-    assert summary(found[0.0]) != summary(found[0.1]) != summary(found[2.0])
+    assert found[0.0].summary() != found[0.1].summary() != found[2.0].summary()
     assert evaluate(trained, Toys(), SPLIT, progress=False) == found[0.1], "the model's own is the default"
 
 
@@ -358,7 +361,7 @@ def test_prompts_are_what_clip_is_told(trained: SptSeg) -> None:
     """Of a class and of its scores, the name stays."""
     renamed = replace(SPLIT, classes=("grass", "water", "boat", "tree", "home"), prompts=(("home", "house"),))
     found, expected = (evaluate(trained, Toys(), split, progress=False) for split in (renamed, SPLIT))
-    assert summary(found) == summary(expected)
+    assert found.summary() == expected.summary()
     assert "home" in found.iou
 
 

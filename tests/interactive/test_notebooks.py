@@ -91,8 +91,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outco
     slider = "import ipywidgets\n\nipywidgets.IntSlider()"
     good = write(folder / "notebooks" / "01_good.ipynb", PICTURE, slider, FIGURES)
     bad = write(folder / "notebooks" / "02_bad.ipynb", "raise ValueError('first line\\nlast line')", FIGURES)
+    claim = write(folder / "notebooks" / "03_claim.ipynb", "a = 1\n\nassert a == 2")
     given, where = [("times", "4")], folder / "runs"
-    found = notebooks.run_all([bad, good], given, where, quick=True, timeout=60, jobs=2)
+    found = notebooks.run_all([bad, good, claim], given, where, quick=True, timeout=60, jobs=2)
     return folder, {path.stem: outcome for path, outcome in found}
 
 
@@ -107,11 +108,12 @@ def test_a_run_has_a_folder_and_its_figures_and_a_failure_stops_no_other(
     exec(source(injected), given := {})
     assert given.items() >= {"quick": True, "times": 4, "output_dir": str(runs)}.items()
     assert outcomes["02_bad"].error == "In [3]: ValueError: last line"
+    assert outcomes["03_claim"].error == "In [3]: AssertionError: assert a == 2"
     with pytest.raises(SystemExit, match="1"):
         notebooks.tell(list(outcomes.values()))
     table = capsys.readouterr().out
     assert re.search(r"^\| 01_good \| \d+ \| 4 \| 2 \| ok \|\n\| 02_bad \| \d+ \| 3 \| 0 \| failed \|$", table, re.M)
-    assert table.endswith("02_bad: In [3]: ValueError: last line\n")
+    assert "\n02_bad: In [3]: ValueError: last line\n" in table
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ display(Image(base64.b64decode("iVBORw0KGgo="), format="png", alt="Nothing."))
 print(output_dir)"""
 ABSOLUTE = re.compile(r"(?<![\w:/.])/\w[\w.-]*/\w[\w.-]*/")
 MOST_LINES = 15
+INSTALL = notebooks.source(notebooks.read(COMMITTED[0])["cells"][1])  # installs the package where it is missing
 
 
 def problems(notebook: Notebook) -> Iterator[str]:
@@ -64,6 +65,7 @@ def problems(notebook: Notebook) -> Iterator[str]:
 def test_a_committed_notebook_is_whole(path: Path) -> None:
     notebook = notebooks.read(path)
     assert list(problems(notebook)) == []
+    assert notebooks.source(notebook["cells"][1]) == INSTALL
     assert path.stat().st_size <= notebooks.LARGEST
     common = {"quick": False, "seed": 0, "device": "cpu", "data_root": "", "output_dir": "."}
     assert list(notebooks.parameters(path).items())[: len(common)] == list(common.items())

@@ -21,17 +21,21 @@ from sptseg.datasets import plots, png_bytes
 from sptseg.model import SptSeg
 from sptseg.system import write
 
+DPI = 144  # of what is shown 96 to the inch, so that it is sharp on fine screens too
+WIDEST = 920  # pixels at 96 to the inch: a notebook's column
+
 
 def show(figure: Figure, sentence: str) -> None:
     """Displays a figure with a sentence that says what to see, under it and as its alternative text.
 
     The PNG has 256 colours, so that a notebook of many figures stays small.
     """
-    full = Image.open(io.BytesIO(png_bytes(figure))).convert("RGB")
+    full = Image.open(io.BytesIO(png_bytes(figure, DPI))).convert("RGB")
     small = full.quantize(256, Image.Quantize.FASTOCTREE)  # the default method loses rare colours: those of legends
     buffer = io.BytesIO()
     small.save(buffer, format="png", optimize=True)
-    display(Picture(buffer.getvalue(), format="png", alt=sentence))
+    width = min(round(96 * figure.get_figwidth()), WIDEST)
+    display(Picture(buffer.getvalue(), format="png", alt=sentence, width=width))
     say(f"*{sentence}*")
 
 

@@ -203,8 +203,9 @@ def execute(path: Path, folder: Path, values: Mapping[str, Any], timeout: int) -
             if tries == 1:
                 continue
         except PapermillExecutionError as failure:
-            last = (failure.evalue.strip().splitlines() or [""])[-1]
-            error = f"In [{failure.exec_count}]: {failure.ename}: {last}"
+            last = failure.evalue.strip().splitlines()[-1:]
+            lines = last or re.findall(r"^-+> \d+ (.*)", str(failure), re.M)  # an assert without words is its own
+            error = f"In [{failure.exec_count}]: {failure.ename}: {''.join(lines[:1])}"
         except RuntimeError as failure:  # such as a dead kernel
             error = f"{type(failure).__name__}: {failure}"
         break

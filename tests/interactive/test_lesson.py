@@ -56,9 +56,10 @@ def test_a_figure_has_its_sentence_beside_it_and_keeps_the_colours_of_a_legend(s
         figure.add_artist(Rectangle((0.1 * i, 0), 0.04, 0.03, color=np.array(colour) / 255))
     lesson.show(figure, "Noise.")
     _, metadata = shown[0]._repr_mimebundle_()
-    assert metadata["image/png"]["alt"] == "Noise." and shown[1].data == "*Noise.*"
+    assert metadata["image/png"] == {"alt": "Noise.", "width": 4 * 96} and shown[1].data == "*Noise.*"
     picture = np.asarray(Image.open(io.BytesIO(shown[0].data)).convert("RGB")).astype(int)
-    assert np.abs(picture[-5, 8:128:40] - colours).max() < 12
+    assert len(picture) == 4 * lesson.DPI
+    assert np.abs(picture[-7, 12:184:58] - colours).max() < 12
 
 
 def test_the_model_is_drawn_with_the_shapes_of_its_own_tensors() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from sptseg.interactive import notebooks
 from sptseg.interactive.notebooks import Notebook, Outcome, source
+from sptseg.system import cores
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,6 +32,7 @@ display(Image(base64.b64decode("iVBORw0KGgo="), format="png", alt="Nothing."))
 print(output_dir)"""
 ABSOLUTE = re.compile(r"(?<![\w:/.])/\w[\w.-]*/\w[\w.-]*/")
 MOST_LINES = 15
+INSTALL = notebooks.source(notebooks.read(COMMITTED[0])["cells"][1])  # installs the package where it is missing
 
 
 def problems(notebook: Notebook) -> Iterator[str]:
@@ -64,6 +66,7 @@ def problems(notebook: Notebook) -> Iterator[str]:
 def test_a_committed_notebook_is_whole(path: Path) -> None:
     notebook = notebooks.read(path)
     assert list(problems(notebook)) == []
+    assert notebooks.source(notebook["cells"][1]) == INSTALL
     assert path.stat().st_size <= notebooks.LARGEST
     common = {"quick": False, "seed": 0, "device": "cpu", "data_root": "", "output_dir": "."}
     assert list(notebooks.parameters(path).items())[: len(common)] == list(common.items())
@@ -91,8 +94,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outco
     slider = "import ipywidgets\n\nipywidgets.IntSlider()"
     good = write(folder / "notebooks" / "01_good.ipynb", PICTURE, slider, FIGURES)
     bad = write(folder / "notebooks" / "02_bad.ipynb", "raise ValueError('first line\\nlast line')", FIGURES)
+    claim = write(folder / "notebooks" / "03_claim.ipynb", "a = 1\n\nassert a == 2")
     given, where = [("times", "4")], folder / "runs"
-    found = notebooks.run_all([bad, good], given, where, quick=True, timeout=60, jobs=2)
+    found = notebooks.run_all([bad, good, claim], given, where, quick=True, timeout=60, jobs=2)
     return folder, {path.stem: outcome for path, outcome in found}
 
 
@@ -107,11 +111,12 @@ def test_a_run_has_a_folder_and_its_figures_and_a_failure_stops_no_other(
     exec(source(injected), given := {})
     assert given.items() >= {"quick": True, "times": 4, "output_dir": str(runs)}.items()
     assert outcomes["02_bad"].error == "In [3]: ValueError: last line"
+    assert outcomes["03_claim"].error == "In [3]: AssertionError: assert a == 2"
     with pytest.raises(SystemExit, match="1"):
         notebooks.tell(list(outcomes.values()))
     table = capsys.readouterr().out
     assert re.search(r"^\| 01_good \| \d+ \| 4 \| 2 \| ok \|\n\| 02_bad \| \d+ \| 3 \| 0 \| failed \|$", table, re.M)
-    assert table.endswith("02_bad: In [3]: ValueError: last line\n")
+    assert "\n02_bad: In [3]: ValueError: last line\n" in table
 
 
 @pytest.fixture
@@ -259,37 +264,81 @@ def test_missing_figures_fail() -> None:
 
 # Broken on purpose
 
-BREAKS = {  # what: (the figure that tells, code in the kernel)
-    "two class names swapped": ("hiou_spt-seg", """
-from sptseg.datasets.splits import Split
+PLANTED = """from importlib.machinery import SourceFileLoader
 
-def swapped(self, labels=None, texts=Split.texts):
-    words = list(texts(self, labels))
-    return (words[1], words[0], *words[2:])
 
-Split.texts = swapped"""),
-    "no spectral prompt": ("gain_seen", """
-from sptseg.model.encoder import SpectralPrompt
+def get_code(self, name, get_code=SourceFileLoader.get_code):
+    if name != {module!r}:
+        return get_code(self, name)
+    return compile(self.get_source(name).replace({right!r}, {wrong!r}), self.path, "exec")
 
-SpectralPrompt.forward = lambda self, patches, class_token, weight: patches"""),
+
+SourceFileLoader.get_code = get_code"""
+FAULTS = {  # what: (module, right, wrong, the notebook that should see it, what it should name)
+    "spectrum conjugated": (
+        "model.encoder", "as_complex(self.weight.float())", "as_complex(self.weight.float()).conj()",
+        "02", "angle_once_across is -",
+    ),
+    "band rejected": (
+        "model.ops", "(~inside if reject else inside)", "(inside if reject else ~inside)",
+        "01", "AssertionError: assert",
+    ),
+    "alpha swapped": ("training.losses", "ALPHA = 0.25", "ALPHA = 0.75", "04", 'assert math.isclose(loss["focal"]'),
+    "decoder's windows transposed": (
+        "model.ops", "features.transpose(2, 3).reshape(batch, height, width, channels)",
+        "features.permute(0, 2, 3, 1, 4, 5).reshape(batch, height, width, channels)", "03", "AssertionError: assert",
+    ),
+    "sliding windows transposed": (
+        "inference.windows", "top : top + h, left : left + w]", "left : left + w, top : top + h]",
+        "07", "hiou_enlarged is ",
+    ),
+    "branches swapped": (
+        "model.decoder", "in widths.items() if wide", "in [*widths.items()][::-1] if wide", "03", "AssertionError: ",
+    ),
+    "class token's gate dropped": (
+        "model.encoder", "patches * class_token[:, None, None], weight", "patches, weight",
+        "02", "assert torch.allclose(prompt(X, class_token, F), X + S",
+    ),
+    "offset added": (
+        "inference.windows", "scores.sub_(self.offset", "scores.add_(self.offset",
+        "07", "assert abs(kept.pixel_accuracy - again.pixel_accuracy)",
+    ),
+    "the other statistics": (
+        "inference.windows", 'if config.normalization == "clip":', 'if config.normalization != "clip":',
+        "05", "assert abs(given[kind] - wanted)",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BREAKS)
-def test_the_check_notices_what_is_broken(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figure, code = BREAKS[name]
-    notebook = ROOT / "notebooks" / "06_evaluation.ipynb"
-    broken, baseline = (tmp_path / path.relative_to(ROOT) for path in (notebook, notebooks.baseline_file(notebook)))
-    for path in (broken, baseline):
-        path.parent.mkdir(parents=True)
-        path.write_bytes((ROOT / path.relative_to(tmp_path)).read_bytes())
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_names_what_is_broken(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, right, wrong, number, named = FAULTS[fault]
+    assert (ROOT / "sptseg" / f"{module.replace('.', '/')}.py").read_text().count(right) == 1
+    (notebook,) = notebooks.find([number])
+    for path in (notebook, notebooks.baseline_file(notebook)):
+        copy = tmp_path / path.resolve().relative_to(ROOT)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(path.read_bytes())
+    broken = tmp_path / "notebooks" / notebook.name
     edited = nbformat.read(broken, 4)
-    parameters = next(i for i, cell in enumerate(edited.cells) if "parameters" in cell.metadata.get("tags", ()))
-    edited.cells.insert(parameters + 1, nbformat.v4.new_code_cell(code))
+    planted = PLANTED.format(module=f"sptseg.{module}", right=right, wrong=wrong)
+    edited.cells.insert(1, nbformat.v4.new_code_cell(planted))
     nbformat.write(edited, broken)
     with pytest.raises(SystemExit, match="1"):
         notebooks.check_notebooks([str(broken)], output=tmp_path / "runs")
-    printed = capsys.readouterr().out
-    assert "| drifted |" in printed
-    assert f"06_evaluation: {figure} is " in printed
+    told = capsys.readouterr().out.rpartition("|")[2]  # what follows the table
+    assert f"{notebook.stem}: " in told and named in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "scene"), [(1, 17), (2, 5195)])
+def test_every_notebook_runs_with_other_seeds_and_scenes(seed: int, scene: int, tmp_path: Path) -> None:
+    with_scene = [path for path in COMMITTED if "scene" in notebooks.parameters(path)]
+    given = [("seed", str(seed))]
+    for paths, values in (
+        (with_scene, [*given, ("scene", str(scene))]),
+        ([path for path in COMMITTED if path not in with_scene], given),
+    ):
+        found = notebooks.run_all(paths, values, tmp_path, quick=True, timeout=600, jobs=min(2, cores()))
+        assert {outcome.name: outcome.error for _, outcome in found if outcome.error} == {}

@@ -8,12 +8,12 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TextIO
 
 import pandas as pd
 import torch
@@ -265,6 +265,30 @@ COMMANDS = {
 IN_SEVERAL_PROCESSES = ("train", "ablate", "evaluate")  # what torchrun and accelerate launch may start
 
 
+class Outlet(io.FileIO):
+    """A standard stream whose failures wait: work goes on when its reader has left (`| head`) or its disk is full."""
+
+    failure: ClassVar[OSError | None] = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                Outlet.failure = OSError(f"what was printed is not whole: {error.strerror}")
+            return len(data)
+
+    @classmethod
+    def of(cls, stream: TextIO) -> TextIO:
+        """The stream, through an outlet if it leads to a file; what its encoding lacks is printed as in \\u8349."""
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
+                file = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
+                return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
+        return stream
+
+
 @contextmanager
 def notes_told_once() -> Iterator[None]:
     """What is noted of pictures goes to standard error, a line each, with the first picture it is said of."""
@@ -288,10 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] in (["data"], ["notebooks"]):
         given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what an encoding lacks is printed as in \u8349
-    with one_voice(), notes_told_once():
+    Outlet.failure = None
+    with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), one_voice(), notes_told_once():
         try:
             if processes() > 1 and given[:1] and given[0] not in IN_SEVERAL_PROCESSES:
                 one = "works in one process; start it without torchrun or accelerate launch"
@@ -301,6 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 listed = {**COMMANDS, "train": Train, "ablate": Ablate}
                 tyro.extras.subcommand_cli_from_dict(listed, args=given, prog="sptseg", description=__doc__)
+            if Outlet.failure is not None:
+                raise Outlet.failure
         except (ValueError, OSError, FloatingPointError, MemoryError) as error:
             said = str(error) or "memory ran out"
             print(f"sptseg: {' '.join(said.split())[:2000]}", file=sys.stderr)

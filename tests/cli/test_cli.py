@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -315,13 +314,22 @@ def test_what_an_encoding_lacks_is_printed_as_an_escape_and_written_as_it_is(
     assert [row[0] for row in rows] == ["picture", "b\\udcff.jpg", "дом.png"] and rows[0][1:] == ["grass", "дом"]
 
 
-def test_scores_are_written_before_they_are_printed(
+def test_work_outlasts_those_who_read_what_is_printed(
     clip: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
     report = tmp_path / "scores.json"
-    with suppress(OSError), open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+    command = ["evaluate", "--images", "1", "--json", str(report), *clip]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        main(command)
+        sys.stdout.close()
+    assert json.loads(report.read_text())
+    report.unlink()
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
-        assert "No space left" in refused(capsys, "evaluate", "--images", "1", "--json", str(report), *clip)
+        assert refused(capsys, *command) == "what was printed is not whole: No space left on device"
     assert json.loads(report.read_text())
 
 

@@ -59,7 +59,7 @@ class MaskExplorer(parts.Explorer):
             control.observe(self.renew, "value")
         for control in (self.scored, self.cut):
             control.observe(self.show_score, "value")
-        self.renew()
+        self.update()
         self.predict()
 
     @property

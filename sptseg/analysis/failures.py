@@ -165,7 +165,7 @@ def by_distance(predictions: Predictions, starts: Sequence[int] = (1, 2, 3, 5, 9
 
 def summaries(confusions: Array, split: Split, index: pd.Index) -> pd.DataFrame:
     """The `SUMMARY` of the scores (0..1) of each of N confusion matrices (N, C, C), which `index` names."""
-    figures = metrics.ratios(torch.from_numpy(confusions), split)[:, : len(SUMMARY)]
+    figures = metrics.ratios_of_tallies(metrics.tallies(torch.from_numpy(confusions)), split)[:, : len(SUMMARY)]
     return pd.DataFrame(figures.numpy(), index, SUMMARY)
 
 

@@ -45,11 +45,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config_from_dict(values))))
 
 
-def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
-    """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`).
-
-    `about` (JSON values: data, seed, figures) is kept with the configuration; `half` stores float16, which loads as
-    float32. The file is written whole or not at all.
+def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`), whole
+    or not at all. `about` (JSON values: data, seed, figures) is kept with the configuration.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".safetensors":
@@ -60,7 +58,7 @@ def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None 
     if model.config.clip == IMPORTED:
         state |= {f"clip.{name}": value for name, value in model.clip.model.state_dict().items()}
         header["architecture"] = model.clip.architecture
-    tensors = {name: (value.half() if half else value).detach().cpu().contiguous() for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     header["sha256"] = checksum(tensors)
     return write(path, save(tensors, metadata={"sptseg": json.dumps(header)}))
 
@@ -73,7 +71,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_model(source: str | Path = "embedded", clip: Clip | None = None, *, revision: str | None = None) -> SptSeg:
+def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> SptSeg:
     """A model in evaluation mode.
 
     Args:
@@ -83,22 +81,23 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None, *, rev
             such as "./embedded".
         clip: the CLIP model to use, if it is already loaded, or if its weights are a file of yours: a path that stands
             in a checkpoint is not opened.
-        revision: of a Hub id, a branch, tag or commit.
     """
     if source == "dense-clip":
         clip = load_clip() if clip is None else clip
         config = dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name))
         return build_model(fitted(config, clip), clip).eval()
-    path = find_checkpoint(source, revision)
+    path = find_checkpoint(source)
     header, state = read_header(path), load_file(path)
     if header.get("sha256") not in (None, checksum(state)):  # the earliest files have none
         raise ValueError(f"{path} is damaged: its tensors have another checksum than as written; copy it again")
     try:
-        model = assembled(header, state, clip)
+        return assembled(header, state, clip).eval()
     except Exception as error:  # there is no list of what a stranger's values may raise, in whichever part reads them
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
-    return model.eval()
+
+
+from_pretrained = load_model  # by the name that Hugging Face's libraries have for it
 
 
 def assembled(header: Mapping[str, Any], state: Mapping[str, Tensor], clip: Clip | None) -> SptSeg:
@@ -130,30 +129,23 @@ def assembled(header: Mapping[str, Any], state: Mapping[str, Tensor], clip: Clip
     return model
 
 
-def from_pretrained(repo_id_or_folder: str | Path, *, revision: str | None = None, clip: Clip | None = None) -> SptSeg:
-    """`load_model`, by the name that Hugging Face's libraries have for it."""
-    return load_model(repo_id_or_folder, clip, revision=revision)
-
-
-def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(source: str | Path) -> Path:
     """The file that `load_model` reads; one of the Hub is downloaded."""
     if source in EMBEDDED:
         return clips.data_file(EMBEDDED[str(source)])
     path = Path(source).expanduser()
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if file.is_file():
-        if revision is not None:
-            raise ValueError(f"{path} is a path here, without revisions such as {revision!r}; leave revision out")
         return file
-    if not is_hub_id(source) or (path.parent.is_dir() and revision is None):  # mistyped paths are not the Hub's
+    if not is_hub_id(source) or path.parent.is_dir():  # a mistyped path is not the Hub's
         known = ", ".join((*EMBEDDED, "dense-clip", "a file, a folder or a Hub id owner/name"))
         raise FileNotFoundError(f"there is no checkpoint {file}; wanted {known}")
     try:
-        return Path(hf_hub_download(str(source), WEIGHTS_FILE, revision=revision))
+        return Path(hf_hub_download(str(source), WEIGHTS_FILE))
     except (OSError, ValueError) as error:  # huggingface_hub's own are of these two kinds
         raise FileNotFoundError(
-            f"{source} is no path here, and {WEIGHTS_FILE} of its revision {revision or 'main'} could not be had from "
-            f"the Hub ({type(error).__name__}); check name, revision and network; closed ones need `hf auth login`"
+            f"{source} is no path here, and its {WEIGHTS_FILE} could not be had from the Hub "
+            f"({type(error).__name__}); check name and network; closed ones need `hf auth login`"
         ) from error
 
 

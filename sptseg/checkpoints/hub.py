@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from sptseg.checkpoints.checkpoint import WEIGHTS_FILE, is_hub_id, save_model
 from sptseg.checkpoints.research import IMPORTED, refuse_text
@@ -19,7 +19,6 @@ from sptseg.system import write
 
 About = Mapping[str, Any]  # JSON values
 METHODS = {"spectral": "SPT-SEG", "cross_attention": "ZegCLIP", "none": "dense CLIP"}
-METRICS = {"pixel_accuracy": "accuracy", "miou_seen": "mean_iou", "miou_unseen": "mean_iou", "hiou": "hiou"}
 TAGS = ["zero-shot", "semantic-segmentation", "clip", "arxiv:2312.12754"]
 CARD = Path(__file__).with_name("card.txt")
 
@@ -28,8 +27,8 @@ def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: 
     """Writes `model.safetensors`, `config.json` and the card `README.md` into a folder of their own; returns it.
 
     `about`: `data`, `split` (name), `unseen` (list of names), `seeds` (default: the `train["seed"]` that `fit` stores),
-    `license` (a Hub identifier; default apache-2.0, none for imported weights), with scores also `evaluated_on` and
-    perhaps `command`, and anything else. Without `scores`, which must be this model's, the card has no figures.
+    `license` (a Hub identifier; default apache-2.0, none for imported weights), with this model's `scores` also
+    `evaluated_on` and perhaps `command`, and anything else.
     """
     folder = Path(folder).expanduser()
     if model.config.clip != IMPORTED:
@@ -52,24 +51,23 @@ def model_card(model: SptSeg, about: About, scores: Scores | None) -> ModelCard:
     missing = [key for key in wanted if facts.get(key) in (None, "")]
     if missing or isinstance(facts["unseen"], str):
         raise ValueError(f"the card needs {', '.join(missing) or 'a list of names as unseen'}; complete about")
-    facts["title"] = f"{METHODS[model.config.decoder]}, {facts['split']}"
-    facts |= {"classes": ", ".join(facts["unseen"]) or "none", "seeds": str(facts["seeds"]).strip("[](),")}
-    facts["clip"] = "in the file" if imported else f"{model.config.clip} {model.config.clip_weights or '(embedded)'}"
     example = json.dumps(facts["unseen"][:2] or ["tree", "road"])
-    facts["use"] = f'sptseg.segment(model, "photo.jpg", classes={example}).show()'
+    facts |= {
+        "title": f"{METHODS[model.config.decoder]}, {facts['split']}",
+        "classes": ", ".join(facts["unseen"]) or "none",
+        "seeds": str(facts["seeds"]).strip("[](),"),
+        "clip": "in the file" if imported else f"{model.config.clip} {model.config.clip_weights or '(embedded)'}",
+        "use": f'sptseg.segment(model, "photo.jpg", classes={example}).show()',
+        "figures": "None were given with this model.",
+    }
     if model.clip.tokenizer is refuse_text:
         facts["use"] = "mask_logits = model(images, text)  # unit embeddings (C, E); the file has no text encoder"
-    facts["figures"], results = "None were given with this model.", {}
     if scores:
         where = f"On {facts['evaluated_on']}" + (f" (`{facts['command']}`)" if "command" in facts else "")
         note = "in percent (S: seen, U: unseen classes); one checkpoint's, no mean over seeds, which differ much in U"
         facts["figures"] = f"{where}, {note}.\n\n{scores.table()}"
-        task, values = ("image-segmentation", facts["split"], facts["evaluated_on"]), scores.as_dict()
-        known = [name for name in METRICS if values[name] is not None]
-        figures = [EvalResult(*task, METRICS[name], round(values[name], 4), metric_name=name) for name in known]
-        results = {"model_name": facts["title"], "eval_results": figures}
     kind = {"license": facts["license"], "library_name": "sptseg", "pipeline_tag": "image-segmentation", "tags": TAGS}
-    return ModelCard(CARD.read_text("utf-8").format(**facts, metadata=ModelCardData(**kind, **results).to_yaml()))
+    return ModelCard(CARD.read_text("utf-8").format(**facts, metadata=ModelCardData(**kind).to_yaml()))
 
 
 def push_to_hub(model: SptSeg, repo_id: str, *, about: About, scores: Scores | None, private: bool = False) -> str:

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, read_weights
 
+NAMES = tomllib.loads(Path(__file__).with_name("research.toml").read_text("utf-8"))
 IMPORTED = "imported"  # ModelConfig.clip of a model whose CLIP weights travel in its checkpoint
+PROMPTS = ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings")
+LAYER = r"decode_head\.decoder_1\.layers\.(\d+)\."
 VISION_SIZES = {"image_size", "patch_size", "width", "layers", "head_width"}
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # in place of a missing tower
 
 
 def check_architecture(architecture: Mapping[str, Any], tensors: int) -> None:
@@ -42,13 +46,6 @@ def clip_from_architecture(architecture: Mapping[str, Any]) -> Clip:
 
 def refuse_text(texts: object) -> Tensor:
     raise ValueError("this model was imported without a text encoder; call it with text embeddings (C, E)")
-
-
-NAMES = tomllib.loads(Path(__file__).with_name("research.toml").read_text("utf-8"))
-PROMPTS = ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings")
-LAYER = r"decode_head\.decoder_1\.layers\.(\d+)\."
-NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}  # in place of a missing tower
-TEXT_TOWER = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection")
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def import_research(
         own = model.trained_state()
         read = {name: torch.cat(prompts) if name == "encoder.prompts" else state[theirs[name]] for name in own}
         model.load_state_dict(read, strict=False)
-    except (LookupError, RuntimeError) as error:
+    except Exception as error:  # of whatever part meets with other tensors than it has
         raise ValueError(
             f"the checkpoint is no whole one of SPT-SEG's or ZegCLIP's research code, or does not go with image_size "
             f"{size}, heads {heads} and decoder_heads {decoder_heads}: {' '.join(str(error).split())}"
@@ -136,26 +133,25 @@ def imported_clip(state: Mapping[str, Tensor], image_size: tuple[int, int], head
         for part in ("backbone.", "text_encoder.")
     )
     width, _, *patch = visual["conv1.weight"].shape
-    if width % heads:
-        raise ValueError(f"heads is {heads}; the encoder's width {width} is no multiple of it")
     positions = len(visual["positional_embedding"]) - 1
     grid = (image_size[0] // patch[0], image_size[1] // patch[1])
     if math.prod(grid) != positions:  # learned on another, square grid, as CLIP's own is
         grid = (math.isqrt(positions),) * 2
-    if math.prod(grid) != positions:
-        raise ValueError(f"the position embedding has {positions} patches: no square grid, nor image_size {image_size}")
+    vision_config = {
+        "image_size": [grid[0] * patch[0], grid[1] * patch[1]], "patch_size": patch, "width": width,
+        "head_width": width // heads, "layers": count_blocks(visual),
+    }  # fmt: skip
     text_config = NO_TEXT
-    if set(TEXT_TOWER) <= set(text):
+    if text:
         vocabulary, text_width = text["token_embedding.weight"].shape
-        text_config = {"vocab_size": vocabulary, "width": text_width, "layers": count_blocks(text)}
-        text_config["context_length"] = len(text["positional_embedding"])
-        text_config["heads"] = max(1, text_width // 64)  # OpenAI's CLIP models: head width 64
-    vision_config = {"patch_size": patch, "width": width, "head_width": width // heads, "layers": count_blocks(visual)}
-    vision_config["image_size"] = [grid[0] * patch[0], grid[1] * patch[1]]
+        text_config = {
+            "context_length": len(text["positional_embedding"]), "vocab_size": vocabulary, "width": text_width,
+            "heads": max(1, text_width // 64), "layers": count_blocks(text),  # OpenAI's CLIP models: head width 64
+        }  # fmt: skip
     sizes = {"embed_dim": visual["proj"].shape[1], "vision_cfg": vision_config, "text_cfg": text_config}
     clip = clip_from_architecture(sizes)
     clip.visual.load_state_dict({name: visual[name] for name in clip.visual.state_dict()})
-    if clip.tokenizer is not refuse_text:
+    if text:
         own = [name for name in clip.model.state_dict() if not name.startswith("visual.") and name != "logit_scale"]
         clip.model.load_state_dict({name: text[name] for name in own}, strict=False)
     return clip

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from sptseg.datasets import Sample, Split, read_batches, test_transform
 from sptseg.inference.metrics import Scores, SegmentationMetrics, confusion_matrix
+from sptseg.inference.segmentation import told
 from sptseg.inference.windows import Precision, WindowLogits, at_precision, augmentation, window_logits
-from sptseg.inference.words import told
 from sptseg.model import SptSeg
 from sptseg.system import ended_helpers
 

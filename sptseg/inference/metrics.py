@@ -96,13 +96,8 @@ def _iou(counts: Tensor) -> Tensor:
     return hits / (labelled + predicted - hits)
 
 
-def ratios(confusion: Tensor, split: Split) -> Tensor:
-    """Confusion (..., C, C) -> the figures of `SUMMARY`, then each class's IoU: (..., 4 + C), float64; see `Scores`."""
-    return ratios_of_tallies(tallies(confusion), split)
-
-
 def ratios_of_tallies(counts: Tensor, split: Split) -> Tensor:
-    """As `ratios`, of (..., 3, C); see `tallies`."""
+    """`tallies` (..., 3, C) -> the figures of `SUMMARY`, then each class's IoU: (..., 4 + C), float64; see `Scores`."""
     counts = counts.double()
     iou = _iou(counts)
     seen, unseen = (iou[..., list(labels)].nanmean(-1) for labels in (split.seen, split.unseen))
@@ -113,7 +108,7 @@ def ratios_of_tallies(counts: Tensor, split: Split) -> Tensor:
 
 def scores(confusion: Tensor, split: Split) -> Scores:
     """All ratios of a confusion matrix (C, C), rows true, columns predicted."""
-    return Scores.of(ratios(confusion.cpu(), split), split)
+    return Scores.of(ratios_of_tallies(tallies(confusion.cpu()), split), split)
 
 
 def bootstrap(

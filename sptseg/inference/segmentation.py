@@ -1,17 +1,16 @@
-"""From a model and a picture of any size to labels: sliding windows, scores, `segment`.
-
-Window logits are kept at token resolution; scores at full size exist for a few classes at a time only, so memory does
-not grow with classes x height x width.
-"""
+"""From a model and a picture of any size to labels: what CLIP is told, `segment`, and masks as files."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,50 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import tv_tensors
 
-from sptseg.datasets import Colour, Note, as_array, ignored_label, plain, plots, spread_palette, test_transform
+from sptseg.datasets import BACKGROUND, Colour, Note, as_array, ignored_label, plain, plots, splits, test_transform
 from sptseg.inference.windows import WindowLogits, augmentation, window_logits
-from sptseg.inference.words import NONE, Background, resolved, told
-from sptseg.model import SptSeg, synonyms
+from sptseg.model import Clip, SptSeg, WordTokenizer, synonyms
 from sptseg.system import write
 
 WHITE: Colour = (255, 255, 255)
+NONE = "none"  # the name of what is none of the classes
+Background = Sequence[str] | str | float | None
+
+
+def told(texts: Sequence[str], background: Sequence[str] = ()) -> tuple[list[str], list[int]]:
+    """The words for CLIP, class by class, and the class of each; the background's are of the class after the last.
+
+    A class's score is the highest of its words' (SCLIP, Wang et al., ECCV 2024).
+    """
+    classes = [*map(synonyms, texts), list(background)]
+    return [word for words in classes for word in words], [i for i, words in enumerate(classes) for _ in words]
+
+
+def resolved(background: Background, clip: Clip, texts: Sequence[str]) -> tuple[str, ...] | float | None:
+    """The background's words, without those that are a class's, or the least score that a class must reach.
+
+    `background`: words, in a list or a text with commas; "usual" for `BACKGROUND`, or for a CLIP of few words the
+    classes of the drawn world that it knows; or the score, 0..1.
+    """
+    if isinstance(background, str):
+        if re.fullmatch(r"[-+]?\d*\.?\d+", background):
+            background = float(background)
+        elif plain(background) != "usual":
+            background = splits.names(background)
+        elif isinstance(clip.tokenizer, WordTokenizer):
+            known = clip.tokenizer.ids.keys()
+            background = [name for name in splits.scenes().classes if known >= {*name.split()}]
+        else:
+            background = BACKGROUND
+    if background is None or isinstance(background, float | int):
+        if background is not None and not 0 <= background <= 1:
+            raise ValueError(f"background is the score {background}; wanted one in 0..1, as scores are, or words")
+        return background
+    taken = {plain(word).casefold() for word in told(texts)[0]}
+    left = tuple(word for each in background for word in synonyms(plain(each)) if word.casefold() not in taken)
+    if not left:
+        raise ValueError("background has no word that is not a class's; name what else is in pictures: sky, wall, ...")
+    return left
 
 
 @dataclass(frozen=True)
@@ -151,9 +187,58 @@ def segment(
     prepared = prepare(tv_tensors.Image(torch.tensor(pixels).permute(2, 0, 1)))
     (logits,) = window_logits(model, prepared[None], text, owners=owners)
     size = (pixels.shape[0], pixels.shape[1])
-    colours = spread_palette(len(classes)) if palette is None else tuple(palette)
+    colours = splits.spread_palette(len(classes)) if palette is None else tuple(palette)
     score, labels = logits.best(size)
     if background is not None:
         none = labels == len(classes) if isinstance(background, tuple) else score < background
         labels.masked_fill_(none, ignored_label(len(classes)))
     return Segmentation(pixels, labels.cpu().numpy(), classes, colours, logits, background)
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """A mask, bool (H, W), in COCO's compressed run-length encoding: {"size": [H, W], "counts": text}.
+
+    Lengths of runs down the columns, of False first; from the fourth on less the one two before. Each as digits of five
+    bits, the lowest first, two's complement, plus 32 if more follow, plus 48. Source: pycocotools, maskApi.c.
+    """
+    flat = np.pad(mask.ravel(order="F"), 1, constant_values=False)
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    lengths = np.diff(ends, prepend=0, append=mask.size)
+    lengths = lengths[: -1 if mask[-1, -1] else None]  # there is no last run of no pixels
+    lengths[3:] -= lengths[1:-2].copy()
+    text = bytearray()
+    for value in lengths.tolist():
+        more = True
+        while more:
+            digit, value = value & 31, value >> 5
+            more = value != (-1 if digit & 16 else 0)
+            text.append(digit + 32 * more + 48)
+    return {"size": list(mask.shape), "counts": text.decode()}
+
+
+class CocoMasks:
+    """One annotation for each class in each picture; category i + 1 is class i, and what has no class has none."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+        self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+
+    def add(self, file_name: str, labels: np.ndarray) -> None:
+        """Adds a picture with labels (H, W), those of no class 255 or above all classes."""
+        images, annotations, categories = self.content.values()
+        height, width = labels.shape
+        images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
+        for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=len(categories))[: len(categories)]).tolist():
+            mask = labels == label
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            x, y = int(columns[0]), int(rows[0])
+            annotations.append(
+                {
+                    "id": len(annotations) + 1, "image_id": len(images), "category_id": label + 1, "iscrowd": 0,
+                    "segmentation": run_lengths(mask), "area": int(mask.sum()),
+                    "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                }
+            )  # fmt: skip
+
+    def json(self) -> str:
+        return json.dumps(self.content) + "\n"

@@ -14,21 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, Note
-from sptseg.model import (
-    EMBEDDED_CLIPS,
-    PROTOCOL_STRIDE,
-    Clip,
-    ModelConfig,
-    SpectralPrompt,
-    SptSeg,
-    about_weights,
-    interpolation,
-    maps_at_once,
-    tower,
-    upsample,
-)  # fmt: skip
+from sptseg.model import PROTOCOL_STRIDE, Clip, ModelConfig, SpectralPrompt, SptSeg, ops, tower, upsample
+from sptseg.model import clip as clips
 
-SAID_WITHOUT_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # by torch on a CPU, and by CUDA's libraries
 Precision = Literal["no", "bf16", "fp16"]
 Box = tuple[int, int, int, int]
 
@@ -36,7 +24,7 @@ Box = tuple[int, int, int, int]
 def fitted(config: ModelConfig, clip: Clip) -> ModelConfig:
     """A configuration for a tiny CLIP, for any: its name, weights, statistics, and windows of 512 pixels or, which
     is said, of the next multiple of its patch size."""
-    if clip.name in EMBEDDED_CLIPS:
+    if clip.name in clips.EMBEDDED_CLIPS:
         return replace(config, clip=clip.name)
     height, width = (512 + -512 % side for side in tower(clip.visual).patch_size)
     if (height, width) != (512, 512):
@@ -51,7 +39,7 @@ def augmentation(config: ModelConfig, *, full_resolution: bool = False) -> Augme
     side, short = min(config.image_size), config.short_side or min(config.image_size)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if config.normalization == "clip":
-        about = about_weights(config.clip, config.clip_weights)
+        about = clips.about_weights(config.clip, config.clip_weights)
         mean, std = about.get("mean", CLIP_MEAN), about.get("std", CLIP_STD)
     return Augmentation(crop=side, resize_base=None if full_resolution else (4 * short, short), mean=mean, std=std)
 
@@ -123,7 +111,7 @@ class WindowLogits:
         squash = (lambda maps: maps) if self.softmax else torch.sigmoid_
         logits, device = self.logits[:, words], self.logits.device
         rows, columns = (  # upsampling as two matrix products: several times as fast on a CPU
-            interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
+            ops.interpolation(a, b, device) for a, b in zip(self.logits.shape[-2:], self.window, strict=True)
         )
         if len(self.boxes) == 1:
             _, _, height, width = self.boxes[0]
@@ -151,7 +139,7 @@ class WindowLogits:
         """
         device, words = self.logits.device, self.words(classes)
         if classes_at_once is None:
-            classes_at_once = maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
+            classes_at_once = ops.maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
         best = torch.full(size, -torch.inf, device=device)
         labels = torch.zeros(size, dtype=torch.long, device=device)
         for start in range(0, len(words), classes_at_once):
@@ -198,32 +186,17 @@ def window_logits(
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
     images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one of these per
-    picture. Where memory runs out, the number of windows at a time is halved, with a warning.
+    picture.
     """
-    size = (images.shape[-2], images.shape[-1])
+    size, patch = (images.shape[-2], images.shape[-1]), model.encoder.patch_size
     boxes = windows_of(size, model.config.image_size, model.config.window_stride)
     crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
-    parts, done = [], 0
-    while done < len(crops):
-        batch = pad_to_patches(torch.stack(crops[done : done + window_batch]), model.encoder.patch_size)
-        try:
-            parts.append(model(batch.to(model.device, non_blocking=True), text).float())
-            done += len(batch)
-        except RuntimeError as error:
-            if len(batch) == 1 or not ran_out_of_memory(error):
-                raise
-            window_batch = len(batch) // 2
-            warnings.warn(
-                f"memory ran out with {len(batch)} windows at once; going on with {window_batch}", stacklevel=2
-            )
+    parts = []
+    for start in range(0, len(crops), window_batch):
+        batch = pad_to_patches(torch.stack(crops[start : start + window_batch]), patch)
+        parts.append(model(batch.to(model.device, non_blocking=True), text).float())
     logits = torch.cat(parts).unflatten(0, (len(images), len(boxes)))
-    patch_height, patch_width = model.encoder.patch_size
-    window = (logits.shape[-2] * patch_height, logits.shape[-1] * patch_width)
-    offset = torch.zeros(len(text)) if offset is None else offset
-    softmax, offset = model.config.softmax_scale is not None, offset.to(logits.device)
+    window = (logits.shape[-2] * patch[0], logits.shape[-1] * patch[1])
+    offset = (torch.zeros(len(text)) if offset is None else offset).to(logits.device)
+    softmax = model.config.softmax_scale is not None
     return [WindowLogits(each, boxes, window, size, offset, owners, softmax) for each in logits]
-
-
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory, or the host's, was too small; torch has a class for some of these faults."""
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in SAID_WITHOUT_MEMORY)

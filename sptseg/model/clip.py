@@ -15,7 +15,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -131,10 +131,8 @@ class Clip:
 
 
 def fingerprint(clip: Clip, like: str = "") -> str:
-    """A hash by which a checkpoint knows its CLIP, whatever that is called and wherever its file lies.
-
-    Of the weights of both towers, their heads and activations, and the tiny CLIP's words. `like`: the fingerprint that
-    this one is to be compared with, as earlier versions made shorter ones, of four tensors.
+    """A hash by which a checkpoint knows its CLIP, wherever that lies: of both towers' weights, their heads and
+    activations, and the tiny CLIP's words. `like`: one to be compared with; earlier versions' are short, of 4 tensors.
     """
     state, digest, earlier = clip.model.state_dict(), hashlib.sha256(), len(like) == OLD_FINGERPRINT
     tensors = [f"visual.{name}" for name in ("conv1.weight", "positional_embedding", "ln_post.weight", "proj")]
@@ -174,7 +172,7 @@ def load_tiny_clip(path: str | Path, name: str = TINY) -> Clip:
         with safe_open(path, "pt") as file:
             clip = new_tiny_clip(json.loads(file.metadata()["words"]))
             clip.model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # of whichever part meets with another file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is no tiny CLIP ({reason}); wanted a file that sptseg pretrain wrote") from error
     return Clip(name, str(path), clip.model.eval().requires_grad_(False), clip.tokenizer)
@@ -194,9 +192,8 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     """A frozen CLIP in evaluation mode.
 
     `name`: "tiny" or "tiny-plain" (embedded; trained to be dense, and by the contrast of picture and caption alone;
-    `weights` is None or a file made by `sptseg pretrain`), or an open_clip model with a vision transformer, see
-    `usable_models`. `weights`: an open_clip tag such as "openai", a file (see `read_weights`) such as OpenAI's own
-    ViT-B-16.pt, or None for random weights (from torch's global seed).
+    `weights` is None or a file made by `sptseg pretrain`), or one of `usable_models`. `weights`: an open_clip tag such
+    as "openai", a file (see `read_weights`) such as OpenAI's own ViT-B-16.pt, or None for random ones (torch's seed).
     """
     file = None if weights is None else Path(weights).expanduser()
     if name in EMBEDDED_CLIPS:
@@ -204,40 +201,30 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
     if name not in usable_models():
         usable = ", ".join((*EMBEDDED_CLIPS, *usable_models()))
         raise ValueError(f"{name!r} is no open_clip model with a {USABLE}; use {usable}")
-    tokenizer = tokenizer_of(name)
-    config = cast("dict[str, Any]", open_clip.get_model_config(name))
     tag = open_clip.get_pretrained_cfg(name, weights or "")
-    if tag:
-        if tag.get("quick_gelu"):
-            refuse_quick_gelu(name, weights)
-        try:
+    if tag.get("quick_gelu"):
+        refuse_quick_gelu(name, weights)
+    if file is not None and not tag and not file.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"{weights} is no file, and no tag of {name}; open_clip's tags of it: {tags}")
+    try:
+        tokenizer = open_clip.get_tokenizer(name)
+        if tag:
             model: Any = open_clip.create_model(name, pretrained=weights, precision="fp32")
-        except Exception as error:  # there is no list of what open_clip and the network may raise
-            raise ValueError(
-                f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads "
-                f"them once where there is a network, or give the path of a file that holds them"
-            ) from error
-    else:
-        if file is not None and not file.is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise ValueError(f"{weights} is no file, and no tag of {name}; open_clip's tags of it: {tags}")
-        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-        model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
-        if file is not None and load_weights(model, file, name):
-            refuse_quick_gelu(name, weights)
+        else:
+            config = cast("dict[str, Any]", open_clip.get_model_config(name))
+            custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+            model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    except Exception as error:  # there is no list of what open_clip, transformers and the network may raise
+        raise ValueError(
+            f"the weights {weights!r} of {name} could not be loaded ({type(error).__name__}); open_clip downloads them "
+            f"once where there is a network, or give a file that holds them; some tokenizers need `pip install "
+            f"transformers`, which downloads them once"
+        ) from error
+    if file is not None and not tag and load_weights(model, file, name):
+        refuse_quick_gelu(name, weights)
     check_visual(name, model.visual)
     return Clip(name, weights, model.eval().requires_grad_(False), tokenizer)
-
-
-def tokenizer_of(name: str) -> Callable[[list[str]], Tensor]:
-    """An open_clip model's tokenizer; some are of the package transformers, such as SigLIP's and CLIPA's."""
-    try:
-        return open_clip.get_tokenizer(name)
-    except Exception as error:  # there is no list of what transformers and the network may raise
-        raise ValueError(
-            f"the tokenizer of {name} could not be loaded ({type(error).__name__}); pip install transformers, which "
-            f"downloads it once where there is a network"
-        ) from error
 
 
 def about_weights(name: str, weights: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,11 @@ def logits(model: SptSeg, size: int = 32) -> Tensor:
         return model(torch.randn(2, 3, size, size, generator=generator), text)
 
 
-def rewritten(path: Path, change: Callable[[dict, dict], object], checked: bool = False) -> Path:
-    """The checkpoint with its header and tensors changed, as a stranger could write it, or by accident (`checked`)."""
+def rewritten(path: Path, change: Callable[[dict, dict], object]) -> Path:
+    """The checkpoint with its header and tensors changed, as a stranger could write it."""
     header, tensors = read_header(path), load_file(path)
     change(header, tensors)
-    if not checked:
-        header["sha256"] = checksum(tensors)
+    header["sha256"] = checksum(tensors)
     save_file(tensors, path, metadata={"sptseg": json.dumps(header)})
     return path
 
@@ -76,26 +75,15 @@ def test_only_trained_parts_and_the_configuration_are_in_the_file(saved: tuple[S
     trained = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name: value.shape for name, value in load_file(path).items()} == trained
     header = read_header(path)
-    assert header["about"] == {"seed": 3}
-    assert config_from_dict(header["config"]) == CONFIG
-
-
-def test_configuration_is_read_back_from_json() -> None:
-    for config in (SPT_RELEASED, CONFIG):
-        assert config_from_dict(json.loads(json.dumps(asdict(config)))) == config
+    assert header["about"] == {"seed": 3} and config_from_dict(header["config"]) == CONFIG
     assert config_from_dict({"prompt_tokens": 3}) == replace(SPT_RELEASED, prompt_tokens=3), "as an older file has it"
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_imported_models_bring_their_clip_along(half: bool, tmp_path: Path) -> None:
+def test_imported_models_bring_their_clip_along(tmp_path: Path) -> None:
     model = load_reference("spt").imported.model
-    loaded = load_model(save_model(model, tmp_path / "imported.safetensors", half=half))
-    assert loaded.config == model.config
-    for (name, ours), theirs in zip(
-        loaded.clip.model.state_dict().items(), model.clip.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs.half().float() if half else theirs), name
-    assert half or torch.equal(logits(loaded, 128), logits(model, 128))
+    loaded = load_model(save_model(model, tmp_path / "imported.safetensors"))
+    assert loaded.config == model.config and torch.equal(logits(loaded, 128), logits(model, 128))
+    assert fingerprint(loaded.clip) == fingerprint(model.clip)
     with pytest.raises(ValueError, match="without a text encoder; call it with text embeddings"):
         loaded.class_embeddings(["tree"])
 
@@ -173,14 +161,11 @@ def deep(levels: int) -> Any:
 
 
 HOSTILE: list[tuple[str, Any]] = [  # sizes that no memory holds, paths, other types, values out of range
-    *(("clip", value) for value in ("/etc/passwd", "hf-hub:someone/model", "", None)),
-    *(("clip_weights", value) for value in ("/etc/passwd", "http://127.0.0.1/x", 1, "")),
-    *(("image_size", value) for value in ([10**9] * 2, [0, 0], [31, 32], [32], "32", [3.5, 2], deep(50))),
-    *(("prompt_tokens", value) for value in (4, 10**12, -1, 1.5, None, True)),
-    *(("prompt_depth", value) for value in (0, 10**400)), *(("decoder_heads", value) for value in (5, 0)),
-    *(("spectral_layers", value) for value in ([-1], [0, 0], [[0]], list(range(2000)))),
-    *(("decoder_layers", value) for value in (10**12, 2)), ("decoder_window", 10**12), ("dropout", math.nan),
-    *(("templates", value) for value in ([], "{}", [1], ["{} {}"])), ("seen_offset", 1e300), ("colour", "red"),
+    ("clip", "/etc/passwd"), ("clip", "hf-hub:someone/model"), ("clip", None), ("clip_weights", "/etc/passwd"),
+    ("clip_weights", 1), *(("image_size", value) for value in ([10**9] * 2, [0, 0], [31, 32], [32], "32", deep(50))),
+    *(("prompt_tokens", value) for value in (4, 10**12, 1.5, None, True)), ("prompt_depth", 0), ("decoder_heads", 5),
+    *(("spectral_layers", value) for value in ([-1], [0, 0], [[0]], list(range(2000)))), ("decoder_layers", 2),
+    ("decoder_layers", 10**12), ("dropout", math.nan), ("templates", []), ("templates", ["{} {}"]), ("colour", "red"),
 ]  # fmt: skip
 
 
@@ -237,18 +222,6 @@ def test_other_files_are_refused(kind: str, saved: tuple[SptSeg, Path], clip: Cl
     path.write_bytes(BYTES[kind](path.read_bytes()))
     with pytest.raises(ValueError, match=r"model.safetensors is no checkpoint of sptseg \(.+\); wanted"):
         load_model(path, clip)
-
-
-@pytest.mark.parametrize("place", [-1, -1000])
-def test_a_changed_bit_is_noticed(saved: tuple[SptSeg, Path], clip: Clip, place: int) -> None:
-    """Every file holds a checksum; the earliest, and so the embedded ones, load without."""
-    path = saved[1]
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors is damaged: its tensors have another checksum"):
-        load_model(path, clip)
-    load_model(rewritten(path, lambda header, _: header.pop("sha256"), checked=True), clip)
 
 
 ARCHITECTURES: list[tuple[str, Any]] = [

@@ -25,7 +25,7 @@ from sptseg.checkpoints import load_model
 from sptseg.cli import main
 from sptseg.cli.benchmark import benchmark
 from sptseg.datasets import Scenes, splits
-from sptseg.inference import Precision, at_precision, evaluate, segment, window_logits
+from sptseg.inference import Precision, at_precision, evaluate, segment
 from sptseg.model import build_model, ops
 from sptseg.model.clip import TEMPLATES, TINY
 from sptseg.model.readouts import OPTIONS, read_out
@@ -156,23 +156,6 @@ def test_pictures_in_windows_and_their_analysis() -> None:
     assert (labels != expected[1]).mean() < 0.005
     assert_close(effects, expected[2], atol=1e-3, rtol=1e-3)
     assert pixels == pytest.approx(expected[3], rel=0.005)
-
-
-@pytest.mark.skipif(not GPU, reason="takes a GPU's memory away")
-def test_fewer_windows_where_memory_runs_out() -> None:
-    model, images = load_model().to(DEVICE), torch.randn(512, 3, 128, 128)
-    text = model.class_embeddings(["tree", "sky"])
-    window_logits(model, images[:1], text)
-    torch.cuda.empty_cache()
-    share = (torch.cuda.memory_reserved() + 2**29) / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(share)
-    try:
-        with pytest.warns(UserWarning, match="memory ran out with 512 windows at once"):
-            found = window_logits(model, images, text, window_batch=512)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    (expected,) = window_logits(model, images[-1:], text)
-    assert_close(found[-1].logits, expected.logits, atol=1e-3, rtol=1e-3)
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,7 @@ from toys import data_folder, toy_model
 from sptseg.analysis.failures import collect
 from sptseg.datasets import BACKGROUND, ImageMaskFolder
 from sptseg.inference import Segmentation, WindowLogits, evaluate, segment
-from sptseg.inference.coco import CocoMasks, run_lengths
-from sptseg.inference.words import resolved, told, usual_background
+from sptseg.inference.segmentation import CocoMasks, resolved, run_lengths, told
 
 MODEL = toy_model().eval()
 PICTURE = np.random.default_rng(3).integers(0, 256, (40, 70, 3), np.uint8)
@@ -68,17 +67,14 @@ def test_of_equal_words_the_first_class_is_taken_at_any_number_at_once() -> None
 
 def test_words_of_the_background() -> None:
     clip = small_clip()
-    assert usual_background(clip) == ("grass", "water", "house", "tree", "boat"), "of the drawn world's, those it knows"
+    known = ("grass", "water", "house", "tree", "boat")
+    assert resolved("usual", clip, ["sea"]) == known, "of the drawn world's, those it knows"
     assert len(BACKGROUND) == len(set(BACKGROUND)) == 26
     assert told(["grass|boat", "tree"], ["water"]) == (["grass", "boat", "tree", "water"], [0, 0, 1, 2])
     for given in ("usual", "house, Grass; water|boat"):
         assert sorted(map(str.lower, resolved(given, clip, ["tree|boat"]))) == ["grass", "house", "water"]
-    for given, message in {
-        1.5: "score 1.5; wanted",
-        "-.5": "score -0.5",
-        "tree": "no word that is not a class's",
-        "": "no word",
-    }.items():
+    refusals = {1.5: "score 1.5; wanted", "-.5": "score -0.5", "tree": "no word that is not a class's", "": "no word"}
+    for given, message in refusals.items():
         with pytest.raises(ValueError, match=message):
             resolved(given, clip, ["tree"])
     for classes in (["grass|", "tree"], ["grass", "tree|grass"], ["none", "tree"]):
@@ -97,9 +93,6 @@ def test_several_words_in_classes_txt(tmp_path: Path) -> None:
     assert np.array_equal(collect(MODEL, data, data.split).pictures[0].predicted, labels)
     one, other = MODEL.class_embeddings(["grass", "boat"])
     assert_close(MODEL.class_embeddings(["grass|boat"])[0], F.normalize(one + other, dim=0))
-
-
-# Files
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 70), (200, 300)])

@@ -23,7 +23,6 @@ from sptseg.datasets import CLIP_MEAN, IMAGENET_MEAN, as_array
 from sptseg.datasets.splits import scenes as scenes_split
 from sptseg.datasets.transforms import test_transform as transform_of
 from sptseg.inference import (
-    Segmentation,
     at_precision,
     augmentation,
     pad_to_patches,
@@ -31,7 +30,7 @@ from sptseg.inference import (
     window_logits,
     window_starts,
     windows_of,
-)
+)  # fmt: skip
 from sptseg.model import ModelConfig, SptSeg
 from sptseg.scenes import draw
 
@@ -87,15 +86,10 @@ def test_windows_along_an_axis_leave_no_gap_and_end_flush(length: int, window: i
 
 
 def test_windows_of_the_protocol() -> None:
-    """512 px windows with a stride of 426."""
+    """512 px windows with a stride of 426; padding is below and on the right."""
     assert windows_of((512, 1000), (512, 512)) == [(0, 0, 512, 512), (0, 426, 512, 512), (0, 488, 512, 512)]
-    assert windows_of((512, 512), (512, 512)) == [(0, 0, 512, 512)]
-
-
-def test_padding_is_below_and_on_the_right() -> None:
     padded = pad_to_patches(torch.ones(1, 3, 5, 8), (4, 4))
     assert padded.shape == (1, 3, 8, 8) and padded[..., :5, :].all() and not padded[..., 5:, :].any()
-    assert pad_to_patches(torch.ones(1, 3, 8, 12), (4, 4)).shape == (1, 3, 8, 12)
 
 
 # Scores and labels
@@ -126,44 +120,6 @@ def test_a_batch_gives_what_its_pictures_give_alone() -> None:
     for image, one in zip(images, together, strict=True):
         (alone,) = window_logits(MODEL, image[None], text)
         assert_close(one.logits, alone.logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        None,
-    ],
-)
-def test_where_memory_runs_out_fewer_windows_go_at_once(message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """5 windows, and memory for 1: after 4 and 2 at once, all come one by one, and are as they would have been."""
-    image, text, forward, tried = torch.randn(3, 32, 150), F.normalize(torch.randn(4, 32), dim=-1), MODEL.forward, []
-    (expected,) = window_logits(MODEL, image[None], text, window_batch=1)
-
-    def small(images: Tensor, *rest: Tensor) -> Tensor:
-        tried.append(len(images))
-        if len(images) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory") if message is None else RuntimeError(message)
-        return forward(images, *rest)
-
-    monkeypatch.setattr(MODEL, "forward", small)
-    with pytest.warns(UserWarning) as said:
-        (found,) = window_logits(MODEL, image[None], text, window_batch=4)
-    wanted = [f"memory ran out with {n} windows at once; going on with {n // 2}" for n in (4, 2)]
-    assert [str(warning.message) for warning in said] == wanted
-    assert tried == [4, 2, *[1] * len(expected.boxes)]
-    assert_close(found.logits, expected.logits)
-
-
-def test_other_errors_and_a_single_window_without_memory_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(images: Tensor, *_: Tensor) -> Tensor:
-        raise (RuntimeError("a fault") if len(images) > 1 else torch.OutOfMemoryError("out of memory"))
-
-    monkeypatch.setattr(MODEL, "forward", failing)
-    for width, message in ((150, "a fault"), (32, "out of memory")):
-        with pytest.raises(RuntimeError, match=message):
-            window_logits(MODEL, torch.randn(1, 3, 32, width), torch.randn(4, 32))
 
 
 @pytest.mark.parametrize("start", ["random", "dense_clip"])
@@ -197,20 +153,19 @@ def test_the_embedded_model_labels_pictures_alike_in_bfloat16() -> None:
     assert np.mean(equal) >= 0.995
 
 
-@pytest.mark.parametrize(("normalization", "mean"), [("imagenet", IMAGENET_MEAN), ("clip", CLIP_MEAN)])
-def test_pictures_are_prepared_in_proportion_to_the_window(normalization: str, mean: tuple) -> None:
-    config = ModelConfig(clip="small", image_size=(32, 48), normalization=normalization)
-    made = augmentation(config)
-    assert (made.crop, made.resize_base, made.mean) == (32, (128, 32), mean)
-    assert augmentation(config, full_resolution=True).resize_base is None
-    assert augmentation(ModelConfig(image_size=(512, 512))).resize_base == (2048, 512)
+def test_pictures_are_prepared_in_proportion_to_the_window() -> None:
+    for normalization, mean in {"imagenet": IMAGENET_MEAN, "clip": CLIP_MEAN}.items():
+        config = ModelConfig(clip="small", image_size=(32, 48), normalization=normalization)
+        made = augmentation(config)
+        assert (made.crop, made.resize_base, made.mean) == (32, (128, 32), mean)
+        assert augmentation(config, full_resolution=True).resize_base is None
 
 
 # segment
 
 
 @pytest.mark.parametrize("full_resolution", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (31, 33), (32, 32), (101, 37), (40, 150), (60, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (101, 37), (40, 150), (60, 1)])
 def test_segment_equals_the_plain_way_at_any_size(size: tuple[int, int], full_resolution: bool) -> None:
     pixels = picture(*size)
     found = segment(MODEL, pixels, CLASSES, full_resolution=full_resolution)
@@ -259,43 +214,21 @@ def test_other_arrays_are_refused(image: np.ndarray, message: str) -> None:
         segment(MODEL, image, CLASSES)
 
 
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        ("tree", r"classes is the text 'tree'; wanted a list of names, such as \['tree', 'car'\]"),
-        (["unicorn"], "does not know 'unicorn' .*it knows the words a, photo, of, grass, water, tree, boat, house"),
-    ],
-)
-def test_classes_that_do_not_go_are_refused(classes: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        segment(MODEL, picture(8, 8), classes)
-
-
-# Segmentation
-
-
-@pytest.fixture(scope="module")
-def segmentation() -> Segmentation:
-    return segment(MODEL, picture(40, 50), CLASSES)
-
-
-@pytest.mark.parametrize("suffix", ["png", "pdf", "jpg"])
-def test_save_writes_the_figure(segmentation: Segmentation, tmp_path: Path, suffix: str) -> None:
-    segmentation.save(tmp_path / f"a.{suffix}")
-    start = {"png": b"\x89PNG", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff"}[suffix]
-    assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
-
-
-def test_saved_labels_come_back_with_their_colours(segmentation: Segmentation, tmp_path: Path) -> None:
-    segmentation.save_labels(tmp_path / "labels.png")
-    with Image.open(tmp_path / "labels.png") as file:
-        assert file.mode == "P"
-        assert np.array_equal(np.asarray(file), segmentation.labels)
-        assert np.array_equal(np.asarray(file.convert("RGB")), np.array(segmentation.palette)[segmentation.labels])
-
-
-def test_a_palette_of_ones_own() -> None:
-    colours = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
-    assert segment(MODEL, picture(8, 8), CLASSES, palette=colours).palette == tuple(colours)
+def test_what_is_no_list_of_classes_is_refused_and_palettes_have_a_colour_for_each() -> None:
+    pixels, colours = picture(8, 8), [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    with pytest.raises(ValueError, match=r"is the text 'tree'; wanted a list of names, such as \['tree', 'car'\]"):
+        segment(MODEL, pixels, "tree")
+    assert segment(MODEL, pixels, CLASSES, palette=colours).palette == tuple(colours)
     with pytest.raises(ValueError, match="2 colours for 3 classes"):
-        segment(MODEL, picture(8, 8), CLASSES, palette=colours[:2])
+        segment(MODEL, pixels, CLASSES, palette=colours[:2])
+
+
+def test_saved_files_come_back(tmp_path: Path) -> None:
+    found = segment(MODEL, picture(40, 50), CLASSES)
+    for suffix, start in {"png": b"\x89PNG", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff"}.items():
+        found.save(tmp_path / f"a.{suffix}")
+        assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
+    found.save_labels(tmp_path / "labels.png")
+    with Image.open(tmp_path / "labels.png") as file:
+        assert file.mode == "P" and np.array_equal(np.asarray(file), found.labels)
+        assert np.array_equal(np.asarray(file.convert("RGB")), np.array(found.palette)[found.labels])

@@ -40,81 +40,51 @@ def test_a_confusion_made_by_hand() -> None:
 
 def test_absent_classes_are_left_out_but_false_predictions_count() -> None:
     result = measure([[0, 0, 2, 2]], [[0, 0, 2, 2]])
-    assert (result.miou_seen, result.miou_unseen, result.hiou, result.pixel_accuracy) == (1, 1, 1, 1)
-    assert math.isnan(result.iou["grass"]) and math.isnan(result.iou["sky"])
+    assert list(result.summary().values()) == [1, 1, 1, 1]
     result = measure([[0, 1, 2, 2]], [[0, 0, 2, 2]])  # grass is predicted and nowhere: IoU 0
     assert result.iou["grass"] == 0
     assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
+    assert list(measure([[1, 0, 3, 2]], [[0, 1, 2, 3]]).summary().values()) == [0, 0, 0, 0], "nothing right, no error"
 
 
 def test_ignored_pixels_do_not_count_whatever_is_predicted_there() -> None:
     result = measure([[0, 1, 255, 3]], [[0, IGNORE, IGNORE, IGNORE]])
-    assert result.pixel_accuracy == 1
-    assert result.iou["cow"] == 1
+    assert result.pixel_accuracy == result.iou["cow"] == 1
     assert math.isnan(result.iou["grass"]) and math.isnan(result.iou["sky"])
+    assert all(v is None for v in measure([[0, 1]], [[IGNORE, IGNORE]]).summary().values())
 
 
-def test_nothing_right_gives_zero_and_not_an_error() -> None:
-    result = measure([[1, 0, 3, 2]], [[0, 1, 2, 3]])
-    assert (result.pixel_accuracy, result.miou_seen, result.miou_unseen, result.hiou) == (0, 0, 0, 0)
-
-
-def test_without_unseen_classes_their_figures_are_nan() -> None:
+def test_without_unseen_classes_their_figures_are_nan_and_null_in_json() -> None:
     result = measure([[0, 1]], [[0, 0]], SEEN_ONLY)
     assert math.isnan(result.miou_unseen) and math.isnan(result.hiou)
     assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
     assert result.table().splitlines()[-1] == "| 50.0 | 25.0 |  -  |  -  |"
-    assert math.isnan(measure([[0, 1]], [[0, 1]]).miou_unseen)  # there are unseen classes, but no pixel of them
-
-
-def test_only_ignored_pixels_give_nan_everywhere() -> None:
-    result = measure([[0, 1]], [[IGNORE, IGNORE]])
-    assert all(math.isnan(v) for v in (result.pixel_accuracy, result.miou_seen, result.miou_unseen, result.hiou))
-
-
-def test_results_are_json() -> None:
-    result = measure([[0, 0]], [[0, 1]], SEEN_ONLY).as_dict()
-    text = json.dumps(result, allow_nan=False)
-    assert set(json.loads(text)) == {"pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "iou"}
-    assert json.loads(text)["hiou"] is None
-    absent = measure([[0, 0]], [[0, 0]]).as_dict()
-    assert absent["iou"] == {"cow": 1.0, "grass": None, "sheep": None, "sky": None}
-    json.dumps(absent, allow_nan=False)
-
-
-def plain_confusion(predicted: Tensor, label: Tensor) -> Tensor:
-    confusion = torch.zeros(4, 4, dtype=torch.long)
-    for p, t in zip(predicted.flatten().tolist(), label.flatten().tolist(), strict=True):
-        if t != IGNORE:
-            confusion[t, p] += 1
-    return confusion
+    absent = measure([[0, 0]], [[0, 0]])  # there are unseen classes, but no pixel of them
+    figures = {"pixel_accuracy": 1.0, "miou_seen": 1.0, "miou_unseen": None, "hiou": None}
+    iou = {"cow": 1.0, "grass": None, "sheep": None, "sky": None}
+    assert json.loads(json.dumps(absent.as_dict(), allow_nan=False)) == {**figures, "iou": iou}
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4))
-def test_updates_add_up_to_one_big_update(sizes: list[tuple[int, int, int]]) -> None:
-    """Over images of any size, in any type; and the counts equal a plain loop's."""
-    metrics, whole = SegmentationMetrics(SPLIT), SegmentationMetrics(SPLIT)
-    pairs = []
+def test_updates_add_up_to_the_counts_of_a_plain_loop(sizes: list[tuple[int, int, int]]) -> None:
+    """Over images of any size."""
+    metrics, plain = SegmentationMetrics(SPLIT), torch.zeros(4, 4, dtype=torch.long)
     for size in sizes:
-        label = torch.randint(0, 5, size)
+        predicted, label = torch.randint(0, 4, size), torch.randint(0, 5, size)
         label[label == 4] = IGNORE
-        pairs.append((torch.randint(0, 4, size), label))
-        metrics.update(pairs[-1][0].to(torch.uint8), label.to(torch.uint8))
-    predicted, label = (torch.cat([pair[i].flatten() for pair in pairs])[None] for i in (0, 1))
-    whole.update(predicted, label)
-    assert torch.equal(metrics.confusion(), whole.confusion())
-    assert torch.equal(metrics.confusion(), plain_confusion(predicted, label))
-    assert metrics.compute().as_dict() == whole.compute().as_dict()
+        metrics.update(predicted.to(torch.uint8), label.to(torch.uint8))
+        for p, t in zip(predicted.flatten().tolist(), label.flatten().tolist(), strict=True):
+            if t != IGNORE:
+                plain[t, p] += 1
+    assert torch.equal(metrics.confusion(), plain) and metrics.compute().as_dict() == scores(plain, SPLIT).as_dict()
 
 
 @pytest.mark.parametrize(
     ("predicted", "label", "message"),
     [
         ([[4, 0]], [[0, 0]], "the prediction holds values 0 to 4; split 'farm' has the labels 0 to 3, and 255"),
-        ([[0, 255]], [[0, 0]], "the prediction holds values 0 to 255"),
         ([[0, -1]], [[0, 0]], "the prediction holds values -1 to 0"),
-        ([[0, 0]], [[0, 7]], "the label holds values 0 to 7"),
         ([[0, 0]], [[0, -1]], "the label holds values -1 to 0"),
         ([[0, 0]], [[0]], r"the prediction is \(1, 2\) and the label \(1, 1\); wanted equal sizes"),
     ],
@@ -149,8 +119,8 @@ def test_one_picture_has_no_width_and_a_seed_repeats() -> None:
         whole = scores(confusions[0], SPLIT)
         assert end.iou == pytest.approx(whole.iou)
         assert (end.pixel_accuracy, end.hiou) == pytest.approx((whole.pixel_accuracy, whole.hiou))
-    assert score_interval(confusions, SPLIT, draws=50, seed=1) == score_interval(confusions, SPLIT, draws=50, seed=1)
-    assert score_interval(confusions, SPLIT, draws=50, seed=1) != score_interval(confusions, SPLIT, draws=50, seed=2)
+    once, again, other = (score_interval(confusions, SPLIT, draws=50, seed=seed) for seed in (1, 1, 2))
+    assert once == again != other
 
 
 def test_matrices_of_pictures_add_up_to_what_evaluate_scores() -> None:
@@ -173,16 +143,11 @@ def test_change_of_iou_by_hand() -> None:
     assert str(found) == "-50.0 (-50.0 to -50.0)"
     assert iou_change(before, after, [0, 1]) == found, "no picture shows class 1: it does not count"
     assert math.isnan(iou_change(before, after, [1]).change)
+    before, after = torch.randint(0, 9, (2, 5, 4, 4))
+    first, second = (iou_per_class(each.sum(0))[[0, 2]].mean() for each in (before, after))
+    assert iou_change(before, after, [0, 2], draws=9).change == pytest.approx(float(second - first))
     with pytest.raises(ValueError, match="wanted the same pictures"):
         iou_change(before, after[:1], [0])
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.sets(st.integers(0, 3), min_size=1))
-def test_change_of_iou_is_that_of_the_pooled_matrices(classes: set[int]) -> None:
-    before, after = torch.randint(0, 9, (2, 5, 4, 4))
-    first, second = (iou_per_class(each.sum(0))[list(classes)].mean() for each in (before, after))
-    assert iou_change(before, after, list(classes), draws=9).change == pytest.approx(float(second - first))
 
 
 def test_the_interval_covers_the_truth() -> None:

@@ -18,16 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # numbers that only OpenAI's files hold
-STORAGES = {
-    "HalfStorage": torch.half, "FloatStorage": torch.float, "DoubleStorage": torch.double,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.long, "IntStorage": torch.int, "BoolStorage": torch.bool,
-}  # fmt: skip
-TRANSFORMERS_NAMES = {  # of transformers' CLIPModel -> of open_clip, replaced one after the other
-    "vision_model.": "visual.", "text_model.": "", "embeddings.position_embedding.weight": "positional_embedding",
-    "embeddings.patch_embedding": "conv1", "embeddings.": "", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post",
-    "final_layer_norm": "ln_final", "layer_norm": "ln_", "encoder.layers": "transformer.resblocks",
-    "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj", "q_proj.": "in_proj_",
-}  # fmt: skip
+STORAGES = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
 
 
 def read_weights(source: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
@@ -68,7 +59,7 @@ def read_archive(path: Path) -> dict[str, Tensor] | None:
 
 
 class Inert:
-    """Stands for an object of an archive: has its attributes, and does nothing."""
+    """Stands for an object of an archive: it has that one's attributes, and does nothing."""
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.attributes = attributes
@@ -119,42 +110,21 @@ def named_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, Tensor
             yield from named_tensors(value, f"{prefix}{name}.")
 
 
-def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state of transformers' CLIPModel in open_clip's names."""
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if ".q_proj." in name:
-            value = torch.cat([state[name.replace(".q_", f".{letter}_")] for letter in "qkv"])
-        elif name in ("visual_projection.weight", "text_projection.weight"):
-            name, value = name.replace("visual_projection", "visual.proj").removesuffix(".weight"), value.T
-        for theirs, ours in TRANSFORMERS_NAMES.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = value
-    return {name: value for name, value in renamed.items() if ".k_proj." not in name and ".v_proj." not in name}
-
-
 def load_weights(model: nn.Module, path: str | Path, name: str) -> bool:
     """Fills an open_clip model, in its own precision, from a file of any; returns whether that file is OpenAI's.
 
     Raises ValueError, in one sentence, where the file holds anything but the weights of such a model.
     """
-    state, own = read_weights(path), model.state_dict()
-    try:
-        state = from_transformers(state) if any(key.startswith("vision_model.") for key in state) else state
-    except KeyError as error:
-        raise ValueError(f"{path} holds no weights of {name}: {error} is not there") from error
+    state = read_weights(path)
     openai = [state.pop(key) for key in OPENAI_EXTRAS if key in state]
-    state = {key: value for key, value in state.items() if not key.endswith(("attn_mask", "position_ids"))}
+    state = {key: value for key, value in state.items() if not key.endswith("attn_mask")}
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].squeeze()
-    wrong = [
-        f"{key} is {value.dtype} {tuple(value.shape)}, wanted {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and (value.shape != own[key].shape or not value.is_floating_point())
-    ]
-    wrong += [f"{key} is not there" for key in own if key not in state]
-    wrong += [f"{key} is nothing that it has" for key in state if key not in own]
-    if wrong:
-        raise ValueError(f"{path} holds no weights of {name}: {wrong[0]}")
-    model.load_state_dict(state)
+    try:
+        integers = [key for key, value in state.items() if not value.is_floating_point()]
+        if integers:  # such as quantised weights, which torch would copy as they are
+            raise RuntimeError(f"{integers[0]} is {state[integers[0]].dtype}")
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds no weights of {name}: {' '.join(str(error).split())[:400]}") from error
     return bool(openai)

@@ -62,9 +62,6 @@ def holds(name: str, path: str | Path, expected: dict[str, Tensor], half: bool =
     return same and found.keys() == expected.keys() and clip.visual.conv1.weight.dtype == torch.float32
 
 
-# Forms
-
-
 @pytest.mark.filterwarnings("ignore")  # its writer is deprecated, its files are not
 def test_openais_archive_is_read_without_its_code(model: open_clip.CLIP, tmp_path: Path) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -106,55 +103,17 @@ def test_forms_of_open_clips_names(
         assert holds("toy", path, model.state_dict())
 
 
-def in_transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Written out from the names that its CLIPModel gives its parameters."""
-    vision, text = "vision_model.embeddings.", "text_model.embeddings."
-    theirs = {
-        "logit_scale": state["logit_scale"], f"{vision}position_ids": torch.arange(5)[None],
-        "visual_projection.weight": state["visual.proj"].T, "text_projection.weight": state["text_projection"].T,
-        f"{vision}class_embedding": state["visual.class_embedding"],
-        f"{vision}patch_embedding.weight": state["visual.conv1.weight"],
-        f"{vision}position_embedding.weight": state["visual.positional_embedding"],
-        f"{text}token_embedding.weight": state["token_embedding.weight"],
-        f"{text}position_embedding.weight": state["positional_embedding"],
-    }  # fmt: skip
-    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
-    parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    blocks = {"visual.transformer.resblocks.0": "vision_model.encoder.layers.0"}
-    blocks["visual.transformer.resblocks.1"] = "vision_model.encoder.layers.1"
-    blocks["transformer.resblocks.0"] = "text_model.encoder.layers.0"
-    for kind in ("weight", "bias"):
-        theirs[f"vision_model.pre_layrnorm.{kind}"] = state[f"visual.ln_pre.{kind}"]
-        theirs[f"vision_model.post_layernorm.{kind}"] = state[f"visual.ln_post.{kind}"]
-        theirs[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
-        for block, layer in blocks.items():
-            three = state[f"{block}.attn.in_proj_{kind}"].chunk(3)
-            theirs |= {f"{layer}.self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", three, strict=True)}
-            theirs |= {f"{layer}.{part}.{kind}": state[f"{block}.{ours}.{kind}"] for ours, part in parts.items()}
-    return {name: value.contiguous() for name, value in theirs.items()}
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) -> None:
-    state = in_transformers_names(model.state_dict())
-    (save_file if name.endswith("s") else torch.save)(state, tmp_path / name)
-    assert holds("toy", tmp_path / name, model.state_dict())
-    with pytest.raises(ValueError, match=r"holds no weights of wide: \w+.proj\w* is .*, 16\), wanted .*, 32\)"):
-        load_clip("wide", str(tmp_path / name))
-
-
 OTHER: list[tuple[Callable[[dict], object], str]] = [
-    (lambda state: state.pop("ln_final.bias"), "ln_final.bias is not there"),
-    (lambda state: state.update(head=torch.zeros(2)), "head is nothing that it has"),
-    (lambda state: state.update({"visual.proj": torch.zeros(16, 9)}), r"visual.proj is .*\(16, 9\), wanted \(16, 16"),
+    (lambda state: state.pop("ln_final.bias"), 'Missing .*"ln_final.bias"'),
+    (lambda state: state.update(head=torch.zeros(2)), 'Unexpected .*"head"'),
+    (lambda state: state.update({"visual.proj": torch.zeros(16, 9)}), r"visual.proj: .*\[16, 9\].*\[16, 16\]"),
     (lambda state: state.update({"visual.proj": torch.zeros(16, 16).char()}), r"visual.proj is torch.int8"),
-    (lambda state: state.update({"vision_model.x.q_proj.bias": torch.zeros(1)}), "k_proj.bias' is not there"),
-    (lambda state: state.clear(), "is not there"),
+    (lambda state: state.clear(), "Missing"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), OTHER)
-def test_other_weights_are_refused_by_their_first_difference(
+def test_other_weights_are_refused_by_what_differs(
     change: Callable, message: str, model: open_clip.CLIP, tmp_path: Path
 ) -> None:
     state = dict(model.state_dict())
@@ -162,7 +121,7 @@ def test_other_weights_are_refused_by_their_first_difference(
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=f"other.pt holds no weights of toy: .*{message}") as refusal:
         load_clip("toy", str(tmp_path / "other.pt"))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -185,10 +144,8 @@ BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {  # the content, and t
     "beyond the storage": (lambda _: archive({"x": Stored((4,), (2,))}), "requiring a storage size of 14"),
     "a missing storage": (lambda _: archive({"x": Stored((4,), (1,), "7")}), "no item named 'toy/data/7'"),
     "modules in modules": (lambda _: archive({"x": reduce(lambda x, _: of(x=x), range(5000), of())}), "recursion"),
-    "an archive cut": (lambda _: archive({"x": Stored((2,), (1,))})[:-200], "."),
-    "a cut pickle": (lambda _: pickle.dumps({"a": list(range(999))})[:500], "."),
-    "a text": (lambda _: b"no checkpoint", "."), "nothing": (lambda _: b"", "."),
-    "zip": (lambda _: b"PK\x03\x04" + bytes(99), "."), "tar": (lambda _: b"a.txt" + bytes(507), "."),
+    "an archive cut": (lambda _: archive({"x": Stored((2,), (1,))})[:-200], "."), "nothing": (lambda _: b"", "."),
+    "a text": (lambda _: b"no checkpoint", "."), "zip": (lambda _: b"PK\x03\x04" + bytes(99), "."),
     "wrong operations": (lambda _: b"\x80\x02" + bytes(range(40, 120)), "."), "a memo": (lambda _: b"h\x09.", "."),
 }  # fmt: skip
 
@@ -249,9 +206,8 @@ def test_files_that_hold_no_tensors_are_refused_and_not_run(kind: str, suffix: s
     path, (content, reason) = tmp_path / f"model{suffix}", BROKEN[kind]
     path.write_bytes(content(tmp_path / "intruded"))
     reason = reason if suffix == ".pth" else "."
-    with pytest.raises(
-        ValueError, match=rf"model{suffix} cannot be read as a .* tensors only \(.*{reason}.*\)"
-    ) as said:
+    message = rf"model{suffix} cannot be read as a .* tensors only \(.*{reason}.*\)"
+    with pytest.raises(ValueError, match=message) as said:
         read_weights(path)
     assert "\n" not in str(said.value) and [file.name for file in tmp_path.iterdir()] == [path.name], "nothing ran"
 

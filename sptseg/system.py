@@ -20,10 +20,8 @@ except ImportError:  # Windows
 
 
 def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
-    """The file (or the folder) that results will go to, tried before the work for them begins; leaves nothing there.
-
-    Raises OSError with one sentence if nothing can be written there. Of several processes, the main one looks.
-    """
+    """The file (or the folder) that results will go to, tried before the work for them begins (of several processes by
+    the main one); leaves nothing there. Raises OSError with one sentence if nothing can be written there."""
     path = Path(path)
     try:
         if is_device(path) or not is_main_process():
@@ -48,8 +46,7 @@ def is_device(path: Path) -> bool:
 def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder.
 
-    A process killed at any moment leaves the old file or the new one.
-    Raises OSError with one sentence, the old file in place and nothing beside it, where the disk is full or refuses.
+    A process killed at any moment leaves the old file or the new one; OSError, in one sentence, leaves the old one.
     """
     path, data = Path(path), content.encode(errors="backslashreplace") if isinstance(content, str) else content
     part: Path | None = None
@@ -91,10 +88,8 @@ def is_main_process() -> bool:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Of several processes the main one speaks, and another of its failure only if that has not ended the main one too.
-
-    A launcher ends all of them as soon as one has failed; so those whose failure may follow from another's wait a bit.
-    """
+    """Of several processes the main one speaks, and another of its failure only if that has not ended the main one too:
+    a launcher ends all as soon as one has failed, so those whose failure may follow from another's wait a bit."""
     main, said = is_main_process(), io.StringIO()
     try:
         if main:
@@ -112,10 +107,8 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does.
-
-    By the locks of the system; where there are none (Windows), every process is told that it holds the file.
-    """
+    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does. Where the
+    system has no such locks (Windows), every process is told that it holds the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lock:
         try:
@@ -136,8 +129,6 @@ def ended_helpers(remedy: str) -> Iterator[None]:
         if not isinstance(error, BrokenExecutor) and not str(error).startswith("DataLoader worker"):
             raise
         guard = "; and a script that starts processes needs its main guard, if __name__ == '__main__':"
-        guard = "" if multiprocessing.get_start_method() == "fork" else guard
-        raise OSError(
-            f"a helping process ended before its time, as when memory runs out ({' '.join(str(error).split())}); "
-            f"{remedy}{guard}"
-        ) from error
+        remedy += "" if multiprocessing.get_start_method() == "fork" else guard
+        said = " ".join(str(error).split())
+        raise OSError(f"a helping process ended before its time, as when memory runs out ({said}); {remedy}") from error

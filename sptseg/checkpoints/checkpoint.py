@@ -45,10 +45,10 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config_from_dict(values))))
 
 
-def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
     """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`), whole
-    or not at all. `about` (JSON values: data, seed, figures) is kept with the configuration.
-    """
+    or not at all. `about` (JSON values: data, seed, figures) is kept with them; `half` stores float16, which loads as
+    float32."""
     path = Path(path).expanduser()
     if path.suffix.lower() != ".safetensors":
         path = path / WEIGHTS_FILE
@@ -58,7 +58,7 @@ def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None 
     if model.config.clip == IMPORTED:
         state |= {f"clip.{name}": value for name, value in model.clip.model.state_dict().items()}
         header["architecture"] = model.clip.architecture
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    tensors = {name: (value.half() if half else value).detach().cpu().contiguous() for name, value in state.items()}
     header["sha256"] = checksum(tensors)
     return write(path, save(tensors, metadata={"sptseg": json.dumps(header)}))
 

@@ -34,20 +34,11 @@ def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
     AcceleratorState._reset_state()
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **options)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large blocks for the next use, as it keeps small ones.
-
-    Else it returns them, and the kernel clears each page anew: that can take a third of a training step on the CPU.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # other C libraries have none
+    libc = ctypes.CDLL(None) if accelerator.device.type == "cpu" and sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc returns large blocks, and the kernel clears each page anew: a third of a step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any block
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned
+    return accelerator
 
 
 class Prepared(Dataset[tuple[Sample, Tensor]]):
@@ -80,11 +71,8 @@ def predictions(
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
     workers: int = 0,
 ) -> Generator[tuple[Sample, WindowLogits]]:
-    """Each picture of a data set (or those at `indices`), in order, with its logits for all classes of the split.
-
-    `logits.labels(size)` are the predicted labels. `seen_offset` is subtracted from the scores of the seen classes;
-    None takes the model's own. `workers` processes read ahead. A picture that cannot be read raises OSError.
-    """
+    """Each picture of a data set (or those at `indices`), in order, with its logits for all classes of the split, whose
+    `labels(size)` are the predicted ones. Options as for `evaluate`. A picture that cannot be read raises OSError."""
     model.eval()
     words, owners = told(split.texts())
     text = model.class_embeddings(words)
@@ -141,10 +129,8 @@ def evaluate(
 
 
 def by_training(scores: Scores, trained_classes: Collection[str]) -> dict[str, Any]:
-    """mIoU of the classes whose names are among `trained_classes`, of the others and of all: across data sets.
-
-    JSON values; classes that do not occur are left out, and a mean without any class is None.
-    """
+    """mIoU of the classes whose names are among `trained_classes`, of the others and of all, across data sets, as JSON
+    values: classes that do not occur are left out, and a mean without any class is None."""
     known = {name: value for name, value in scores.iou.items() if value == value}
 
     def mean(names: Collection[str]) -> float | None:
@@ -158,10 +144,7 @@ def by_training(scores: Scores, trained_classes: Collection[str]) -> dict[str, A
 def confusion_matrices(
     model: SptSeg, dataset: Dataset[Sample], split: Split, *, limit: int | None = None, **options: Any
 ) -> Tensor:
-    """Pixel counts of each picture (P, C, C), rows true, columns predicted: what intervals and changes are made of.
-
-    Options as for `predictions`.
-    """
+    """Pixel counts of each picture (P, C, C), rows true, columns predicted; options as for `predictions`."""
     counts = []
     for sample, logits in predictions(model, dataset, split, indices=first_indices(dataset, limit), **options):
         label = torch.as_tensor(sample["label"])

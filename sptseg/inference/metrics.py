@@ -57,10 +57,7 @@ class Scores:
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Tensor:
-    """Pixel counts (C, C), rows true, columns predicted, of labels of equal shape; `split.ignore` does not count.
-
-    Raises ValueError for unequal shapes and for values that are no labels of the split.
-    """
+    """Pixel counts (C, C), rows true, columns predicted, of labels of equal shape; `split.ignore` does not count."""
     label, predicted = torch.as_tensor(label), torch.as_tensor(predicted)
     if predicted.shape != label.shape:
         got = f"the prediction is {tuple(predicted.shape)} and the label {tuple(label.shape)}"
@@ -116,9 +113,8 @@ def bootstrap(
 ) -> Tensor:
     """Lower and upper ends (2, F) of confidence intervals of figures, by bootstrap over pictures.
 
-    counts (P, ...), one a picture; `figures` makes F figures (draws, F) of pooled counts (draws, ...). P pictures are
-    drawn with replacement, since the pixels of one picture go wrong together; each draw is pooled, and the middle
-    `level` (0..1) of its figures is kept. A draw in which a figure is nan does not count for it.
+    counts (P, ...), one a picture, since the pixels of one go wrong together; `figures` makes F figures (draws, F) of
+    pooled counts (draws, ...), of which the middle `level` (0..1) is kept. A draw whose figure is nan does not count.
     """
     pictures = len(counts)
     equal = torch.full((draws, pictures), 1 / pictures)
@@ -150,8 +146,8 @@ class Change:
 def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options: Any) -> Change:
     """Mean IoU over `classes` after less before, from confusions (P, C, C) of the same pictures.
 
-    Classes count where the pictures really show them; nan if they show none. The interval is that of `bootstrap`, which
-    takes the options: it tells how much other pictures of the kind would move the figure, nothing of other trainings.
+    Classes count where the pictures really show them; nan if they show none. The interval is that of `bootstrap` (and
+    its options): how much other pictures of the kind would move the figure, nothing of other trainings.
     """
     if before.shape != after.shape:
         raise ValueError(f"confusions {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures")

@@ -52,10 +52,8 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def windows_of(size: tuple[int, int], window: tuple[int, int], stride: float = PROTOCOL_STRIDE) -> list[Box]:
-    """Boxes (top, left, height, width) that cover a picture; smaller than `window` only where the picture is.
-
-    `stride`: from one to the next, as a share of the window.
-    """
+    """Boxes (top, left, height, width) that cover a picture, a `stride` (a share of the window) from one to the next;
+    smaller than `window` only where the picture is."""
     (height, width), (window_height, window_width) = size, window
     return [
         (top, left, min(window_height, height), min(window_width, width))
@@ -94,10 +92,8 @@ class WindowLogits:
         return [i for i, owner in enumerate(owners) if classes is None or owner in classes]
 
     def scores(self, words: slice | list[int], size: tuple[int, int]) -> Tensor:
-        """Scores of some words (w, *size): averaged where windows overlap, resized, lowered by the offset.
-
-        A softmax is taken last, of logits that were averaged and resized.
-        """
+        """Scores of some words (w, *size): averaged where windows overlap, resized, lowered by the offset. A softmax is
+        taken last, of logits that were averaged and resized."""
         scores = self.averaged(words, size)
         if self.softmax:
             if size not in self.normalisers:
@@ -158,8 +154,7 @@ class WindowLogits:
 def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
     """A copy of a model for inference, whose weights are kept in a narrower type: "bf16" or "fp16"; "no": the model.
 
-    The spectral filter and its Fourier transforms, the scale of the logits, the logits and the text tower (shared with
-    the model) stay in float32. Layer norms compute in float32 inside.
+    The spectral filter, its Fourier transforms, the logits, their scale and the text tower (shared) stay in float32.
     """
     if precision == "no":
         return model
@@ -185,8 +180,7 @@ def window_logits(
 ) -> list[WindowLogits]:
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
-    images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one of these per
-    picture.
+    images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one a picture.
     """
     size, patch = (images.shape[-2], images.shape[-1]), model.encoder.patch_size
     boxes = windows_of(size, model.config.image_size, model.config.window_stride)

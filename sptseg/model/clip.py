@@ -83,10 +83,8 @@ def synonyms(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model (open_clip's CLIP or CustomTextCLIP) with its name, weights and tokenizer.
-
-    `architecture`: the sizes from which one that is not open_clip's is built again.
-    """
+    """A CLIP model (open_clip's CLIP or CustomTextCLIP) with its name, weights and tokenizer, and `architecture`, the
+    sizes from which one that is not open_clip's is built again."""
 
     name: str
     weights: str | None
@@ -102,11 +100,8 @@ class Clip:
 
     @torch.no_grad()
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-        """Unit text embeddings (C, E), float32, on the CPU: the templates' unit embeddings averaged, made unit again.
-
-        Of a class with several words, "car|automobile", theirs are averaged too. Source: ZegCLIP (one template for VOC,
-        the average of several for COCO-Stuff).
-        """
+        """Unit text embeddings (C, E), float32, on the CPU: the templates' unit embeddings averaged, and those of a
+        class's words ("car|automobile"), made unit again. Source: ZegCLIP."""
         names, templates = tuple(names), tuple(templates)
         if not names:
             raise ValueError("the list of classes is empty; name at least one class")
@@ -114,7 +109,7 @@ class Clip:
         blank = [i for i, each in enumerate(words) if not all(each)]
         if blank:
             raise ValueError(f"the class name at position {blank[0]} is blank; give every class a name")
-        each = [word for some in words for word in some] if max(map(len, words)) > 1 else names
+        each = [word for some in words for word in some]
         read = [" ".join(unicodedata.normalize("NFC", word).casefold().split()) for word in each]  # as tokenizers do
         duplicates = sorted({word for word, same in zip(each, read, strict=True) if read.count(same) > 1})
         if duplicates:
@@ -162,9 +157,8 @@ def new_tiny_clip(words: Sequence[str]) -> Clip:
 
 def save_tiny_clip(clip: Clip, path: str | Path) -> None:
     """Weights in float16 and the vocabulary, in one safetensors file."""
-    assert isinstance(clip.tokenizer, WordTokenizer)
     tensors = {name: value.detach().half().contiguous().cpu() for name, value in clip.model.state_dict().items()}
-    write(path, save(tensors, metadata={"words": json.dumps(clip.tokenizer.words)}))
+    write(path, save(tensors, metadata={"words": json.dumps(cast(WordTokenizer, clip.tokenizer).words)}))
 
 
 def load_tiny_clip(path: str | Path, name: str = TINY) -> Clip:

@@ -67,9 +67,8 @@ class ModelConfig:
         spectral_band: the frequencies low <= r < high, in cycles per token, of which F passes anything; all by default.
         spectral_trained: whether F is learned; else it keeps its random start (to see what learning it is worth).
         class_embedding_twice: the released code's class token (see `PromptedEncoder`).
-        readout: how CLIP's last block is read, see `sptseg.read_out`: "plain", "maskclip", "sclip", "clearclip",
-            "naclip" or "gem". Dense CLIP and decoders that start from it begin there; prompts are trained through it.
-            GEM goes without prompts only.
+        readout: how CLIP's last block is read, see `sptseg.read_out`. Dense CLIP and decoders that start from it begin
+            there; prompts are trained through it. "gem" goes without prompts only.
         decoder: "spectral" (SPT-SEG), "cross_attention" (ZegCLIP) or "none" (dense CLIP: cosine of patch and text).
         selection: the spectral decoder's top-down selection.
         branches: which of its branches there are: "high_low" (paper), "high", "low", or "full" attention instead.
@@ -78,8 +77,7 @@ class ModelConfig:
             `start`: with "dense_clip" a residual, RMS norms and a scale, so that the first logits are dense CLIP's.
         loss: "spt" (focal + SSIM) or "zegclip" (focal + dice).
         templates: prompt templates of the class names.
-        normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip", those of CLIP's own training;
-            CLIPs that saw other ones than OpenAI's or ImageNet's, such as SigLIP, need "clip".
+        normalization: the image statistics, "imagenet" (ZegCLIP's protocol) or "clip", those of CLIP's own training.
         seen_offset: what evaluation lowers the scores of seen classes by (paper: 0.1 inductive, 0 else).
         short_side: what test pictures' short side is resized to; None: that of `image_size`, the windows' size.
         window_stride: from one window to the next, as a share of it.

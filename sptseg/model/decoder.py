@@ -22,18 +22,14 @@ LOW_FREQUENCY_SHARE = 0.9
 START_THRESHOLD = 0.3  # cosine of patch and text at which a dense start says "maybe"; learned from there
 
 
-class Linear(nn.Linear):
-    """torch's, by `ops.linear`."""
-
+class Linear(nn.Linear):  # torch's, by `ops.linear`
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def products(queries: Tensor, features: Tensor) -> Tensor:
-    """Dot products of queries (..., C, d) and features (..., N, d): (..., C, N), float32 also of narrower types.
-
-    Under autocast too, which would round logits to 8 bits: that moves a first loss by a percent.
-    """
+    """Dot products of queries (..., C, d) and features (..., N, d): (..., C, N), float32 also of narrower types and
+    under autocast, which would round logits to 8 bits: that moves a first loss by a percent."""
     with torch.autocast(queries.device.type, enabled=False):
         return queries.float() @ features.float().transpose(-2, -1)
 
@@ -45,8 +41,7 @@ class HighLowAttention(nn.Module):
     every token to the average-pooled grid, where only slow changes are left. Source: paper, "Spectral Guided Decode
     Layer", after LITv2's HiLo attention; released code: h_lo = floor(0.9 h), s = 3, zero padding is pooled as well.
 
-    Ours, to take the branches apart: `branches` "high" or "low" gives one of them all heads; "full" is ordinary
-    attention of all heads from every token to every token, in place of both.
+    Ours: `branches` "high" or "low" gives one of them all heads; "full" is ordinary attention of all tokens to all.
     """
 
     def __init__(self, width: int, heads: int, window: int, branches: Branches = "high_low") -> None:
@@ -91,10 +86,8 @@ class HighLowAttention(nn.Module):
 
 
 class QueryUpdate(nn.Module):
-    """q <- LN(q + dropout(U)); q <- LN(q + dropout(FFN(q))), the FFN E -> 4E -> E with ReLU.
-
-    With `norms` "rms" (ours), RMS norms stand for the layer norms: these would take the mean out of a query.
-    """
+    """q <- LN(q + dropout(U)); q <- LN(q + dropout(FFN(q))), the FFN E -> 4E -> E with ReLU; with `norms` "rms" (ours)
+    RMS norms stand for the layer norms, which would take the mean out of a query."""
 
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
@@ -114,8 +107,8 @@ class SpectralGuidedLayer(nn.Module):
     """One layer of the spectral guided decoder (SGD).
 
     Y = HiLo(X); with `selection`, Y <- (clamp(cos(Y, xi), 0, 1) Y) T, the paper's top-down selection; mask logits
-    A = Y q, not scaled; then q is updated from softmax_N(A) Y. The last layer gives logits only, and has no parameters
-    that nothing would read. With `residual` (ours) Y <- X + Y T instead, T starting at zero.
+    A = Y q, not scaled; then q is updated from softmax_N(A) Y, but in the last layer. With `residual` (ours)
+    Y <- X + Y T instead, T starting at zero.
     """
 
     def __init__(self, width: int, config: ModelConfig, last: bool) -> None:
@@ -180,22 +173,15 @@ class Decoder(nn.Module):
     """Class queries from text, then layers that turn queries and patch embeddings into mask logits.
 
     Query of class c ("relationship descriptor", ZegCLIP): q_c = Linear_{2E->E}([g * T_c, T_c]) with the image embedding
-    g and the text embedding T_c.
-
-    Fields of its configuration that are explained here:
+    g and the text embedding T_c. Fields of its configuration that are explained here:
 
     start: the first weights: "random" as in the released code (truncated normal 0.02), or "dense_clip" (ours): queries
         start as T_c, query updates at zero, ZegCLIP's projections as the identity.
     residual: a spectral layer's output is X + Y T, T starting at zero, instead of Y T (ours).
     norms: of the query updates, "layer" (paper) or "rms" (ours), which leave a query its direction.
     logit_scale: a learned scale and threshold turn logits A into scale * (A * unit - threshold), A * unit being a
-        cosine and the scale starting as `clip_scale`, CLIP's (ours). With all four, the decoder's first logits are
-        dense CLIP's: the cosine of patch and text times CLIP's scale.
+        cosine and the scale starting as `clip_scale`, CLIP's (ours). With all four, the first logits are dense CLIP's.
     """
-
-    log_scale: nn.Parameter | None
-    threshold: nn.Parameter  # this and `unit` only with `logit_scale`
-    unit: float
 
     def __init__(self, width: int, config: ModelConfig, clip_scale: float) -> None:
         super().__init__()
@@ -213,9 +199,9 @@ class Decoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.log_scale = None
         if config.start == "dense_clip":
             self.start_as_dense_clip(width)
+        self.log_scale = self.threshold = None
         if config.logit_scale:
             self.log_scale = nn.Parameter(torch.tensor(math.log(clip_scale)))
             self.threshold = nn.Parameter(torch.tensor(START_THRESHOLD))
@@ -251,6 +237,6 @@ class Decoder(nn.Module):
     def forward(self, patches: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """Patches (B, E, H, W), image (B, E), text (C, E) -> mask logits of the last layer (B, C, H, W)."""
         mask_logits = [mask_logits for _, mask_logits in self.states(patches, image, text)][-1]
-        if self.log_scale is not None:
+        if self.log_scale is not None and self.threshold is not None:
             mask_logits = self.log_scale.exp() * (mask_logits * self.unit - self.threshold)
         return tokens_to_grid(mask_logits.transpose(1, 2), (patches.shape[2], patches.shape[3]))

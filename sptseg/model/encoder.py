@@ -23,11 +23,8 @@ class SpectralPrompt(nn.Module):
         S = irfft2( rfft2(X * c) * F ),   X <- X + S
 
     F is learned, complex, one per channel, shared by all layers that use it. Source: paper, section "Spectral Prompt
-    Tuning" (the gate by the class token is in the released code).
-
-    `weight` holds F as real numbers (H, W//2+1, D, 2), for the grid it was made for; on other grids F is resampled over
-    normalised frequency (ours; the released code works on its own grid only). Outside `band`, low <= r < high in cycles
-    per token, F is 0.
+    Tuning" (the gate by the class token is in the released code). `weight` holds F as real numbers (H, W//2+1, D, 2)
+    for its own grid; on others F is resampled (ours). Outside `band`, low <= r < high in cycles per token, F is 0.
     """
 
     def __init__(self, grid: Grid, width: int, band: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -50,12 +47,9 @@ class PromptedEncoder(nn.Module):
     """A frozen image tower whose blocks see learned prompts.
 
     Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`.
-    Everything in `visual` is frozen and stays in evaluation mode.
-
-    Args:
-        visual: open_clip's image tower, of L blocks and width D; see `towers`.
-        config: the model's. Of its fields, `class_embedding_twice`: token 0 = class embedding + (class embedding + its
-            position), as in the released code; otherwise CLIP's own class token, if it has one.
+    `visual`, open_clip's image tower of width D (see `towers`), is frozen and stays in evaluation mode. With
+    `config.class_embedding_twice` token 0 is class embedding + (class embedding + its position), as in the released
+    code; otherwise CLIP's own class token, if it has one.
     """
 
     prompts: nn.Parameter | None
@@ -106,7 +100,7 @@ class PromptedEncoder(nn.Module):
         return self.tower.patch_size
 
     def grid_of(self, images: Tensor) -> Grid:
-        """The token grid of images (B, 3, height, width), see `sptseg.clip.grid_of`."""
+        """The token grid of images (B, 3, height, width)."""
         return grid_of(self.visual, images)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -116,8 +110,8 @@ class PromptedEncoder(nn.Module):
     def states(self, images: Tensor, *, of_prompts: bool = True) -> Iterator[Tensor]:
         """Tokens after every block: (B, P + K + N, D) while the block has prompts, else (B, P + N, D).
 
-        Nothing reads what a block makes of its prompts. So without `of_prompts` it makes keys and values of them only,
-        and the tokens are always (B, P + N, D), after the last block as `read_block` gives them.
+        Nothing reads what a block makes of its prompts: without `of_prompts` it makes keys and values of them only, and
+        the tokens are always (B, P + N, D), after the last block as `read_block` gives them.
         """
         grid, parts = self.grid_of(images), self.tower
         x, rotation = self.embed(images), parts.rotation(grid)
@@ -129,14 +123,11 @@ class PromptedEncoder(nn.Module):
             if self.spectral_prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
                 patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
-            prompts = None
+            context, among = None, []
             if projected is not None and i <= self.prompt_depth:
-                prompts = self.prompt_dropout(projected[i].expand(len(patches), -1, -1)).to(patches.dtype)
-            if prompts is not None and of_prompts:
-                tokens, context = torch.cat([class_token, prompts, patches], dim=1), None
-            else:
-                tokens, context = torch.cat([class_token, patches], dim=1), prompts
-            run = run_block
+                context = self.prompt_dropout(projected[i].expand(len(patches), -1, -1)).to(patches.dtype)
+                context, among = (None, [context]) if of_prompts else (context, [])
+            tokens, run = torch.cat([class_token, *among, patches], dim=1), run_block
             if block is parts.blocks[-1] and not of_prompts:
                 chosen = OPTIONS[self.readout]
                 run = partial(read_block, grid=grid, name=self.readout, pooled=parts.pooled, **chosen)

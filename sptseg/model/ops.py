@@ -17,10 +17,9 @@ MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of x (..., I), weight (O, I) and bias (O,): (..., O).
+    """`F.linear` of x (..., I), weight (O, I) and bias (O,): (..., O); in float32 on x86 CPUs as a 1 x 1 convolution.
 
-    In float32 on x86 CPUs as a 1 x 1 convolution: torch has MKL multiply matrices and oneDNN convolve, and on AMD's
-    processors MKL takes twice as long.
+    Torch has MKL multiply matrices and oneDNN convolve, and on AMD's processors MKL takes twice as long.
     """
     exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not exact or not on_x86(x):
@@ -30,20 +29,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of query (..., N, d), key (..., M, d) and value (..., M, d): (..., N, d).
-
-    `bias` (N, M), of the query's type, is added to the logits of all heads.
-    """
+    """Scaled dot-product attention of query (..., N, d), key and value (..., M, d), `bias` (N, M) added to the logits
+    of all heads: (..., N, d)."""
     return attend_by([(query, key)], value, bias)
 
 
 def attend_by(pairs: Sequence[tuple[Tensor, Tensor]], value: Tensor, bias: Tensor | None = None) -> Tensor:
     """The sum of `attend(query, key, value, bias)` over several pairs of query and key.
 
-    Torch's fused kernel is slow on x86 CPUs, most of all in bf16 and in the backward pass. There all heads at once, or
-    one after the other if their weights would not stay in the cache, take down to half of its time; and of several
-    pairs the weights are added, for one product with the values. Under autograd this keeps all attention weights (in
-    float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the fused kernel.
+    Torch's fused kernel is slow on x86 CPUs. There all heads at once, or one after the other if their weights would not
+    stay in the cache, take down to half of its time, with one product of the values for all pairs. Under autograd this
+    keeps all weights (in float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the fused kernel.
     """
     keys, scale = value.shape[-2], value.shape[-1] ** -0.5
     if not on_x86(value) or (keys > 1200 and torch.is_grad_enabled()):
@@ -93,8 +89,7 @@ def grid_to_tokens(features: Tensor) -> Tensor:
 
 def pad_to_multiple(features: Tensor, multiple: int) -> Tensor:
     """Zero-pads (B, H, W, C) below and on the right until H and W are multiples of `multiple`."""
-    height, width = features.shape[1:3]
-    return F.pad(features, (0, 0, 0, -width % multiple, 0, -height % multiple))
+    return F.pad(features, (0, 0, 0, -features.shape[2] % multiple, 0, -features.shape[1] % multiple))
 
 
 def to_windows(features: Tensor, size: int) -> Tensor:
@@ -115,8 +110,8 @@ def from_windows(windows: Tensor, size: int, grid: Grid) -> Tensor:
 def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
     """Filters a grid per channel in the frequency domain: irfft2(rfft2(features) * weight), both orthonormal.
 
-    features (B, H, W, C) real, weight (H, W//2+1, C) complex. Float32 inside, also under autocast; returns the
-    features' type. Source: paper section "Spectral Prompt Tuning"; the filter is GFNet's global one.
+    features (B, H, W, C) real, weight (H, W//2+1, C) complex; float32 inside, also under autocast; of the features'
+    type. Source: paper section "Spectral Prompt Tuning"; the filter is GFNet's global one.
     """
     height, width = features.shape[1:3]
     with torch.autocast(features.device.type, enabled=False):
@@ -131,8 +126,7 @@ def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
 def irfft2_by_axes(spectrum: Tensor, width: int) -> Tensor:
     """`torch.fft.irfft2`, orthonormal, of (B, H, W//2+1, C) complex: (B, H, W, C); first and last columns made real.
 
-    Filtered by a learned filter, a spectrum is that of no real map. Libraries for CPUs take the real part where it
-    matters; what those for GPUs make of it is undefined.
+    A spectrum times a learned filter is that of no real map. CPUs' libraries take the real part; GPUs' do anything.
     """
     rows = torch.fft.ifft(spectrum, dim=1, norm="ortho")
     edge = 2 * torch.arange(rows.shape[2], device=rows.device) % width == 0  # frequencies that are their own mirror
@@ -140,29 +134,24 @@ def irfft2_by_axes(spectrum: Tensor, width: int) -> Tensor:
 
 
 def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Resamples a complex filter (H, W//2+1, C) from one grid to another over normalised frequency.
-
-    Frequencies are in cycles per token, so the new filter treats a pattern of a given wavelength as the old one did;
-    low frequencies stay aligned. Linear between samples, the identity on its own grid. The vertical axis is periodic;
-    the horizontal one is half of a Hermitian spectrum, and ends at its last sample.
+    """Resamples a complex filter (H, W//2+1, C) from one grid to another, linearly over cycles per token, so that it
+    treats a pattern of a given wavelength as before. The vertical axis is periodic; the horizontal one is half of a
+    Hermitian spectrum, and ends at its last sample.
     """
     if source == target:
         return weight
     (rows, columns), (new_rows, new_columns) = source, target
     vertical = torch.fft.fftfreq(new_rows, device=weight.device) * rows  # position on the old, periodic axis
     horizontal = torch.fft.rfftfreq(new_columns, device=weight.device) * columns
-    weight = _lerp(weight, vertical, 0, periodic=True)
-    return _lerp(weight, horizontal, 1, periodic=False)
 
+    def resampled(values: Tensor, position: Tensor, dim: int) -> Tensor:
+        below, last = position.floor().long(), values.shape[dim] - 1
+        share = (position - below).view(-1, 1, 1) if dim == 0 else (position - below).view(1, -1, 1)
+        near = [i % (last + 1) if dim == 0 else i.clamp(max=last) for i in (below, below + 1)]
+        low, high = (values.index_select(dim, i) for i in near)
+        return low * (1 - share) + high * share
 
-def _lerp(values: Tensor, position: Tensor, dim: int, periodic: bool) -> Tensor:
-    """Linear interpolation of `values` along `dim` at fractional `position`s."""
-    length = values.shape[dim]
-    below = position.floor()
-    share = (position - below).view([-1 if d == dim else 1 for d in range(values.ndim)])
-    low, high = below.long(), below.long() + 1
-    low, high = (low % length, high % length) if periodic else (low.clamp(max=length - 1), high.clamp(max=length - 1))
-    return values.index_select(dim, low) * (1 - share) + values.index_select(dim, high) * share
+    return resampled(resampled(weight, vertical, 0), horizontal, 1)
 
 
 def radial_frequency(grid: Grid, device: torch.device | None = None) -> Tensor:
@@ -173,10 +162,8 @@ def radial_frequency(grid: Grid, device: torch.device | None = None) -> Tensor:
 
 
 def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -> Tensor:
-    """Keeps (or, with `reject`, removes) radial frequencies low <= r < high of images (..., H, W); the mean stays.
-
-    Frequencies are in cycles per sample, 0 to sqrt(0.5); a filter that keeps everything is the identity.
-    """
+    """Keeps (or, with `reject`, removes) radial frequencies low <= r < high, in cycles per sample, 0 to sqrt(0.5), of
+    images (..., H, W); the mean stays."""
     if not 0 <= low <= high:
         raise ValueError(f"a band needs 0 <= low <= high in cycles per sample, got {low} to {high}")
     radius = radial_frequency((images.shape[-2], images.shape[-1]), images.device)
@@ -189,12 +176,9 @@ def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -
 def resize_positions(embedding: Tensor, source: Grid, target: Grid, mode: str = "bilinear") -> Tensor:
     """Resizes the patch part of a position embedding (P + H*W, D) to another grid; a class token's (P = 1) stays.
 
-    Source: released code, "bilinear"; training-free read-outs are published with "bicubic". `align_corners=False`, no
-    antialiasing.
+    Source: released code, "bilinear"; training-free read-outs are published with "bicubic". `align_corners=False`.
     """
     first = embedding.shape[0] - source[0] * source[1]
-    if first not in (0, 1):
-        raise ValueError(f"{len(embedding)} positions do not fit a class token and a {source[0]} x {source[1]} grid")
     if source == tuple(target):
         return embedding
     patches = tokens_to_grid(embedding[None, first:], source)

@@ -19,17 +19,15 @@ from sptseg.model.towers import tower
 class SptSeg(nn.Module):
     """A prompted encoder and a decoder: `model(images, text) -> mask logits (B, C, H, W)`.
 
-    `clip` gives text embeddings (`model.class_embeddings`); it is no part of the trained model. Without a decoder the
-    logits are dense CLIP's: those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine
-    times CLIP's logit scale; with `config.softmax_scale` that many times the cosine.
+    `clip` gives text embeddings; it is no part of the trained model. Without a decoder the logits are dense CLIP's:
+    those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine times CLIP's logit scale;
+    with `config.softmax_scale` that many times the cosine.
     """
 
     def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = encoder
-        self.decoder = decoder
-        self.clip = clip
+        self.config, self.clip = config, clip
+        self.encoder, self.decoder = encoder, decoder
         self.about: dict[str, Any] = {}  # what its checkpoint says of split, settings and data
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
@@ -64,8 +62,7 @@ def build_model(config: ModelConfig, clip: Clip | None = None) -> SptSeg:
     """A new model with weights from torch's global seed; `clip` saves loading it again."""
     clip = load_clip(config.clip, config.clip_weights) if clip is None else clip
     parts = tower(clip.visual)
-    patch_height, patch_width = parts.patch_size
-    if config.image_size[0] % patch_height or config.image_size[1] % patch_width:
+    if any(side % patch for side, patch in zip(config.image_size, parts.patch_size, strict=True)):
         told = f"{config.clip} needs multiples of its patch size {parts.patch_size}"
         raise ValueError(f"image_size is {config.image_size}; {told}")
     mean = about_weights(config.clip, config.clip_weights).get("mean", OPENAI_DATASET_MEAN)

@@ -1,13 +1,11 @@
 """Image towers of open_clip that are vision transformers, its own and timm's: their parts in one shape.
 
 A tower makes tokens of patches, may put a class token first, runs blocks, and pools: it reads the class token (CLIP,
-EVA-CLIP, MobileCLIP-B), the mean patch (CLIPA), or an attention pool's query (SigLIP, PE-Core). What it makes of a
-picture is the image embedding. A patch's embedding is what it would make of that picture if the pool saw this patch
-alone. Under an attention pool that is a MaskCLIP: a patch keeps its own value there.
+EVA-CLIP, MobileCLIP-B), the mean patch (CLIPA), or an attention pool's query (SigLIP, PE-Core). A patch's embedding is
+what it would make of the picture if the pool saw this patch alone (under an attention pool: its own value, MaskCLIP).
 
-Every such tower has all read-outs, prompts and decoders; spectral prompts need a class token, which SigLIP and the
-largest PE-Core lack. No towers in this sense are CoCa's (its pool has 256 queries and other norms), ViTamin's (its
-blocks follow stages of convolutions), ResNets, ConvNeXt and FastViT (no blocks).
+Spectral prompts need a class token, which SigLIP and the largest PE-Core lack. No towers in this sense are CoCa's (its
+pool has 256 queries and other norms), ViTamin's (its blocks follow convolutions), ResNets, ConvNeXt and FastViT.
 
 Symbols: B pictures, N = H * W patches, P = 0 or 1 class token, D width, h heads of width d, E embedding width.
 """
@@ -40,11 +38,8 @@ OPEN_CLIP_POOLS = {("tok", False, True): "token", ("tok", True, True): "token", 
 
 @dataclass(frozen=True)
 class Tower:
-    """The parts of an image tower: its own modules and parameters, or views of them.
-
-    `grid`: that of `positions` (H * W, D) or (1 + H * W, D). `pool`: "token", "mean" or an attention pool. `rotary`:
-    rotary positions of queries and keys.
-    """
+    """The parts of an image tower: its own modules and parameters, or views of them. `grid`: that of `positions`
+    (P + H * W, D); `pool`: "token", "mean" or an attention pool; `rotary`: rotary positions of queries and keys."""
 
     stem: Callable[[Tensor], Tensor]
     patch_size: Grid
@@ -125,10 +120,8 @@ def grid_of(visual: nn.Module, images: Tensor) -> Grid:
     """The token grid of images (B, 3, height, width), whose sides must be multiples of the patch size."""
     (height, width), (patch_height, patch_width) = images.shape[-2:], tower(visual).patch_size
     if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"images are {height} x {width}; both sides must be multiples of the patch size {patch_height} x "
-            f"{patch_width}; resize or pad them, or use sptseg.segment, which does"
-        )
+        wanted = f"both sides must be multiples of the patch size {patch_height} x {patch_width}"
+        raise ValueError(f"images are {height} x {width}; {wanted}; sptseg.segment takes any size")
     return height // patch_height, width // patch_width
 
 
@@ -150,8 +143,7 @@ def embed(visual: nn.Module, images: Tensor, *, class_embedding_twice: bool = Fa
 def embeddings(visual: nn.Module, tokens: Tensor, grid: Grid, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
     """Tokens as read from the last block -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E).
 
-    The last N tokens are the patches; those before them are what the pool reads, see `read_block`. `norm`: a further
-    one before the tower's own.
+    The last N tokens are the patches; those before them the pool reads. `norm`: a further one before the tower's own.
     """
     parts, count = tower(visual), grid[0] * grid[1]
     if parts.pool == "mean":
@@ -175,10 +167,8 @@ def pool_alone(pool: Any, x: Tensor) -> Tensor:
 def project(
     block: nn.Module, x: Tensor, context: Tensor | None = None, rotation: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's queries (B, h, M, d) of tokens x (B, M, D), its keys and values (B, h, M + K, d) of x and a context.
-
-    A `rotation` (N, 2 d) turns the queries and keys of the last N tokens of x.
-    """
+    """A block's queries (B, h, M, d) of tokens x (B, M, D), its keys and values (B, h, M + K, d) of x and a context; a
+    `rotation` (N, 2 d) turns the queries and keys of the last N tokens of x."""
     weight, bias, head_width = projection(block)
     query, key, value = split_heads(linear(normed(block, 1, x), weight, bias), 3, head_width)
     if rotation is not None:
@@ -239,9 +229,6 @@ def feed_forward(block: Any, x: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, x: Tensor, context: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
-    """A tower's block on tokens x (B, M, D), equal to `block(x)`, with rotary positions as `project` has them.
-
-    With `context` (B, K, D), equal to the first M tokens of `block(cat([x, context], dim=1))`: all that is computed of
-    the context are its keys and values.
-    """
+    """A tower's block on tokens x (B, M, D), equal to `block(x)`, with rotary positions as `project` has them. With
+    `context` (B, K, D), equal to the first M tokens of `block(cat([x, context], dim=1))`, at less cost."""
     return feed_forward(block, x + attention_output(block, attend(*project(block, x, context, rotation))))

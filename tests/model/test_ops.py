@@ -41,30 +41,19 @@ def test_linear_goes_by_the_types() -> None:
 @pytest.mark.parametrize("tokens", [3, 600, 1300])  # below and above where heads go one by one; by the fused kernel
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_equals_plain_attention_in_value_and_gradient(tokens: int, dtype: torch.dtype, biased: bool) -> None:
-    query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype).requires_grad_() for n in (5, tokens, tokens))
+    """By two pairs of query and key."""
+    parts = [torch.randn(2, 3, n, 8, dtype=dtype).requires_grad_() for n in (5, tokens, 5, tokens, tokens)]
     bias = torch.randn(5, tokens, dtype=dtype) if biased else None
-    ours = ops.attend(query, key, value, bias)
-    wide = [part.detach().double().requires_grad_() for part in (query, key, value)]
-    logits = wide[0] @ wide[1].transpose(-2, -1) / math.sqrt(8)
-    plain = (logits + (0 if bias is None else bias.double())).softmax(dim=-1) @ wide[2]
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
+    ours = ops.attend_by([(parts[0], parts[1]), (parts[2], parts[3])], parts[4], bias)
+    wide = [part.detach().double().requires_grad_() for part in parts]
+    logits = [wide[i] @ wide[i + 1].mT / math.sqrt(8) + (0 if bias is None else bias.double()) for i in (0, 2)]
+    plain = (logits[0].softmax(dim=-1) + logits[1].softmax(dim=-1)) @ wide[4]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     assert_close(ours.double(), plain, **tolerance)
     cotangent = torch.randn(ours.shape, dtype=dtype)
-    gradients = torch.autograd.grad(ours, (query, key, value), cotangent)
+    gradients = torch.autograd.grad(ours, parts, cotangent)
     for gradient, expected in zip(gradients, torch.autograd.grad(plain, wide, cotangent.double()), strict=True):
         assert_close(gradient.double(), expected, **tolerance)
-
-
-@pytest.mark.parametrize("tokens", [3, 600, 1300])
-def test_attention_by_several_pairs_is_the_sum(tokens: int) -> None:
-    first, second, value = (torch.randn(2, 3, tokens, 8).requires_grad_() for _ in range(3))
-    ours = ops.attend_by([(first, first), (second, second)], value)
-    plain = F.scaled_dot_product_attention(first, first, value) + F.scaled_dot_product_attention(second, second, value)
-    assert_close(ours, plain, atol=1e-5, rtol=1e-4)
-    cotangent = torch.randn_like(plain)
-    gradients = (torch.autograd.grad(mixed, (first, second, value), cotangent) for mixed in (ours, plain))
-    for gradient, expected in zip(*gradients, strict=True):
-        assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 def random_filter(grid: ops.Grid, channels: int = 2) -> Tensor:
@@ -78,42 +67,29 @@ def by_frequency(grid: ops.Grid, function) -> Tensor:
 
 
 @few
-@given(grids)
-def test_tokens_and_grid_are_inverse_and_rows_come_first(grid: ops.Grid) -> None:
-    height, width = grid
-    tokens = torch.arange(2 * height * width * 3.0).view(2, height * width, 3)
-    features = ops.tokens_to_grid(tokens, grid)
-    assert features.shape == (2, 3, height, width)
-    assert torch.equal(features[1, :, -1, 0], tokens[1, (height - 1) * width])
-    assert torch.equal(ops.grid_to_tokens(features), tokens)
-
-
-@few
 @given(grids, st.integers(1, 4))
 def test_windows_round_trip_over_padding(grid: ops.Grid, size: int) -> None:
     features = torch.randn(2, *grid, 3)
-    padded = ops.pad_to_multiple(features, size)
-    height, width = padded.shape[1:3]
-    assert height == math.ceil(grid[0] / size) * size and width == math.ceil(grid[1] / size) * size
-    assert torch.equal(padded[:, : grid[0], : grid[1]], features)
-    assert padded.count_nonzero() == features.count_nonzero()
+    height, width = (math.ceil(length / size) * size for length in grid)
+    padded = torch.zeros(2, height, width, 3)
+    padded[:, : grid[0], : grid[1]] = features
+    assert torch.equal(ops.pad_to_multiple(features, size), padded)
     windows = ops.to_windows(padded, size)
     for row in range(height // size):  # the plain twin
         for column in range(width // size):
             rows, columns = slice(row * size, row * size + size), slice(column * size, column * size + size)
             assert torch.equal(windows[:, row * (width // size) + column], padded[:, rows, columns].flatten(1, 2))
     assert torch.equal(ops.from_windows(windows, size, (height, width)), padded)
+    features = ops.tokens_to_grid(ops.grid_to_tokens(padded.permute(0, 3, 1, 2)), (height, width))
+    assert torch.equal(features.permute(0, 2, 3, 1), padded)
 
 
 @few
 @given(grids)
 def test_fourier_filter_equals_numpy(grid: ops.Grid) -> None:
     features, weight = torch.randn(2, *grid, 2), random_filter(grid)
-    twin = np.empty(features.shape)
-    for b in range(2):
-        for c in range(2):
-            spectrum = np.fft.rfft2(features[b, :, :, c].double().numpy(), norm="ortho") * weight[..., c].numpy()
-            twin[b, :, :, c] = np.fft.irfft2(spectrum, s=grid, norm="ortho")
+    spectrum = np.fft.rfft2(features.double().numpy(), axes=(1, 2), norm="ortho") * weight.numpy()
+    twin = np.fft.irfft2(spectrum, s=grid, axes=(1, 2), norm="ortho")
     assert_close(ops.fourier_filter(features, weight).double(), torch.from_numpy(twin), atol=1e-5, rtol=0)
 
 
@@ -142,33 +118,21 @@ def test_fourier_filter_stays_in_float32_under_autocast_and_keeps_the_type() -> 
     assert_close(half.float(), ops.fourier_filter(features, weight), atol=0.2, rtol=0.05)
 
 
-@few
-@given(grids, grids)
-def test_resampling_is_the_identity_at_home_and_keeps_constants(source: ops.Grid, target: ops.Grid) -> None:
-    weight = random_filter(source)
-    assert torch.equal(ops.resample_filter(weight, source, source), weight)
-    constant = torch.full((source[0], source[1] // 2 + 1, 1), 0.3 - 0.7j)
-    resampled = ops.resample_filter(constant, source, target)
-    assert resampled.shape == (target[0], target[1] // 2 + 1, 1)
-    assert_close(resampled, torch.full_like(resampled, 0.3 - 0.7j), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("source", [(8, 8), (9, 9), (8, 9), (9, 6)])
-@pytest.mark.parametrize("target", [(8, 8), (16, 16), (17, 15), (12, 7), (5, 6)])
+@pytest.mark.parametrize("source", [(8, 8), (9, 6)])
+@pytest.mark.parametrize("target", [(16, 16), (17, 15), (12, 7), (5, 6)])
 def test_low_frequencies_stay_aligned_across_odd_and_even_grids(source: ops.Grid, target: ops.Grid) -> None:
     """A filter linear in |frequency|, up to where both grids sample it, is met exactly."""
 
     def cone(vertical: Tensor, horizontal: Tensor) -> Tensor:
         return 1 - vertical.abs() - 2j * horizontal
 
-    resampled = ops.resample_filter(by_frequency(source, cone), source, target)
-    expected = by_frequency(target, cone)
+    weight, expected = by_frequency(source, cone), by_frequency(target, cone)
+    assert torch.equal(ops.resample_filter(weight, source, source), weight)
+    resampled = ops.resample_filter(weight, source, target)
     # the highest sample of an odd axis lies below 0.5; between it and its mirror image, interpolation is flat
     highest = [(length // 2) / length for length in source]
-    covered = (torch.fft.fftfreq(target[0])[:, None].abs() <= highest[0] + 1e-6) & (
-        torch.fft.rfftfreq(target[1])[None] <= highest[1] + 1e-6
-    )
-    assert covered[:2, :2].all()
+    rows = torch.fft.fftfreq(target[0]).abs() <= highest[0] + 1e-6
+    covered = rows[:, None] & (torch.fft.rfftfreq(target[1]) <= highest[1] + 1e-6)
     assert_close(resampled[covered], expected[covered], atol=1e-5, rtol=0)
 
 
@@ -207,11 +171,7 @@ def test_band_filter_cuts_waves_and_keeps_the_type() -> None:
     image = 0.5 + slow + fast
     assert_close(ops.band_filter(image, 0, 0.2), 0.5 + slow, atol=1e-5, rtol=0)
     assert_close(ops.band_filter(image, 0.2, 1), 0.5 + fast, atol=1e-5, rtol=0)
-    assert_close(
-        ops.band_filter(image, 5 / 16, 1), 0.5 + fast, atol=1e-5, rtol=0
-    )  # the lower limit belongs to the band
-    assert_close(ops.band_filter(image, 0, 1), image, atol=1e-5, rtol=0)
-    assert_close(ops.band_filter(image, 0.2, 0.2), torch.full_like(image, 0.5), atol=1e-5, rtol=0)
+    assert_close(ops.band_filter(image, 5 / 16, 1), 0.5 + fast, atol=1e-5, rtol=0)  # the lower limit belongs to it
     assert ops.band_filter(image.half(), 0, 1).dtype == torch.half
     for low, high in ((0.3, 0.2), (-0.1, 0.2), (float("nan"), 1)):
         with pytest.raises(ValueError, match="0 <= low <= high in cycles per sample"):
@@ -228,16 +188,6 @@ def test_positions_resize_bilinearly(source: ops.Grid, target: ops.Grid) -> None
     resized = ops.resize_positions(torch.cat([token, plane]), source, target)
     assert torch.equal(resized[:1], token)
     new_y, new_x = torch.meshgrid(torch.arange(target[0]) + 0.5, torch.arange(target[1]) + 0.5, indexing="ij")
-    expected = torch.stack(
-        [
-            (new / length).clamp(0.5 / old, 1 - 0.5 / old)
-            for new, length, old in ((new_y, target[0], source[0]), (new_x, target[1], source[1]))
-        ],
-        dim=-1,
-    )
+    axes = zip((new_y, new_x), target, source, strict=True)
+    expected = torch.stack([(new / length).clamp(0.5 / old, 1 - 0.5 / old) for new, length, old in axes], dim=-1)
     assert_close(resized[1:], expected.flatten(0, 1), atol=1e-5, rtol=0)
-
-
-def test_positions_of_another_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match="10 positions do not fit a class token and a 2 x 4 grid"):
-        ops.resize_positions(torch.zeros(10, 3), (2, 4), (4, 4))

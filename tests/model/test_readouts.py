@@ -6,6 +6,7 @@ import ast
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import plain
 import pytest
 import torch
@@ -42,13 +43,9 @@ def reference() -> dict[str, Tensor]:
     return load_file(REFERENCE / "readouts_small.safetensors")
 
 
-# The published implementations
-
-
 def test_every_key_of_the_reference_set_is_looked_at(reference: dict[str, Tensor]) -> None:
-    assert {f"tokens.{key}" for key in KEYS} == {k for k in reference if k.startswith("tokens.")} - {
-        "tokens.gaussian_5x8"
-    }
+    given = {key.removeprefix("tokens.") for key in reference if key.startswith("tokens.")}
+    assert {*KEYS} == given - {"gaussian_5x8"}
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -75,9 +72,6 @@ def test_the_spatial_term_equals_the_published_one(reference: dict[str, Tensor])
     assert gaussian((5, 8), 5.0, torch.device("cpu"), torch.float32) is found, "once per grid"
 
 
-# The plain twins
-
-
 def away_from_zeros(clip: Clip) -> Clip:
     """Biases start at 0 and norms at 1, which hide what is left out."""
     for parameter in clip.visual.parameters():
@@ -89,7 +83,7 @@ def away_from_zeros(clip: Clip) -> Clip:
 @pytest.mark.parametrize(
     ("name", "options"),
     [*KEYS.values(), ("clearclip", {"bare": False}), ("gem", {}), ("gem", {"blocks": 1})],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_read_outs_equal_their_plain_twins(name: str, options: dict[str, Any], size: tuple[int, int]) -> None:
     clip = away_from_zeros(small_clip(ls_init_value=0.5)).visual
@@ -131,12 +125,10 @@ def test_position_embeddings_are_resized_bicubically_on_request() -> None:
         (
             "clip-surgery",
             {},
-            "no read-out 'clip-surgery'; choose one of plain, maskclip, sclip, clearclip, naclip, gem",
+            r"no read-out 'clip-surgery' with no options; choose plain \(no options\), m",
         ),
-        ("sclip", {"sigma": 5.0}, "the read-out sclip has no option sigma; its options: bare"),
-        ("plain", {"bare": True}, "the read-out plain has no option bare; its options: none"),
+        ("sclip", {"sigma": 5.0}, r"no read-out 'sclip' with sigma; choose .*, naclip \(bare, sigma\), gem \(blocks\)"),
         ("naclip", {"sigma": 0.0}, "sigma is 0.0; wanted more than 0 patches, or None"),
-        ("gem", {"blocks": 0}, "blocks is 0; this CLIP has 3, so 1 to 3 go"),
         ("gem", {"blocks": 4}, "blocks is 4; this CLIP has 3, so 1 to 3 go"),
     ],
 )
@@ -148,9 +140,6 @@ def test_what_does_not_go_is_refused(name: str, options: dict[str, Any], message
 def test_towers_that_do_not_go_are_refused() -> None:
     with pytest.raises(ValueError, match="not a vision transformer with a class token, an"):
         read_out(small_clip(pool_type="avg").visual, torch.zeros(1, 3, 32, 32), "naclip")
-
-
-# In the model
 
 
 def new_model(**changes: Any) -> Any:
@@ -191,12 +180,6 @@ def test_prompts_are_trained_through_read_outs(name: Any, spectral_layers: tuple
     assert prompts.tolist() == [True, True, name != "maskclip"], "MaskCLIP's patches see themselves only"
 
 
-@pytest.mark.parametrize("changes", [{}, {"spectral_layers": ()}, {"prompt_tokens": 0}])
-def test_gem_with_prompts_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="readout gem goes without prompts"):
-        new_model(readout="gem", **changes)
-
-
 def test_without_a_trained_model_a_clip_is_read_by_naclip_but_the_tiny_one_plainly() -> None:
     assert Which(clip="ViT-S-32", clip_weights="none").load().config.readout == "naclip"
     assert Which(clip="ViT-S-32", clip_weights="none", readout="plain").load().config.readout == "plain"
@@ -208,12 +191,13 @@ def test_without_a_trained_model_a_clip_is_read_by_naclip_but_the_tiny_one_plain
         Which(readout="sclip").load()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, "trained"])
 def test_bf16_gives_the_labels_of_float32(name: Any) -> None:
-    model = build_model(replace(DENSE_CLIP, readout=name), load_clip()).eval()
+    if name == "trained":
+        model = sptseg.load_model()
+    else:
+        model = build_model(replace(DENSE_CLIP, readout=name), load_clip()).eval()
     names, narrow = sptseg.scenes.CLASSES, at_precision(model, "bf16")
-    equal = [
-        (segment(model, picture, names).labels == segment(narrow, picture, names).labels).mean()
-        for picture, _ in (sptseg.scenes.draw(seed) for seed in range(6))
-    ]
-    assert sum(equal) / len(equal) >= 0.98
+    pictures = [sptseg.scenes.draw(seed)[0] for seed in range(6)]
+    wide, short = ([segment(each, picture, names).labels for picture in pictures] for each in (model, narrow))
+    assert (np.stack(wide) == np.stack(short)).mean() >= (0.995 if name == "trained" else 0.98)

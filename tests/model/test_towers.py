@@ -17,22 +17,14 @@ from torch.testing import assert_close
 
 from sptseg.cli import which
 from sptseg.datasets import Note
+from sptseg.model import towers
 from sptseg.model.clip import Clip
 from sptseg.model.config import DENSE_CLIP, ModelConfig
 from sptseg.model.encoder import PromptedEncoder
 from sptseg.model.ops import grid_to_tokens
 from sptseg.model.readouts import OPTIONS, default_readout, gaussian, read_out
 from sptseg.model.spt_seg import build_model
-from sptseg.model.towers import (
-    attention_output,
-    check_visual,
-    embed,
-    project,
-    run_block,
-    tower,
-    usable_config,
-    usable_models,
-)  # fmt: skip
+from sptseg.model.towers import tower
 
 GRID = (4, 6)
 SIDES = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": (32, 48)}
@@ -47,11 +39,11 @@ SIGLIP = "ViT-B-16-SigLIP"
 
 @pytest.fixture(params=SMALL)
 def visual(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tower of an open_clip configuration, small; random weights away from zeros and ones."""
     return small_tower(request.param, monkeypatch)
 
 
 def small_tower(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tower of an open_clip configuration, small; random weights away from zeros and ones."""
     config: Any = open_clip.get_model_config(name)
     vision, sizes = config["vision_cfg"], SMALL[name]
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **sizes))
@@ -92,16 +84,16 @@ def test_embeddings_are_open_clips_own(visual: Any) -> None:
 def test_naclip_by_hand(visual: Any) -> None:
     """With and without a class token, of keys with rotary positions where there are any."""
     images, parts = pictures(visual), tower(visual)
-    x, rotation = embed(visual, images), parts.rotation(GRID)
+    x, rotation = towers.embed(visual, images), parts.rotation(GRID)
     first = x.shape[1] - 24
     assert first == (parts.class_token is not None)
     for block in parts.blocks[:-1]:
-        x = run_block(block, x, rotation=rotation)
-    _, key, value = project(parts.blocks[-1], x, rotation=rotation)
+        x = towers.run_block(block, x, rotation=rotation)
+    _, key, value = towers.project(parts.blocks[-1], x, rotation=rotation)
     near = gaussian(GRID, 5.0, torch.device("cpu"), torch.float32)[1:, 1:]
     weights = key[:, :, first:] @ key.mT / key.shape[-1] ** 0.5
     weights[..., first:] += near
-    expected = alone(visual, attention_output(parts.blocks[-1], weights.softmax(-1) @ value))
+    expected = alone(visual, towers.attention_output(parts.blocks[-1], weights.softmax(-1) @ value))
     assert_close(grid_to_tokens(read_out(visual, images, "naclip")[0]), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -149,17 +141,17 @@ def test_windows_of_the_command_line_are_multiples_of_the_patch(monkeypatch: pyt
 def test_which_models_with_public_weights_are_usable() -> None:
     """By configuration alone, and each tower that is called usable has the parts: built without memory."""
     public = {name for name, _ in open_clip.list_pretrained()}
-    usable = public & set(usable_models())
+    usable = public & set(towers.usable_models())
     assert (len(public), len(usable)) == (115, 76) or open_clip.__version__ != "3.3.0"
     others = ("RN", "convnext", "ViTamin", "coca", "MobileCLIP-S", "MobileCLIP2-S")  # no transformer, or another
     assert public - usable == {name for name in public if name.startswith(others)}
     config: Any = open_clip.get_model_config("ViT-B-32")
     for other in ({"layers": (1, 1)}, {"pool_type": "avg"}, {"qk_norm": True}, {"timm_model_name": "x"}):
-        assert not usable_config({**config, "vision_cfg": {**config["vision_cfg"], **other}}), other
+        assert not towers.usable_config({**config, "vision_cfg": {**config["vision_cfg"], **other}}), other
     configs: dict[str, Any] = {name: open_clip.get_model_config(name) for name in sorted(usable)}
     for name in {repr(config["vision_cfg"]): name for name, config in configs.items()}.values():
         with torch.device("meta"):
             visual = _build_vision_tower(configs[name]["embed_dim"], configs[name]["vision_cfg"])
-        check_visual(name, visual)
+        towers.check_visual(name, visual)
         assert tower(visual).output_dim == configs[name]["embed_dim"], name
         assert default_readout(name) == ("plain" if tower(visual).pool not in ("token", "mean") else "naclip")

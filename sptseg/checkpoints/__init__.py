@@ -1,6 +1,7 @@
 """Trained parts in and out; nothing executed, nothing half-written."""
 
 # fmt: off
-from sptseg.checkpoints.checkpoint import EMBEDDED, completed, from_pretrained, load_model, save_model
-from sptseg.checkpoints.hub import push_to_hub, save_pretrained
+from sptseg.checkpoints.checkpoint import (
+    EMBEDDED, completed, from_pretrained, load_model, push_to_hub, save_model, save_pretrained,
+)
 from sptseg.checkpoints.research import IMPORTED, import_research, import_research_checkpoint

@@ -34,7 +34,7 @@ def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
     AcceleratorState._reset_state()
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers, **options)
-    libc = ctypes.CDLL(None) if accelerator.device.type == "cpu" and sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if accelerator.device.type == "cpu" and sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # glibc returns large blocks, and the kernel clears each page anew: a third of a step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any block
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned

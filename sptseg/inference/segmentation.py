@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from sptseg.datasets import BACKGROUND, Colour, Note, as_array, ignored_label, plain, plots, splits, test_transform
-from sptseg.inference.windows import WindowLogits, augmentation, window_logits
+from sptseg.inference.windows import Box, WindowLogits, augmentation, window_logits
 from sptseg.model import Clip, SptSeg, WordTokenizer, synonyms
 from sptseg.system import write
 
@@ -230,13 +230,12 @@ class CocoMasks:
         images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
         for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=len(categories))[: len(categories)]).tolist():
             mask = labels == label
-            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-            x, y = int(columns[0]), int(rows[0])
+            left, top, right, bottom = cast(Box, Image.fromarray(mask).getbbox())
             annotations.append(
                 {
                     "id": len(annotations) + 1, "image_id": len(images), "category_id": label + 1, "iscrowd": 0,
                     "segmentation": run_lengths(mask), "area": int(mask.sum()),
-                    "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                    "bbox": [left, top, right - left, bottom - top],
                 }
             )  # fmt: skip
 

@@ -101,23 +101,14 @@ def read_block(
         x = run_block(block, x, context, rotation)
         return x if pooled == CLASS_TOKEN else torch.cat([x[:, pooled], x[:, -count:]], dim=1)
     query, key, value = project(block, x if context is None else torch.cat([context, x], dim=1), rotation=rotation)
-
-    def among(*alike: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The sum of softmax(S(a) + bias) v over a, at the patches: (B, h, N, d)."""
-        return attend_by([(a[:, :, -count:], a) for a in alike], value, bias)
-
-    match name:
-        case "maskclip":
-            mixed = value[:, :, -count:]
-        case "sclip":
-            mixed = among(query, key)
-        case "clearclip":
-            mixed = among(query)
-        case _ if sigma is None:
-            mixed = among(key)
-        case _:
+    if name == "maskclip":
+        mixed = value[:, :, -count:]
+    else:
+        alike, bias = {"sclip": (query, key), "clearclip": (query,), "naclip": (key,)}[name], None
+        if sigma is not None:
             near = gaussian(grid, sigma, key.device, key.dtype)[1:, 1:]
-            mixed = among(key, bias=F.pad(near, (key.shape[2] - count, 0)))  # 0 for keys off the grid, which come first
+            bias = F.pad(near, (key.shape[2] - count, 0))  # 0 for keys off the grid, which come first
+        mixed = attend_by([(a[:, :, -count:], a) for a in alike], value, bias)
     looking = query[:, :, -x.shape[1] :][:, :, pooled]
     output = attention_output(block, torch.cat([attend(looking, key, value), mixed], dim=2))
     x = torch.cat([x[:, pooled], x[:, -count:]], dim=1)

@@ -13,9 +13,7 @@ from conftest import load_reference, small_clip
 from huggingface_hub import ModelCard, errors
 
 from sptseg.checkpoints import checkpoint as checkpoints
-from sptseg.checkpoints import hub
-from sptseg.checkpoints.checkpoint import from_pretrained, is_hub_id, load_model, read_header, save_model
-from sptseg.checkpoints.hub import push_to_hub, save_pretrained
+from sptseg.checkpoints.checkpoint import from_pretrained, load_model, push_to_hub, save_model, save_pretrained
 from sptseg.inference.metrics import Scores
 from sptseg.model.clip import Clip, check_public
 from sptseg.model.config import ModelConfig
@@ -60,7 +58,7 @@ def test_a_folder_holds_three_files_of_which_one_is_read(model: SptSeg, tmp_path
     folder = save_pretrained(model, tmp_path / "new" / "folder", about=MEASURED, scores=SCORES)
     settings = json.loads((folder / "config.json").read_text())
     assert settings["model"]["image_size"] == list(model.config.image_size)
-    assert settings["about"] == read_header(folder / "model.safetensors")["about"] == MEASURED
+    assert settings["about"] == checkpoints.read_header(folder / "model.safetensors")["about"] == MEASURED
     assert settings["scores"] == SCORES.as_dict()
     (folder / "config.json").write_text("not JSON")
     (folder / "README.md").unlink()
@@ -97,7 +95,7 @@ def test_a_card_with_a_gap_is_refused_before_anything_is_written(missing: str, m
 def test_the_remarks_of_a_training_run_fill_the_card_and_its_folder_is_kept(model: SptSeg, tmp_path: Path) -> None:
     small = build_model(ModelConfig(clip="small", image_size=(24, 40)), small_clip())
     about = {"data": "scenes", "split": "scenes", "unseen": [], "train": {"seed": 0}, "repo_id": "someone/model"}
-    card = hub.model_card(small, about, None)
+    card = checkpoints.model_card(small, about, None)
     assert "**seeds:** 0\n" in card.text and "unseen in training: none" in card.text
     assert card.data.get("license") == "apache-2.0"
     assert 'sptseg.segment(model, "photo.jpg", classes=["tree", "road"]).show()' in card.text
@@ -123,7 +121,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(cache: Path, monkeypatch: pytes
     for source in (*others.split(), Path("some/where")):
         with pytest.raises(FileNotFoundError, match="there is no checkpoint .*; wanted .* or a Hub id"):
             load_model(source)
-    assert all(map(is_hub_id, ("user/name", "user-1/Name_2.x")))
+    assert all(map(checkpoints.is_hub_id, ("user/name", "user-1/Name_2.x")))
 
 
 @pytest.mark.parametrize("kind", [None, "RemoteEntryNotFoundError", "RepositoryNotFoundError", "GatedRepoError"])
@@ -176,7 +174,7 @@ def test_push_uploads_three_files_and_private_ones_never_to_a_public_repository(
         return SimpleNamespace(commit_url=f"https://huggingface.co/someone/model/commit/{COMMIT}")
 
     api.upload_folder.side_effect = upload
-    monkeypatch.setattr(hub, "HfApi", lambda library_name: api)
+    monkeypatch.setattr(checkpoints, "HfApi", lambda library_name: api)
     push = partial(push_to_hub, model, about=MEASURED, scores=SCORES, private=private)
     with pytest.raises(ValueError, match="'model' is no Hub id; wanted owner/name"):
         push("model")

@@ -40,18 +40,18 @@ def test_import_leaves_out_exactly_what_is_never_read(reference: Reference) -> N
 
 
 @torch.no_grad()
-def test_tokens_after_every_block(reference: Reference) -> None:
-    states = list(reference.imported.model.encoder.states(reference["input/image"][:1]))
+def test_tokens_after_every_block_embeddings_and_scores(reference: Reference) -> None:
+    model, images = reference.imported.model, reference["input/image"]
+    states = list(model.encoder.states(images[:1]))
     assert len(states) == reference.config["layers"]
     for i, tokens in enumerate(states):
         assert_close(tokens, reference[f"output/encoder_layer_{i}"], **FORWARD)
-
-
-@torch.no_grad()
-def test_embeddings(reference: Reference) -> None:
-    patches, image = reference.imported.model.encoder(reference["input/image"])
+    patches, image = model.encoder(images)
     assert_close(patches[:1], reference["output/patch_embedding"], **FORWARD)
     assert_close(image, reference["output/cls_embedding"], **FORWARD)
+    scores = upsample(model(images, reference["input/text"]), images.shape[-2:]).sigmoid()
+    scores[:, reference["input/seen"]] -= reference.config["seen_offset"]
+    assert_close(scores[:1, :, ::2, ::2], reference["output/scores"], **FORWARD)
 
 
 @torch.no_grad()
@@ -69,14 +69,6 @@ def test_queries_and_logits_of_every_decoder_layer(reference: Reference) -> None
             assert_close(queries, reference[f"output/decoder_layer_{i}_queries"], **FORWARD)
     assert decoder.layers[-1].update is None
     assert torch.equal(states[-1][0], states[-2][0])
-
-
-@torch.no_grad()
-def test_scores(reference: Reference) -> None:
-    images = reference["input/image"]
-    scores = upsample(reference.imported.model(images, reference["input/text"]), images.shape[-2:]).sigmoid()
-    scores[:, reference["input/seen"]] -= reference.config["seen_offset"]
-    assert_close(scores[:1, :, ::2, ::2], reference["output/scores"], **FORWARD)
 
 
 def test_losses_and_gradients(reference: Reference) -> None:

@@ -136,23 +136,6 @@ def test_low_frequencies_stay_aligned_across_odd_and_even_grids(source: ops.Grid
     assert_close(resampled[covered], expected[covered], atol=1e-5, rtol=0)
 
 
-def test_a_wave_is_treated_alike_on_both_grids() -> None:
-    """The point of resampling: a pattern of a given wavelength keeps its gain, whatever the grid."""
-    low_pass = by_frequency((16, 16), lambda v, h: (-20 * (v**2 + h**2)).exp())
-    wave = torch.cos(2 * torch.pi * torch.arange(24.0) / 8).expand(24, 24)[None, ..., None]  # 1/8 cycle a token
-    filtered = ops.fourier_filter(wave, ops.resample_filter(low_pass, (16, 16), (24, 24)))
-    assert_close(filtered, wave * low_pass[0, 2].real, atol=1e-4, rtol=0)
-
-
-def test_radial_frequency() -> None:
-    radius = ops.radial_frequency((4, 6))
-    assert radius.shape == (4, 4)
-    assert radius[0, 0] == 0
-    assert radius[2, 3].item() == pytest.approx(math.sqrt(0.5))
-    assert_close(radius[3, 1], torch.tensor(math.hypot(1 / 4, 1 / 6)))
-    assert_close(radius[1], radius[3])
-
-
 @few
 @given(st.tuples(st.integers(1, 12), st.integers(1, 12)), st.floats(0, 0.8), st.floats(0, 0.8))
 def test_pass_and_reject_add_up_to_the_image_and_its_mean(grid: ops.Grid, a: float, b: float) -> None:

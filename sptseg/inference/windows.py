@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from sptseg.datasets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Augmentation, Note
@@ -181,14 +182,23 @@ def window_logits(
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
     images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one a picture.
+    Where memory runs out, the number of windows at a time is halved, with a warning.
     """
     size, patch = (images.shape[-2], images.shape[-1]), model.encoder.patch_size
     boxes = windows_of(size, model.config.image_size, model.config.window_stride)
     crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]
-    parts = []
-    for start in range(0, len(crops), window_batch):
-        batch = pad_to_patches(torch.stack(crops[start : start + window_batch]), patch)
-        parts.append(model(batch.to(model.device, non_blocking=True), text).float())
+    parts, done = [], 0
+    while done < len(crops):
+        batch = pad_to_patches(torch.stack(crops[done : done + window_batch]), patch)
+        try:
+            parts.append(model(batch.to(model.device, non_blocking=True), text).float())
+            done += len(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            window_batch = len(batch) // 2
+            said = f"memory ran out with {len(batch)} windows at once; going on with {window_batch}"
+            warnings.warn(said, stacklevel=2)
     logits = torch.cat(parts).unflatten(0, (len(images), len(boxes)))
     window = (logits.shape[-2] * patch[0], logits.shape[-1] * patch[1])
     offset = (torch.zeros(len(text)) if offset is None else offset).to(logits.device)

@@ -18,6 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # numbers that only OpenAI's files hold
+TRANSFORMERS_NAMES = {  # of transformers' CLIPModel -> of open_clip, replaced one after the other
+    "vision_model.": "visual.", "text_model.": "", "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding": "conv1", "embeddings.": "", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final", "layer_norm": "ln_", "encoder.layers": "transformer.resblocks",
+    "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj", "q_proj.": "in_proj_",
+}  # fmt: skip
 STORAGES = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
 
 
@@ -110,14 +116,32 @@ def named_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, Tensor
             yield from named_tensors(value, f"{prefix}{name}.")
 
 
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of transformers' CLIPModel in open_clip's names."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if ".q_proj." in name:
+            value = torch.cat([state[name.replace(".q_", f".{letter}_")] for letter in "qkv"])
+        elif name in ("visual_projection.weight", "text_projection.weight"):
+            name, value = name.replace("visual_projection", "visual.proj").removesuffix(".weight"), value.T
+        for theirs, ours in TRANSFORMERS_NAMES.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    return {name: value for name, value in renamed.items() if ".k_proj." not in name and ".v_proj." not in name}
+
+
 def load_weights(model: nn.Module, path: str | Path, name: str) -> bool:
     """Fills an open_clip model, in its own precision, from a file of any; returns whether that file is OpenAI's.
 
     Raises ValueError, in one sentence, where the file holds anything but the weights of such a model.
     """
     state = read_weights(path)
+    try:
+        state = from_transformers(state) if any(key.startswith("vision_model.") for key in state) else state
+    except KeyError as error:
+        raise ValueError(f"{path} holds no weights of {name}: {error} is not there") from error
     openai = [state.pop(key) for key in OPENAI_EXTRAS if key in state]
-    state = {key: value for key, value in state.items() if not key.endswith("attn_mask")}
+    state = {key: value for key, value in state.items() if not key.endswith(("attn_mask", "position_ids"))}
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].squeeze()
     try:

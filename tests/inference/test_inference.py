@@ -105,6 +105,25 @@ def test_a_batch_gives_what_its_pictures_give_alone() -> None:
         assert_close(one.logits, alone.logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("said", ["DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried"])
+def test_where_memory_runs_out_fewer_windows_go_at_once(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 windows, and memory for 1: after 4 and 2 at once, all come one by one, and are as they would have been."""
+    image, text, forward, tried = torch.randn(3, 32, 150), F.normalize(torch.randn(4, 32), dim=-1), MODEL.forward, []
+    (expected,) = window_logits(MODEL, image[None], text, window_batch=1)
+
+    def small(images: Tensor, *rest: Tensor) -> Tensor:
+        tried.append(len(images))
+        if len(images) > 1:
+            raise RuntimeError(said)
+        return forward(images, *rest)
+
+    monkeypatch.setattr(MODEL, "forward", small)
+    with pytest.warns(UserWarning, match="memory ran out with 4 windows at once; going on with 2"):
+        (found,) = window_logits(MODEL, image[None], text, window_batch=4)
+    assert tried == [4, 2, *[1] * len(expected.boxes)]
+    assert_close(found.logits, expected.logits)
+
+
 @pytest.mark.parametrize("start", ["random", "dense_clip"])
 @pytest.mark.parametrize("decoder", ["spectral", "cross_attention", "none"])
 def test_narrow_weights_give_nearly_the_same_scores(decoder: str, start: str) -> None:

@@ -98,6 +98,43 @@ def test_forms_of_open_clips_names(
         assert holds("toy", path, model.state_dict())
 
 
+def in_transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Written out from the names that its CLIPModel gives its parameters."""
+    vision, text = "vision_model.embeddings.", "text_model.embeddings."
+    theirs = {
+        "logit_scale": state["logit_scale"], f"{vision}position_ids": torch.arange(5)[None],
+        "visual_projection.weight": state["visual.proj"].T, "text_projection.weight": state["text_projection"].T,
+        f"{vision}class_embedding": state["visual.class_embedding"],
+        f"{vision}patch_embedding.weight": state["visual.conv1.weight"],
+        f"{vision}position_embedding.weight": state["visual.positional_embedding"],
+        f"{text}token_embedding.weight": state["token_embedding.weight"],
+        f"{text}position_embedding.weight": state["positional_embedding"],
+    }  # fmt: skip
+    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+    parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    blocks = {"visual.transformer.resblocks.0": "vision_model.encoder.layers.0"}
+    blocks["visual.transformer.resblocks.1"] = "vision_model.encoder.layers.1"
+    blocks["transformer.resblocks.0"] = "text_model.encoder.layers.0"
+    for kind in ("weight", "bias"):
+        theirs[f"vision_model.pre_layrnorm.{kind}"] = state[f"visual.ln_pre.{kind}"]
+        theirs[f"vision_model.post_layernorm.{kind}"] = state[f"visual.ln_post.{kind}"]
+        theirs[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
+        for block, layer in blocks.items():
+            three = state[f"{block}.attn.in_proj_{kind}"].chunk(3)
+            theirs |= {f"{layer}.self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", three, strict=True)}
+            theirs |= {f"{layer}.{part}.{kind}": state[f"{block}.{ours}.{kind}"] for ours, part in parts.items()}
+    return {name: value.contiguous() for name, value in theirs.items()}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) -> None:
+    state = in_transformers_names(model.state_dict())
+    (save_file if name.endswith("s") else torch.save)(state, tmp_path / name)
+    assert holds("toy", tmp_path / name, model.state_dict())
+    with pytest.raises(ValueError, match=r"holds no weights of wide: \w+.proj\w*: .*16\]\)? from .*"):
+        load_clip("wide", str(tmp_path / name))
+
+
 OTHER: list[tuple[Callable[[dict], object], str]] = [
     (lambda state: state.pop("ln_final.bias"), 'Missing .*"ln_final.bias"'),
     (lambda state: state.update(head=torch.zeros(2)), 'Unexpected .*"head"'),

@@ -98,13 +98,10 @@ class _Visitor(nn.Module):
         return self.visit(block, patches)
 
 
-def takes_visits(encoder: PromptedEncoder) -> bool:
-    return encoder.tower.class_token is not None and encoder.readout != "gem"
-
-
 @contextmanager
 def visited(encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D)."""
+    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D), if its tower
+    has a class token and is not read by GEM."""
     kept = encoder.spectral_prompt, encoder.spectral_layers
     stand_in: nn.Module = _Visitor(encoder, visit)
     encoder.spectral_layers = frozenset(range(len(encoder.tower.blocks)))

@@ -10,8 +10,8 @@ without a browser. Pictures are the bytes of image widgets and are renewed in pl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -24,14 +24,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from sptseg import scenes
 from sptseg.analysis import filter_response, prompt_states, spectral_prompt_of
-from sptseg.datasets import luminance, plots, splits, test_transform
-from sptseg.inference import Segmentation, augmentation, pad_to_patches
+from sptseg.datasets import luminance, plots, test_transform
+from sptseg.inference import augmentation, pad_to_patches, segment
 from sptseg.interactive import filters, parts
 from sptseg.interactive.filters import HIGHEST, Gain
 from sptseg.interactive.masks import MaskExplorer
-from sptseg.model import SptSeg
 
 Array = np.ndarray
 PICTURE = -1  # what is filtered: the picture, or the tokens before one of the blocks 0, 1, ...
@@ -58,15 +56,14 @@ class FrequencyExplorer(MaskExplorer):
     Waves in the band are multiplied by one factor, all others by another. As a control, noise of the same energy takes
     the filter's place; and a picture can be given the amplitudes of another one, and keep its phases. Tokens are
     filtered as the block gets them: after a spectral prompt.
-
-    Args: see `MaskExplorer`.
     """
 
-    def __init__(
-        self, model: SptSeg, images: Any, classes: Sequence[str], labels: Any = None, unseen: Collection[str] = ()
-    ) -> None:
+    titles = ("before", "spectrum", "after")
+
+    def controls(self) -> list[list[Any]]:
         self.tokens: dict[int, dict[int, Tensor]] = {}  # of a picture's first window before each block, (1, H, W, D)
-        blocks = range(len(model.encoder.tower.blocks) if filters.takes_visits(model.encoder) else 0)
+        tower, readout = self.model.encoder.tower, self.model.encoder.readout
+        blocks = range(len(tower.blocks) if tower.class_token is not None and readout != "gem" else 0)
         places = {"the picture": PICTURE} | {f"tokens before block {i}": i for i in blocks}
         self.place = parts.dropdown(places, "Filter", "What is filtered")
         self.band = ipywidgets.FloatRangeSlider(
@@ -80,15 +77,13 @@ class FrequencyExplorer(MaskExplorer):
         self.direction = parts.slider(0, 180, 5, "Direction", "Degrees; 0: waves that change across, 90: down")
         self.width = parts.slider(180, 180, 5, "Directions", "How many degrees around that direction; 180 is all")
         self.noise = ipywidgets.Checkbox(description="noise of equal energy instead", indent=False)
-        others = range(len(images) if isinstance(images, list | tuple) else 1)
-        given = {"its own": PICTURE} | {f"those of picture {i + 1}": i for i in others}
+        given = {"its own": PICTURE} | {f"those of picture {i + 1}": i for i in range(len(self.pictures))}
         self.amplitudes = parts.dropdown(given, "Amplitudes", "The phases stay the picture's own")
-        controls = [
+        return [
             [self.place, self.band, self.inside, self.outside],
             [self.edge, self.direction, self.width, self.noise, self.amplitudes],
             parts.presets(BAND_PRESETS, self.choose),
         ]
-        super().__init__(model, images, classes, labels, unseen, controls, "before", "spectrum", "after")
 
     def choose(self, low: float, high: float, inside: float = 1, outside: float = 0) -> None:
         """Sets both cut-offs, in cycles per pixel or token, and the factors in the band and outside of it."""
@@ -99,15 +94,18 @@ class FrequencyExplorer(MaskExplorer):
         factors = (self.edge, self.direction, self.width, self.inside, self.outside)
         return Gain(*self.band.value, *(each.value for each in factors))
 
-    def segment_whole(self) -> Segmentation:
-        tokens = self.tokens.setdefault(self.choice.value, {})
+    def tokens_before(self, block: int) -> Tensor:
+        """The tokens of the picture's first window as a block gets them: (1, H, W, D)."""
+        kept = self.tokens.setdefault(self.choice.value, {})
 
         def keep(block: int, x: Tensor) -> Tensor:
-            tokens.setdefault(block, x[:1])
+            kept.setdefault(block, x[:1])
             return x
 
-        with filters.visited(self.model.encoder, keep) if filters.takes_visits(self.model.encoder) else nullcontext():
-            return super().segment_whole()
+        if not kept:
+            with filters.visited(self.model.encoder, keep):
+                segment(self.model, self.picture, self.classes)
+        return kept[block]
 
     def act(self, maps: Tensor) -> Tensor:
         """The filter, or noise in its place, on maps (B, H, W, C)."""
@@ -116,9 +114,9 @@ class FrequencyExplorer(MaskExplorer):
 
     def update(self) -> None:
         """Filters the picture or the tokens; shows them before and after, and the spectrum with the band."""
-        _, block, picture = self.whole, self.place.value, self.picture
+        block, picture = self.place.value, self.picture
         self.amplitudes.disabled = block != PICTURE
-        maps = torch.tensor(picture)[None].float() if block == PICTURE else self.tokens[self.choice.value][block]
+        maps = torch.tensor(picture)[None].float() if block == PICTURE else self.tokens_before(block)
         before = maps
         if block == PICTURE and self.amplitudes.value != PICTURE:
             other = Image.fromarray(self.pictures[self.amplitudes.value]).resize(picture.shape[1::-1])
@@ -181,21 +179,15 @@ class FrequencyExplorer(MaskExplorer):
 
 class FilterExplorer(MaskExplorer):
     """The learned spectral filter F: one channel's amplitude and phase, what it adds to a picture's tokens; F weakened,
-    boosted or zeroed below and above a radius, and the masks.
+    boosted or zeroed below and above a radius, and the masks."""
 
-    Args:
-        images, classes, labels, unseen: see `MaskExplorer`; by default twelve drawn scenes and their classes.
-    """
+    titles = ("filter: amplitude", "filter: phase, degrees", "tokens before", "added by prompt", "tokens after")
 
-    def __init__(
-        self, model: SptSeg, images: Any = None, classes: Sequence[str] | None = None, labels: Any = None,
-        unseen: Collection[str] = (),
-    ) -> None:  # fmt: skip
-        self.prompt = spectral_prompt_of(model.encoder)
-        images = [scenes.draw(seed)[0] for seed in range(12)] if images is None else images
+    def controls(self) -> list[list[Any]]:
+        self.prompt = spectral_prompt_of(self.model.encoder)
         gain = np.abs(filter_response(self.prompt)).mean(axis=(0, 1))  # (D,)
         self.strongest = np.argsort(-gain)[:5].tolist()
-        blocks = {f"before block {i}": i for i in sorted(model.encoder.spectral_layers)}
+        blocks = {f"before block {i}": i for i in sorted(self.model.encoder.spectral_layers)}
         self.block = parts.dropdown(blocks, "Prompt", "One filter serves all blocks; the tokens differ")
         self.channel = ipywidgets.IntSlider(
             self.strongest[0], 0, len(gain) - 1, description="Channel", tooltip="One of the encoder's channels",
@@ -205,9 +197,7 @@ class FilterExplorer(MaskExplorer):
         self.below = parts.slider(1, 20, 0.1, "F below it times", "0 takes these waves out of F")
         self.above = parts.slider(1, 20, 0.1, "F above it times", "0 takes these waves out of F")
         edit = [self.radius, self.below, self.above]
-        controls = [[self.block, self.channel], edit, parts.presets(FILTER_PRESETS, self.choose)]
-        titles = ("filter: amplitude", "filter: phase, degrees", "tokens before", "added by prompt", "tokens after")
-        super().__init__(model, images, classes or splits.scenes().classes, labels, unseen, controls, *titles)
+        return [[self.block, self.channel], edit, parts.presets(FILTER_PRESETS, self.choose)]
 
     def choose(self, below: float, above: float) -> None:
         """Sets the factors of F below and above the radius."""
@@ -266,4 +256,4 @@ class FilterExplorer(MaskExplorer):
     def figure(self) -> Figure:
         """The same as a still picture."""
         self.update()
-        return parts.map_row({"picture": self.picture}, self.maps(), self.sentence())
+        return parts.still(self.sentence(), {"picture": self.picture}, self.maps())[0]

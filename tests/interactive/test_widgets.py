@@ -17,11 +17,11 @@ from toys import SPLIT, Toys, toy_model
 from sptseg.analysis import failures, spectra
 from sptseg.datasets import plots
 from sptseg.inference.segmentation import segment
-from sptseg.interactive.filters import Gain, edited, noise_instead, visited, with_amplitudes_of
+from sptseg.interactive import widgets
 from sptseg.interactive.masks import BRANCHES, PAUSE, BranchExplorer
 from sptseg.interactive.parts import Explorer, TitledPicture, named_overlay, spectrum_picture, table
 from sptseg.interactive.playground import FailureBrowser, LossExplorer, PromptPlayground
-from sptseg.interactive.widgets import BAND_PRESETS, FILTER_PRESETS, FilterExplorer, FrequencyExplorer
+from sptseg.interactive.widgets import FilterExplorer, FrequencyExplorer, Gain, visited
 from sptseg.model.spt_seg import SptSeg
 from sptseg.training.losses import segmentation_loss
 
@@ -81,11 +81,11 @@ def test_noise_has_the_energy_of_the_change_and_amplitudes_can_be_another_s() ->
     generator = torch.Generator().manual_seed(1)
     maps, other = torch.randn(2, 2, 8, 6, 3, generator=generator).unbind(0)
     after = Gain(0.2)(maps)
-    noisy = noise_instead(maps, after)
+    noisy = widgets.noise_instead(maps, after)
     torch.testing.assert_close((noisy - maps).square().sum((1, 2)), (after - maps).square().sum((1, 2)))
     torch.testing.assert_close(noisy.mean((1, 2)), maps.mean((1, 2)), atol=1e-6, rtol=0)
-    assert torch.equal(noise_instead(maps, maps), maps)
-    mixed = torch.fft.fft2(with_amplitudes_of(other, maps), dim=(1, 2))
+    assert torch.equal(widgets.noise_instead(maps, maps), maps)
+    mixed = torch.fft.fft2(widgets.with_amplitudes_of(other, maps), dim=(1, 2))
     torch.testing.assert_close(mixed.abs(), torch.fft.fft2(other, dim=(1, 2)).abs(), atol=1e-4, rtol=1e-4)
     unit = torch.fft.fft2(maps, dim=(1, 2))
     torch.testing.assert_close(mixed / mixed.abs(), unit / unit.abs(), atol=1e-3, rtol=0)
@@ -127,11 +127,11 @@ def test_the_learned_filter_is_multiplied_and_comes_back(model: SptSeg) -> None:
     images, prompt = torch.randn(1, 3, 32, 32), spectra.spectral_prompt_of(model.encoder)
     prompt.weight.mul_(20)
     whole = model.encoder(images)[0]
-    with edited(prompt, Gain(0, 0.25, inside=0, outside=0)):
+    with widgets.edited(prompt, Gain(0, 0.25, inside=0, outside=0)):
         zeroed = model.encoder(images)[0]
     with spectra.switched_off(model, "spectral_prompts"):
         torch.testing.assert_close(zeroed, model.encoder(images)[0])
-    with edited(prompt, Gain(0, 0.25, inside=3, outside=0)):
+    with widgets.edited(prompt, Gain(0, 0.25, inside=3, outside=0)):
         low = model.encoder(images)[0]
     assert torch.equal(model.encoder(images)[0], whole) and not torch.allclose(whole, zeroed, atol=1e-3)
     below = np.hypot(*np.meshgrid(np.fft.rfftfreq(8), np.fft.fftfreq(8))) < 0.25
@@ -165,7 +165,7 @@ def test_the_pictures_follow_the_band_once_whatever_a_preset_changes(model: SptS
     explorer.update = lambda: updates.append((*explorer.band.value, explorer.inside.value, explorer.outside.value))
     for button in (each for row in explorer.children for each in row.children if isinstance(each, ipywidgets.Button)):
         button.click()
-    assert updates == [values[:4] for values in BAND_PRESETS.values()]
+    assert updates == [values[:4] for values in widgets.BAND_PRESETS.values()]
 
 
 def test_tokens_before_a_block_are_filtered_shown_and_segmented(model: SptSeg) -> None:
@@ -286,7 +286,7 @@ def test_the_filter_explorer_shows_what_the_prompt_adds(model: SptSeg) -> None:
         spectrum = torch.fft.fft2(tokens * gate, dim=(0, 1))
         kernel = torch.from_numpy(np.fft.ifftshift(explorer.response, axes=(0, 1)))
         torch.testing.assert_close(added, torch.fft.ifft2(spectrum * kernel, dim=(0, 1)).real, atol=1e-5, rtol=1e-4)
-    explorer.choose(*FILTER_PRESETS["zero"][:2])
+    explorer.choose(*widgets.FILTER_PRESETS["zero"][:2])
     assert not explorer.tokens[1].any() and "F is multiplied by 0 below 0.25 cycles" in explorer.note.value
     with spectra.switched_off(model, "spectral_prompts"):
         without = segment(model, explorer.picture, explorer.classes).logits.logits

@@ -49,10 +49,6 @@ class Outcome:
     drift: tuple[str, ...] = ()
     held: str = ""
 
-    @property
-    def verdict(self) -> str:
-        return "failed" if self.error else "drifted" if self.drift else "ok"
-
 
 def find(names: Sequence[str] = ()) -> list[Path]:
     """Notebooks by number ("01"), name or path; all of the folder for none."""
@@ -204,7 +200,11 @@ def run_all(
 def tell(outcomes: Sequence[Outcome]) -> None:
     """Prints a Markdown table, and under it what went wrong; then the exit code is 1."""
     outcomes = sorted(outcomes, key=lambda o: o.name)
-    rows = [f"| {o.name} | {o.seconds:.0f} | {o.held or len(o.figures)} | {o.verdict} |" for o in outcomes]
+    rows = [
+        f"| {o.name} | {o.seconds:.0f} | {o.held or len(o.figures)} | "
+        f"{'failed' if o.error else 'drifted' if o.drift else 'ok'} |"
+        for o in outcomes
+    ]
     wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
     print("| notebook | seconds | figures | verdict |", "|---|---|---|---|", *rows, *wrong, sep="\n")
     if wrong:

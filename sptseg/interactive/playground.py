@@ -162,9 +162,8 @@ class FailureBrowser(parts.Explorer):
         self.update()
 
     def _sorted(self, _change: object) -> None:
-        if self.rank.value == 1:
-            self.update()
         self.rank.value = 1
+        self.update()
 
     @property
     def position(self) -> int:

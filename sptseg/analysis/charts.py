@@ -46,10 +46,8 @@ def band_name(band: Band) -> str:
 def power_spectra(
     panels: Mapping[str, Mapping[str, RadialPower]], unit: str, title: str | None = None, law: float | None = None
 ) -> Figure:
-    """Radial power against frequency in cycles per `unit`, both logarithmic: panels side by side, named curves in each.
-
-    law: draw a grey line of power ~ frequency^law for the eye.
-    """
+    """Radial power against frequency in cycles per `unit`, both logarithmic: panels side by side, named curves in each,
+    and for the eye a grey line of power ~ frequency^law."""
     figure = plots.Plot(1.0 + 3.3 * len(panels), 3.6 + 0.3 * (title is not None), title)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for ax, (name, curves) in zip(axes, panels.items(), strict=True):
@@ -94,28 +92,26 @@ def changes_by_group(rows: Sequence[str], groups: Mapping[str, Sequence[Change]]
 def class_band_table(
     changes: Mapping[str, Sequence[Change]], bands: Sequence[str], unseen: Collection[str], title: str
 ) -> Figure:
-    """A table of IoU changes in percentage points, a row per class, a column per band; the class hurt most comes first.
+    """A table of IoU changes in percentage points, a row per class, the one hurt most first, a column per band.
 
     Dark is a loss; figures whose interval contains 0 are in brackets; a class that does not occur has empty cells.
     """
-    import seaborn  # here, as it takes seconds to load
-
     ordered = sorted(changes, key=lambda name: np.nansum([each.change for each in changes[name]]))
     values = 100 * np.array([[each.change for each in changes[name]] for name in ordered])
-    texts = [
-        [f"({100 * c.change:+.0f})" if c.low <= 0 <= c.high else f"{100 * c.change:+.0f}" for c in changes[name]]
-        for name in ordered
-    ]
+    worst = min(-1.0, float(np.nanmin(values)))
     figure = plots.Plot(2.2 + 0.95 * len(bands), 1.2 + 0.215 * len(ordered), title)
     ax = figure.subplots()
-    seaborn.heatmap(
-        values, vmin=min(-1.0, np.nanmin(values)), vmax=0, cmap="cividis", cbar=False, ax=ax,
-        annot=np.array(texts), fmt="", annot_kws={"size": 8.5},
-        xticklabels=list(bands), yticklabels=[plots.marked(name, unseen) for name in ordered],
-    )  # fmt: skip
+    ax.imshow(values, cmap="cividis", vmin=worst, vmax=0, aspect="auto", interpolation="nearest")
+    for (row, column), value in np.ndenumerate(values):
+        each, colour = changes[ordered[row]][column], INK if value > 0.55 * worst else "white"
+        text = "" if math.isnan(value) else f"({value:+z.0f})" if each.low <= 0 <= each.high else f"{value:+z.0f}"
+        ax.text(column, row, text, ha="center", va="center", size=8.5, color=colour)
+    ax.set_xticks(range(len(bands)), bands)
+    ax.set_yticks(range(len(ordered)), [plots.marked(name, unseen) for name in ordered])
     ax.xaxis.tick_top()
     ax.set_xlabel(f"{plots.UNSEEN_NOTE}; (in brackets): the 95 % interval contains 0", fontsize=8.5)
-    ax.tick_params(length=0, labelsize=8.5, labelrotation=0)
+    ax.tick_params(length=0, labelsize=8.5)
+    ax.spines[:].set_visible(False)
     return figure
 
 
@@ -132,20 +128,6 @@ def filter_curves(filters: Mapping[str, pd.DataFrame], title: str) -> Figure:
     describe(right, "Phase, without sign: mean, and 10th to 90th percentile", ylabel="degrees", ylim=(0, 180), **across)
     right.set_yticks([0, 45, 90, 135, 180])
     left.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def prompt_energy(effects: pd.DataFrame, title: str) -> Figure:
-    """`prompt_effects`: energy added before each block as a share of the tokens'; blocks without use are hatched."""
-    figure = plots.Plot(5.6, 3.3, title)
-    ax = figure.subplots()
-    styles: tuple[Any, ...] = ({"facecolor": "white", "edgecolor": BLUE, "hatch": "///"}, {"color": BLUE})
-    for used, style in enumerate(styles):
-        energy = 100 * effects.energy[effects.used == used]
-        ax.bar_label(ax.bar(energy.index, energy, width=0.6, **style), fmt="{:.1f} %", fontsize=9, padding=2)
-    title = "filled: added there; hatched: would be added, if it were used there"
-    describe(ax, title, "y", xlabel="block", ylabel="energy added (% of the tokens')", xticks=effects.index)
-    ax.margins(y=0.1)
     return figure
 
 
@@ -182,7 +164,8 @@ def intervals(ax: Axes, rows: Mapping[str, tuple[float, float, float]], xlabel: 
     for y, (value, low, high) in enumerate(100 * np.array(list(rows.values()))):
         ax.plot([low, high], [y, y], "|-", color=BLUE, lw=2, ms=9)
         ax.plot(value, y, "o", color=INK, ms=5)
-        ax.annotate(f"{value:.1f}", (value, y), (0, 6), textcoords="offset points", ha="center", size=8.5)
+        behind: Any = {"fc": "white", "ec": "none", "pad": 0.8}  # a line at 0 stops before the figure
+        ax.annotate(f"{value:z.1f}", (value, y), (0, 7), textcoords="offset points", ha="center", size=8.5, bbox=behind)
     describe(ax, title, "x", xlabel=xlabel, ylim=(len(rows) - 0.5, -0.7))
     ax.set_yticks(range(len(rows)), list(rows))
 
@@ -212,10 +195,9 @@ def lines(ax: Axes, x: Sequence | pd.Index, series: Mapping[str, Any], xlabel: s
 
 
 def class_scatter(ax: Axes, classes: pd.DataFrame, share: str, xlabel: str, title: str, named: int) -> None:
-    """A marker per class of `by_class`: IoU over a column of shares, both in percent, the latter logarithmic.
+    """A marker per class of `by_class` that occurs: IoU over a share, both in percent, the latter logarithmic.
 
-    Seen classes are filled circles, unseen ones empty squares; the `named` lowest have their names. Classes that do not
-    occur are left out.
+    Seen classes are filled circles, unseen ones empty squares; the `named` lowest have their names.
     """
     there = classes[classes.pictures > 0]
     x, y = 100 * there[share], 100 * there.iou
@@ -241,10 +223,8 @@ def mask_sheet(
     row_titles: Sequence[str] | None = None,
     panel: float = 2.2,
 ) -> Figure:
-    """A row per picture (H,W,3): the picture, then label maps (H,W) over it, with names in the regions that have room.
-
-    Where a label map is 255 the picture stays as it is. `titles` stand above the columns; `panel` is in inches.
-    """
+    """A row per picture (H,W,3): the picture, then label maps (H,W) over it (255: as it is), with names in the regions
+    that have room; `titles` of the columns; `panel` in inches."""
     sheet = [[image, *(plots.overlay(image, mask, split.palette) for mask in masks)] for image, masks in rows]
     figure = plots.contact_sheet(sheet, titles, row_titles, panel)
     for ax, mask in zip(figure.axes, (mask for _, masks in rows for mask in (None, *masks)), strict=True):
@@ -302,10 +282,8 @@ CURVES = {  # panel title: {history key: (name, colour, line)}
 
 
 def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss terms, learning rate and, where the history has them, validation figures, each over the iterations.
-
-    More than 400 points of a curve are drawn as their block means.
-    """
+    """Loss terms, learning rate and, where the history has them, validation figures over the iterations; more than 400
+    points of a curve as their block means."""
     table = pd.DataFrame(history, columns=["iteration", *(key for curves in CURVES.values() for key in curves)])
     table = table.astype(float).dropna(axis=1, how="all")
     panels = {title: [key for key in curves if key in table] for title, curves in CURVES.items()}
@@ -339,14 +317,9 @@ def show_label_values(ax: Axes, labels: Array, palette: Sequence[Colour], title:
 def seed_dots(
     panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, title: str, zero: bool = False
 ) -> Figure:
-    """Panels side by side, a row per name with one marker per value (seed 0, 1, ...) and a bar at their mean.
-
-    panels: {panel title: {row name: its values}}; rows keep their order. zero: draw a line at 0 and give all panels one
-    scale, for differences.
-    """
+    """Panels side by side, in each a row per name with one marker per value (seed 0 to 4) and a bar at their mean;
+    `zero`: with a line at 0 and one scale for all, for differences."""
     most = max(len(values) for rows in panels.values() for values in rows.values())
-    if most > len(MARKERS):
-        raise ValueError(f"seed_dots: a row has {most} values; wanted {len(MARKERS)} at most, one marker each")
     names = [list(rows) for rows in panels.values()]
     shared, tallest = all(each == names[0] for each in names), max(map(len, names))
     figure = plots.Plot(2.2 + 2.9 * len(panels), 1.3 + 0.26 * tallest, title)
@@ -354,7 +327,7 @@ def seed_dots(
     for ax, (panel, rows) in zip(axes, panels.items(), strict=True):
         for y, values in enumerate(rows.values()):
             ax.plot([np.mean(values)] * 2, [y - 0.36, y + 0.36], color=VERMILION, lw=2.4, zorder=1)
-            for marker, value in zip(MARKERS, values, strict=False):
+            for marker, value in zip(MARKERS[: len(values)], values, strict=True):
                 ax.plot(value, y, marker=marker, alpha=0.85, clip_on=False, **plots.DOT)
         describe(ax, panel, xlabel=xlabel, ylim=(tallest - 0.4, -0.6))
         ax.set_yticks(range(len(rows)), list(rows) if ax is axes[0] or not shared else [])

@@ -33,11 +33,10 @@ KINDS = {  # every wrong pixel is of exactly one kind: the first that fits
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, its truth, and what a model makes of it; 14 bytes a pixel.
+    """A picture (H, W, 3) uint8, its label and what is predicted, (H, W) uint8, label 255 ignored; 14 bytes a pixel.
 
-    image (H, W, 3) uint8; label and predicted (H, W) uint8, label values of the split, label 255 ignored. For every
-    other offset: the best of the seen classes and the best of the unseen ones, (H, W) uint8, and their scores before
-    the offset, (H, W) float32 in 0..1; -inf where the split has no such class.
+    For every other offset: the best of the seen and of the unseen classes, (H, W) uint8, and their scores before the
+    offset, (H, W) float32 in 0..1; -inf where the split has no such class.
     """
 
     name: str
@@ -65,10 +64,8 @@ class Predictions:
     seen_offset: float
 
     def at(self, seen_offset: float) -> Predictions:
-        """The same with another offset: what `evaluate(..., seen_offset=...)` would predict, without the model.
-
-        Equal pixel by pixel, but for scores that differ in the last bit of float32 only.
-        """
+        """The same with another offset: what `evaluate(..., seen_offset=...)` would predict, without the model, but for
+        scores that differ in the last bit of float32."""
         pictures = tuple(replace(picture, predicted=picture.at(seen_offset)) for picture in self.pictures)
         return Predictions(pictures, self.split, seen_offset)
 
@@ -89,8 +86,7 @@ def collect(
 ) -> Predictions:
     """A model's predictions over a data set or its first `limit` pictures, as `sptseg.evaluate` makes them.
 
-    `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own. All pictures stay in
-    memory: a thousand of VOC's take 3 GB.
+    `seen_offset` is taken from the scores of seen classes; None: the model's own. A thousand of VOC's take 3 GB.
     """
     offset = model.config.seen_offset if seen_offset is None else seen_offset
     pictures, looked_at = [], evaluation.first_indices(dataset, limit)
@@ -135,21 +131,18 @@ def confused_pairs(confusion: Array, split: Split, most: int = 10) -> pd.DataFra
 
 
 def border_distance(label: Array, most: int) -> Array:
-    """Distance in pixels to the nearest pixel of another label, at most `most`: (H, W) uint8.
-
-    Chessboard distance: 1 where one of the eight neighbours differs. Ignored pixels are a label of their own, as in
-    VOC, which ignores a band of some pixels around every object.
-    """
+    """Chessboard distance to the nearest pixel of another label, at most `most`: (H, W) uint8, 1 where one of the eight
+    neighbours differs. Ignored pixels are a label of their own, as VOC ignores a band around every object."""
     inside = maximum_filter(label, 3) == minimum_filter(label, 3)
     distance = 1 + np.asarray(distance_transform_cdt(inside, "chessboard"))  # 0 where there is no border at all
     return np.where(distance, distance.clip(max=most), most).astype(np.uint8)
 
 
 def by_distance(predictions: Predictions, starts: Sequence[int] = (1, 2, 3, 5, 9, 17)) -> pd.DataFrame:
-    """Scores by distance from the true border: row i is from starts[i] to just before starts[i + 1] pixels away.
+    """Scores by distance from the true border, a row ("3–4", "17+") from each start to just before the next.
 
-    The index says so ("3–4", "17+"); columns: `pixels`, and the `SUMMARY` of the scores. Of prediction and truth alike,
-    the pixels at that distance count (the "trimap" measure of Kohli and others 2009).
+    Columns: `pixels`, and the `SUMMARY` of the scores. Of prediction and truth alike, the pixels at that distance count
+    (the "trimap" measure of Kohli and others 2009).
     """
     split = predictions.split
     counts = np.zeros((len(starts), len(split.classes), len(split.classes)), np.int64)
@@ -172,8 +165,8 @@ def summaries(confusions: Array, split: Split, index: pd.Index) -> pd.DataFrame:
 def regions(confusions: Array) -> pd.DataFrame:
     """All pixels of one class in one picture make a region: a row each, from the pictures' confusions (P, C, C).
 
-    Columns: the position of the `picture`, the `label`, `pixels`, `share` of the picture's labelled pixels, `recall`
-    (the share of the region that was found), `iou` of region and prediction in this picture; all shares 0..1.
+    Columns: positions of `picture` and `label`, `pixels`, and 0..1 the `share` of the picture's labelled pixels, the
+    `recall` (how much of the region was found), the `iou` of region and prediction in this picture.
     """
     true, hits = confusions.sum(axis=2), np.diagonal(confusions, axis1=1, axis2=2)  # (P, C) each
     picture, label = here = np.nonzero(true)
@@ -184,11 +177,8 @@ def regions(confusions: Array) -> pd.DataFrame:
 
 
 def by_size(regions: pd.DataFrame, groups: int = 6) -> pd.DataFrame:
-    """Regions sorted by pixels and cut into groups of (nearly) equal number, a row each.
-
-    Columns: pixels of the `smallest` and the `largest`, how many `regions`, their mean `recall` and mean `iou`, the
-    share of them that is `missed` entirely.
-    """
+    """Regions sorted by pixels and cut into groups of (nearly) equal number, a row each: pixels of the `smallest` and
+    the `largest`, how many `regions`, their mean `recall` and `iou`, the share that is `missed` entirely."""
     cuts = len(regions) * np.arange(1, groups) // groups
     group = np.searchsorted(cuts, np.arange(len(regions)), side="right")
     return (
@@ -203,11 +193,8 @@ def by_size(regions: pd.DataFrame, groups: int = 6) -> pd.DataFrame:
 
 
 def by_class(confusions: Array, split: Split) -> pd.DataFrame:
-    """A row per class, from the pictures' confusions (P, C, C); all shares 0..1.
-
-    Columns: `unseen`, `share` of the labelled pixels, how many `pictures` show it, `region` (the mean share of these
-    pictures that it fills; nan without any), `iou`.
-    """
+    """A row per class, from the pictures' confusions (P, C, C): `unseen`, `share` of the labelled pixels, how many
+    `pictures` show it, `region` (the mean share of these that it fills; nan without any), `iou`; shares 0..1."""
     true = confusions.sum(axis=2)  # (P, C)
     found = regions(confusions).groupby("label").share
     columns = {
@@ -222,11 +209,9 @@ def by_class(confusions: Array, split: Split) -> pd.DataFrame:
 
 def calibration(predictions: Predictions, offsets: Sequence[float] | Array) -> pd.DataFrame:
     """The scores (`SUMMARY`) that `evaluate` would give at each offset, a row each, from predictions collected once."""
-    split = predictions.split
-    if not split.seen or not split.unseen:
-        raise ValueError(f"split {split.name!r} has no {'un' * bool(split.seen)}seen classes; an offset moves nothing")
     index = pd.Index(np.asarray(offsets, float), name="offset")
-    return summaries(np.stack([predictions.at(offset).confusions().sum(axis=0) for offset in index]), split, index)
+    counts = np.stack([predictions.at(offset).confusions().sum(axis=0) for offset in index])
+    return summaries(counts, predictions.split, index)
 
 
 def best_offset(curve: pd.DataFrame) -> float:
@@ -235,10 +220,8 @@ def best_offset(curve: pd.DataFrame) -> float:
 
 
 def held_out(predictions: Predictions, offsets: Sequence[float] | Array) -> pd.DataFrame:
-    """The best `offset` of every second picture on the rest, then the other way round, a row each.
-
-    Columns besides: `hiou` (0..1) on the rest with this offset, and `hiou_without` (with offset 0).
-    """
+    """The best `offset` of every second picture on the rest, then the other way round, a row each, with the `hiou`
+    (0..1) on the rest at this offset, and `hiou_without` (at 0)."""
     first, second = (predictions.only(range(start, len(predictions.pictures), 2)) for start in (0, 1))
     rows = []
     for half, rest in ((first, second), (second, first)):
@@ -248,10 +231,8 @@ def held_out(predictions: Predictions, offsets: Sequence[float] | Array) -> pd.D
 
 
 def error_map(label: Array, predicted: Array, split: Split, radius: int = 4) -> Array:
-    """Kind of error at each pixel (H, W) uint8: 0 right, i + 1 for `KINDS`' i-th, 255 ignored.
-
-    `radius`: a wrong pixel is a border error if the class predicted there begins within that many pixels.
-    """
+    """Kind of error at each pixel (H, W) uint8: 0 right, i + 1 for `KINDS`' i-th, 255 ignored; a wrong pixel is a
+    border error if the class predicted there begins within `radius` pixels."""
     unseen = np.isin(np.arange(IGNORE + 1), split.unseen)
     wrong = (label != IGNORE) & (predicted != label)
     kind = np.where(wrong, 3 + 2 * unseen[label] + unseen[predicted], 0).astype(np.uint8)
@@ -283,10 +264,8 @@ def worst_pictures(errors: pd.DataFrame, labelled: Array, kind: str | None = Non
 
 
 def repaired_scores(predictions: Predictions, radius: int = 4) -> pd.DataFrame:
-    """The scores (`SUMMARY`) that the model would have if its errors of one kind alone were right: a row per kind.
-
-    As in TIDE (Bolya and others 2020).
-    """
+    """The scores (`SUMMARY`) if a model's errors of one kind alone were right, a row per kind, as in TIDE (Bolya and
+    others 2020)."""
     split = predictions.split
     counts = np.zeros((len(KINDS), len(split.classes), len(split.classes)), np.int64)
     for picture in predictions.pictures:

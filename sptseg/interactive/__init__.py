@@ -8,8 +8,7 @@ from sptseg.interactive import notebooks
 from sptseg.interactive.app import explore
 
 MODULES = {
-    "failure_browser": ("FailureBrowser",), "parts": ("named_overlay",),
-    "playground": ("LossExplorer", "PromptPlayground"),
+    "parts": ("named_overlay",), "playground": ("FailureBrowser", "LossExplorer", "PromptPlayground"),
     "widgets": ("FilterExplorer", "FrequencyExplorer"), "masks": ("BranchExplorer",),
 }
 WIDGETS = {name: module for module, names in MODULES.items() for name in names}

@@ -38,8 +38,7 @@ def explorer(pictures: tuple[str, ...], model: str, classes: str, seed: int) -> 
     """What the page shows, a tab for each explorer that the model has the parts for; arguments as of `explore`."""
     from ipywidgets import Tab  # an optional part
 
-    from sptseg.interactive.masks import BranchExplorer
-    from sptseg.interactive.parts import Explorer
+    from sptseg.interactive.masks import BranchExplorer, MaskExplorer
     from sptseg.interactive.widgets import FilterExplorer, FrequencyExplorer
 
     world, loaded = splits.scenes(), load_model(model)
@@ -48,11 +47,11 @@ def explorer(pictures: tuple[str, ...], model: str, classes: str, seed: int) -> 
     labels = [*[None] * len(pictures), *(None if classes else label for _, label in drawn)]
     given = (loaded, images, names(classes) or world.classes, labels, world.names(world.unseen) if not classes else ())
     has = spectra.parts_of(loaded)
-    tabs: dict[str, Explorer] = {"Frequencies": FrequencyExplorer(*given)}
+    tabs: dict[str, MaskExplorer] = {"Frequencies": (first := FrequencyExplorer(*given))}
     if "spectral_prompts" in has:
-        tabs["Learned filter"] = FilterExplorer(*given)
+        tabs["Learned filter"] = FilterExplorer(*given, before=first.before)
     if "high" in has:
-        tabs["Branches"] = BranchExplorer(*given)
+        tabs["Branches"] = BranchExplorer(*given, before=first.before)
     return Tab(list(tabs.values()), titles=list(tabs))
 
 

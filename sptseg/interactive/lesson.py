@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
+from sptseg.analysis import error_counts, error_shares
 from sptseg.datasets import plots, png_bytes
+from sptseg.inference import segment
 from sptseg.model import SptSeg
 from sptseg.system import write
 
@@ -26,10 +30,7 @@ WIDEST = 920  # pixels at 96 to the inch: a notebook's column
 
 
 def show(figure: Figure, sentence: str) -> None:
-    """Displays a figure with a sentence that says what to see, under it and as its alternative text.
-
-    The PNG has 256 colours, so that a notebook of many figures stays small.
-    """
+    """Displays a figure, of 256 colours to keep a notebook small, with a sentence under it and as alternative text."""
     full = Image.open(io.BytesIO(png_bytes(figure, DPI))).convert("RGB")
     small = full.quantize(256, Image.Quantize.FASTOCTREE)  # the default method loses rare colours: those of legends
     buffer = io.BytesIO()
@@ -44,25 +45,56 @@ def say(text: str) -> None:
     display(Markdown(text))
 
 
-def check(answer: Any, expected: Any, hint: str) -> None:
-    """Tells whether an answer is right: numbers and arrays to one percent, everything else exactly.
+ANSWERS: dict[str, Callable[..., Any]] = {  # to tasks whose answer depends on what the notebook was given
+    "area of the last": lambda model, image, names: segment(model, image, names).areas()[names[-1]],
+    "more of two": lambda model, image, names: max(names[:2], key=segment(model, image, names).areas().__getitem__),
+    "largest share": lambda labels: np.bincount(labels.ravel()).max() / labels.size,
+    "single switches": lambda counts: sum(count == 1 for count in counts.values()),
+    "high branch": lambda attention, tokens: attention.high(tokens).detach(),
+    "focal loss": lambda loss, batches: [float(loss(*batch, "zegclip")["focal"]) for batch in batches],
+    "deviations": lambda samples: [statistics.stdev(sample) for sample in samples],
+    "ends": lambda gains, draws: np.quantile([gains[np.ix_(*each)].mean() for each in draws], [0.025, 0.975]),
+    "border shares": lambda found, radii: [error_shares(error_counts(found, each))["border"] for each in radii],
+    "pseudo labels": lambda logits, labels, seen, unseen: (logits[:, unseen].argmax(dim=1) + len(seen)).where(
+        labels == -1, labels
+    ),  # the seen classes come first
+    "mask": lambda labels, label: labels == label,
+}
 
-    An answer that is still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown.
+
+def check(answer: Any, expected: str, hint: str, *given: Any) -> None:
+    """Tells whether an answer is right, numbers and arrays to one percent, without a word of the right one.
+
+    `expected` is its `seal`, or names one of the `ANSWERS`, which is computed from what is `given`. An answer that is
+    still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown.
     """
-    if answer is ...:
+    if any(each is ... or each is None for each in (answer if isinstance(answer, list) else [answer])):
         say("Not yet: replace the `...` above and run the cell again.")
-    elif _equal(answer, expected):
+    elif _equal(answer, ANSWERS[expected](*given)) if given else expected in _seals(answer):
         say("**Right.**")
     else:
         say(f"**Not quite**: you have {answer}. {hint}")
 
 
+def seal(answer: Any) -> str:
+    """A digest of a task's answer, of numbers to two digits: what the task's cell gives to `check`."""
+    return _seals(answer)[0]
+
+
+def _seals(answer: Any) -> list[str]:
+    """Of an answer and, if it is made of numbers, of what lies so near that it may be rounded otherwise."""
+    try:
+        numbers = np.asarray(answer, float).ravel()
+        texts = [str([f"{value:.2g}" for value in share * numbers + 0]) for share in (1, 0.995, 1.005)]
+    except (TypeError, ValueError):
+        texts = [str(answer)]
+    return [hashlib.sha256(f"sptseg: {text}".encode()).hexdigest()[:12] for text in texts]
+
+
 def _equal(answer: Any, expected: Any) -> bool:
-    if isinstance(expected, bool | str):
-        return type(answer) is type(expected) and answer == expected
     try:
         return np.shape(answer) == np.shape(expected) and np.allclose(answer, expected, rtol=0.01, atol=1e-8)
-    except TypeError:
+    except TypeError:  # a name
         return answer == expected
 
 

@@ -1,8 +1,7 @@
 """The notebooks as programs: run by papermill, their figures compared with recorded ones, saved with their outputs.
 
-A notebook has one cell tagged `parameters`, and its last cell writes its figures to `metrics.json`. Every run has a
-folder of its own, `OUTPUT/NAME/`, which gets both the executed notebook and these figures. Recorded figures lie beside
-the notebooks' folder, in `tests/baselines/`, as {"figure": {"value": v, "tolerance": t}}.
+A notebook has one cell tagged `parameters`, and its last cell writes its figures to `metrics.json`. `OUTPUT/NAME/` gets
+both the executed notebook and these figures. Recorded ones lie in `tests/baselines/`, beside the notebooks' folder.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,39 +38,32 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 TIMING = re.compile(r"(^|_)(seconds?|milliseconds?|ms)(_|$)")  # in the name of a figure that no other machine gives
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What came of a run: `figures` is its metrics.json, `error` empty if all went well, `drift` a line per figure."""
 
     name: str
     seconds: float
-    cells: int
     figures: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
-    stalled: bool = False
     drift: tuple[str, ...] = ()
     held: str = ""
-
-    @property
-    def verdict(self) -> str:
-        word = "failed" if self.error else "drifted" if self.drift else "ok"
-        return f"{word}, at the second try" if self.stalled else word
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
     """Notebooks by number ("01"), name or path; all of the folder for none."""
     folders = (Path("notebooks"), Path(__file__).parents[2] / "notebooks")
     known = {path.stem: path for path in next(filter(None, (sorted(f.glob("*.ipynb")) for f in folders)), [])}
-    found: dict[Path, None] = {}
+    found = []
     for name in names or known or [""]:
-        path = Path(name)
-        by_name = [path for stem, path in known.items() if name in (stem, stem.partition("_")[0])]
-        matches = [path] if path.suffix == ".ipynb" and path.is_file() else by_name
+        matches = [path for stem, path in known.items() if name in (stem, stem.partition("_")[0])]
+        if name.endswith(".ipynb") and Path(name).is_file():
+            matches = [Path(name)]
         if not matches:
             nowhere = "no folder notebooks/ is here or beside the package; run this in a clone, or give a path"
             raise ValueError(f"no notebook {name}: {'there are ' + ', '.join(known) if known else nowhere}")
-        found |= dict.fromkeys(matches)
-    return list(found)
+        found += matches
+    return list(dict.fromkeys(found))
 
 
 def read(path: Path) -> Notebook:
@@ -86,12 +78,10 @@ def parameters(path: Path) -> dict[str, Any]:
     """Names and defaults from the one cell tagged `parameters`."""
     cells = [cell for cell in read(path)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
     try:
-        (cell,) = cells
-        lines: list[Any] = ast.parse(source(cell)).body
-        return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+        (lines,) = (ast.parse(source(cell)).body for cell in cells)
+        return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}  # pyright: ignore
     except (ValueError, AttributeError, SyntaxError) as error:
-        wanted = "wanted one, which holds NAME = LITERAL only"
-        raise ValueError(f"{path} has {len(cells)} cells tagged 'parameters'; {wanted} ({error})") from error
+        raise ValueError(f"{path}: wanted one cell tagged 'parameters', of NAME = LITERAL only ({error})") from error
 
 
 def chosen(given: Sequence[tuple[str, str]], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -105,14 +95,11 @@ def chosen(given: Sequence[tuple[str, str]], defaults: Mapping[str, Any], name: 
         if key not in defaults:
             raise ValueError(f"{name} has no parameter {key}; it has {', '.join(defaults)}")
         kind = type(defaults[key])
-        try:
-            value = kind(text) if kind in (str, float) else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError):
-            value = None
-        if type(value) is not kind:
+        with suppress(ValueError, yaml.YAMLError):
+            values[key] = kind(text) if kind in (str, float) else yaml.safe_load(text)
+        if type(values.get(key)) is not kind:
             wanted = f"{kind.__name__}, such as {defaults[key]!r}"
             raise ValueError(f"{name}: the parameter {key} is {text!r}; wanted {wanted}")
-        values[key] = value
     return values
 
 
@@ -122,62 +109,47 @@ def digest(notebook: Notebook) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
-def committed(executed: Notebook, folders: Iterable[Path]) -> Notebook:
-    """An executed notebook as it is committed: with its outputs, without what depends on the machine or the hour.
+def save(executed: Path, target: Path, seconds: float) -> None:
+    """Writes an executed notebook over its source as it is committed: with its outputs, how long it took, and a hash of
+    the sources that they belong to; without what depends on the machine or the hour.
 
-    Papermill's cell and metadata go; paths of `folders` become relative; of widgets their words stay, as their state
-    would only show where their scripts can be loaded; the hash of the sources says what the outputs belong to.
+    Papermill's cell and metadata go; folders become relative; of widgets their words stay, as their state would only
+    show where their scripts can be loaded. The figure of a cell tagged `picture` also becomes a file, for the README.
     """
-    cells, count = [], 0
-    for cell in executed["cells"]:
+    cells, pictures = [], []
+    for cell in read(executed)["cells"]:
         tags = cell["metadata"].get("tags", [])
         if "injected-parameters" in tags:
             continue
-        cell = {**cell, "metadata": {"tags": tags} if tags else {}}
+        cells.append(cell := {**cell, "metadata": {"tags": tags} if tags else {}})
         if cell["cell_type"] == "code":
-            count += 1
-            cell["execution_count"] = count
-            for output in cell["outputs"]:
-                output.get("data", {}).pop(WIDGET, None)
-                if "execution_count" in output:
-                    output["execution_count"] = count
-        cells.append(cell)
+            cell["execution_count"] = sum(each["cell_type"] == "code" for each in cells)
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop(WIDGET, None)
+            if "execution_count" in output:
+                output["execution_count"] = cell["execution_count"]
+            if "picture" in tags and (figure := output.get("data", {}).get("image/png")):
+                pictures.append(base64.b64decode("".join(figure)))
     text = json.dumps(cells)
-    for folder in folders:
+    for folder in (executed.parent.resolve(), executed.parent, target.resolve().parents[1]):
         text = text.replace(json.dumps(str(folder))[1:-1], ".")
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     notebook: Notebook = {"cells": json.loads(text), "nbformat": 4, "nbformat_minor": 5}
-    about = {"sources": digest(notebook)}
-    return {**notebook, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, "sptseg": about}}
-
-
-def save(executed: Path, target: Path, seconds: float) -> None:
-    """Writes an executed notebook with its outputs over its source, and how long it took."""
-    notebook = committed(read(executed), (executed.parent.resolve(), executed.parent, target.resolve().parents[1]))
-    notebook["metadata"]["sptseg"]["seconds"] = round(seconds)
+    about = {"sources": digest(notebook), "seconds": round(seconds)}
+    notebook["metadata"] = {"kernelspec": kernel, "language_info": {"name": "python"}, "sptseg": about}
     text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if (size := len(text.encode())) > LARGEST:
         raise ValueError(f"{target} would have {size / 1e6:.1f} MB; wanted {LARGEST / 1e6} at most: show fewer figures")
     write(target, text)
-    for figure in pictures(notebook):
-        write(target.parent / "pictures" / f"{target.stem}.png", figure)
-
-
-def pictures(notebook: Notebook) -> Iterator[bytes]:
-    """The figures of the cell tagged `picture`, as small PNGs: the README's map shows one."""
-    for cell in (cell for cell in notebook["cells"] if "picture" in cell["metadata"].get("tags", ())):
-        for data in filter(None, (output.get("data", {}).get("image/png") for output in cell["outputs"])):
-            image = Image.open(io.BytesIO(base64.b64decode("".join(data)))).convert("RGB")
-            image.thumbnail((480, 300), Image.Resampling.LANCZOS)
-            image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer := io.BytesIO(), "png", optimize=True)
-            yield buffer.getvalue()
+    for figure in pictures:
+        image = Image.open(io.BytesIO(figure)).convert("RGB")
+        image.thumbnail((480, 300), Image.Resampling.LANCZOS)
+        image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer := io.BytesIO(), "png", optimize=True)
+        write(target.parent / "pictures" / f"{target.stem}.png", buffer.getvalue())
 
 
 def execute(path: Path, folder: Path, values: Mapping[str, Any], timeout: int) -> Outcome:
-    """Runs one notebook in a kernel, in a thread of its own; its folder gets it, executed, and its metrics.json.
-
-    A run that stalls is tried once more: now and then a kernel's reply to a cell with widgets is lost.
-    """
+    """Runs one notebook in a kernel, in a thread of its own; its folder gets it, executed, and its metrics.json."""
     try:
         import papermill
         from jupyter_core.utils import ensure_event_loop
@@ -187,44 +159,25 @@ def execute(path: Path, folder: Path, values: Mapping[str, Any], timeout: int) -
         raise ValueError("notebooks need papermill and Jupyter: pip install 'sptseg[notebooks]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     (metrics := folder / "metrics.json").unlink(missing_ok=True)  # the last run's
-    cells = sum(cell["cell_type"] == "code" for cell in read(path)["cells"])
     started = time.perf_counter()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the outcome says it
-    for tries in (1, 2):
-        try:
-            papermill.execute_notebook(
-                path, folder / path.name, {**values, "output_dir": str(folder)}, kernel_name="python3",
-                language="python", progress_bar=False, execution_timeout=timeout,
-                extra_arguments=["--log-level=CRITICAL"],
-            )  # fmt: skip
-            error = "" if metrics.is_file() else "no metrics.json: its last cell should call lesson.write_metrics"
-        except CellTimeoutError:
-            error = f"a cell took longer than {timeout} seconds, twice; more go with --timeout"
-            if tries == 1:
-                continue
-        except PapermillExecutionError as failure:
-            last = failure.evalue.strip().splitlines()[-1:]
-            lines = last or re.findall(r"^-+> \d+ (.*)", str(failure), re.M)  # an assert without words is its own
-            error = f"In [{failure.exec_count}]: {failure.ename}: {''.join(lines[:1])}"
-        except RuntimeError as failure:  # such as a dead kernel
-            error = f"{type(failure).__name__}: {failure}"
-        break
+    try:
+        papermill.execute_notebook(
+            path, folder / path.name, {**values, "output_dir": str(folder)}, kernel_name="python3", language="python",
+            progress_bar=False, execution_timeout=timeout, extra_arguments=["--log-level=CRITICAL"],
+        )  # fmt: skip
+        error = "" if metrics.is_file() else "no metrics.json: its last cell should call lesson.write_metrics"
+    except CellTimeoutError:
+        error = f"a cell took longer than {timeout} seconds; more go with --timeout"
+    except PapermillExecutionError as failure:
+        last = failure.evalue.strip().splitlines()[-1:]
+        lines = last or re.findall(r"^-+> \d+ (.*)", str(failure), re.M)  # an assert without words is its own
+        error = f"In [{failure.exec_count}]: {failure.ename}: {''.join(lines[:1])}"
+    except RuntimeError as failure:  # such as a dead kernel
+        error = f"{type(failure).__name__}: {failure}"
     ensure_event_loop().close()  # this thread's, which papermill leaves open
     figures = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
-    return Outcome(path.stem, time.perf_counter() - started, cells, figures, error, stalled=tries == 2)
-
-
-@contextmanager
-def own_kernel(jobs: int) -> Iterator[None]:
-    """Kernels of this interpreter only, which share the cores."""
-    before = dict(os.environ)
-    os.environ.pop("JUPYTER_PATH", None)  # a kernel "python3" found there would win
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return Outcome(path.stem, time.perf_counter() - started, figures, error)
 
 
 def run_all(
@@ -234,11 +187,10 @@ def run_all(
     defaults = {path: parameters(path) for path in paths}
     given = [*given, ("quick", "true")] if quick else given
     values = {path: chosen(given, known, path.stem) for path, known in defaults.items()}
-    doubled = [path.stem for path in paths if [other.stem for other in paths].count(path.stem) > 1]
-    if doubled:
-        raise ValueError(f"two notebooks are called {doubled[0]}, and would write to the same folder; run them apart")
     timeout = timeout or (300 if quick else 900)  # the longest cells take a few
-    with own_kernel(jobs), ThreadPool(jobs) as pool:
+    os.environ.pop("JUPYTER_PATH", None)  # a kernel "python3" found there would win over this interpreter's
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    with ThreadPool(jobs) as pool:
         runs = pool.imap_unordered(lambda path: (path, execute(path, output / path.stem, values[path], timeout)), paths)
         for path, outcome in runs:
             print(f"{outcome.name}: {outcome.error or 'ran through'} ({outcome.seconds:.0f} s)", flush=True)
@@ -247,12 +199,14 @@ def run_all(
 
 def tell(outcomes: Sequence[Outcome]) -> None:
     """Prints a Markdown table, and under it what went wrong; then the exit code is 1."""
+    outcomes = sorted(outcomes, key=lambda o: o.name)
     rows = [
-        f"| {o.name} | {o.seconds:.0f} | {o.cells} | {o.held or len(o.figures)} | {o.verdict} |"
-        for o in sorted(outcomes, key=lambda o: o.name)
+        f"| {o.name} | {o.seconds:.0f} | {o.held or len(o.figures)} | "
+        f"{'failed' if o.error else 'drifted' if o.drift else 'ok'} |"
+        for o in outcomes
     ]
     wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
-    print("| notebook | seconds | cells | figures | verdict |", "|---|---|---|---|---|", *rows, *wrong, sep="\n")
+    print("| notebook | seconds | figures | verdict |", "|---|---|---|---|", *rows, *wrong, sep="\n")
     if wrong:
         raise SystemExit(1)
 
@@ -263,16 +217,14 @@ def baseline_file(path: Path, full: bool = False) -> Path:
 
 def compare(recorded: Mapping[str, Mapping[str, float]], found: Mapping[str, float]) -> dict[str, str]:
     """A sentence for every figure that drifted, is missing, or is new."""
-    drift = {}
+    drift = {name: f"{name} is new, {found[name]:g}; --update records it" for name in found if name not in recorded}
     for name, wanted in recorded.items():
         value, room = wanted["value"], wanted["tolerance"]
         if name not in found:
             drift[name] = f"{name} is missing; recorded is {value:g}"
-        elif abs(found[name] - value) > room:
-            off = f"it drifted by {found[name] - value:+g}"
-            drift[name] = f"{name} is {found[name]:g}; recorded is {value:g} ± {room:g}: {off}"
-    new = {name: f"{name} is new, {value:g}; --update records it" for name, value in found.items()}
-    return drift | {name: line for name, line in new.items() if name not in recorded}
+        elif abs(off := found[name] - value) > room:
+            drift[name] = f"{name} is {found[name]:g}; recorded is {value:g} ± {room:g}: it drifted by {off:+g}"
+    return drift
 
 
 def recording(recorded: Mapping[str, Mapping[str, float]], found: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -319,7 +271,7 @@ def run_notebooks(
             try:
                 save(output / path.stem / path.name, path, outcome.seconds)
             except ValueError as error:
-                outcome = replace(outcome, error=str(error))
+                outcome.error = str(error)
         outcomes.append(outcome)
     tell(outcomes)
 
@@ -354,7 +306,7 @@ def check_notebooks(
                 print(*(f"{path.stem}: {line}" for line in drift.values()), sep="\n")
                 recorded, drift = recording(recorded, lasting), {}
                 write(file, json.dumps(recorded, indent=1) + "\n")
-            held = f"{len(recorded.keys() - drift)} of {len(recorded)} held"
-            outcome = replace(outcome, drift=tuple(drift.values()), held=held)
+            outcome.held = f"{len(recorded.keys() - drift)} of {len(recorded)} held"
+            outcome.drift = tuple(drift.values())
         outcomes.append(outcome)
     tell(outcomes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from textwrap import fill
@@ -25,7 +24,6 @@ LONGEST = 512  # pixels of the longer side: larger pictures are made smaller, fo
 WIDTH = 256  # pixels to which small pictures are enlarged, about
 NARROWEST = 220  # pixels of a picture on the page; it grows into the room that there is
 WIDE: dict[str, Any] = {"style": {"description_width": "initial"}}  # as wide as it needs
-PAUSE = 0.1  # seconds without a new value before what takes longer follows
 
 
 class Explorer(VBox):
@@ -43,22 +41,6 @@ class Explorer(VBox):
 
     def __repr__(self) -> str:  # stands where no kernel runs
         return f"{type(self).__name__} (its controls need a running kernel; the figure beside it shows the same)"
-
-
-class AfterPause:
-    """Calls a function when it has not been asked for again for a while; at once where no event loop runs."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-        self.handle: asyncio.TimerHandle | None = None
-
-    def __call__(self) -> None:
-        if self.handle is not None:
-            self.handle.cancel()
-        try:
-            self.handle = asyncio.get_running_loop().call_later(PAUSE, self.function)
-        except RuntimeError:
-            self.function()
 
 
 class TitledPicture(VBox):
@@ -101,41 +83,28 @@ def presets(known: Mapping[str, Any], choose: Callable[..., None]) -> list[ipywi
     return [ipywidgets.Label("Presets"), *buttons]
 
 
-def picture_row(
-    pictures: Mapping[str, Array], sentence: str, size: tuple[float, float], further: Sequence[float] = ()
-) -> tuple[Figure, list[Axes]]:
-    """Pictures by title, side by side under a sentence, and axes beside them, so many times as wide as a picture."""
-    figure = plots.Plot(*size)
-    figure.suptitle(fill(sentence, round(11.4 * size[0])), fontsize=10, color=plots.INK)  # as wide as the figure
-    axes = figure.subplots(1, len(pictures) + len(further), width_ratios=[*[1] * len(pictures), *further])
+def still(
+    sentence: str, pictures: Mapping[str, Array], maps: Sequence[Map] = (), chart: bool = False
+) -> tuple[Figure, Axes]:
+    """A figure, and its last axes: pictures by title, maps with colour bars, room for a chart; three a row at most."""
+    count = len(pictures) + len(maps) + chart
+    columns = 2 if count == 4 else min(count, 3)
+    rows = -(-count // columns)
+    lines = fill(sentence, 35 * columns)
+    figure = plots.Plot(3.15 * columns, 2.8 * rows + 0.2 * (lines.count("\n") + 1))
+    figure.suptitle(lines, fontsize=10, color=plots.INK)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     for ax, (name, picture) in zip(axes, pictures.items(), strict=False):
         plots.show_image(ax, picture, name)
-    return figure, list(axes[len(pictures) :])
-
-
-def map_row(pictures: Mapping[str, Array], maps: Sequence[Map], sentence: str) -> Figure:
-    """Pictures by title, then maps with colour bars."""
-    size = 2.1 * (len(pictures) + len(maps)), 3.1
-    figure, axes = picture_row(pictures, sentence, size, [1] * len(maps))
-    for ax, (name, values, low, high, colour_map) in zip(axes, maps, strict=True):
+    for ax, (name, values, low, high, colour_map) in zip(axes[len(pictures) :], maps, strict=False):
         shown = plots.show_image(ax, values, name, colour_map)
         shown.set_clim(low, high)
         bar = figure.colorbar(shown, ax=ax, orientation="horizontal", fraction=0.06, pad=0.03)
-        bar.ax.tick_params(labelsize=8)
-        bar.ax.locator_params(nbins=4)
-    return figure
-
-
-def before_and_after(ax: Axes, rows: Sequence[tuple[str, Colour, float, float]], xlabel: str) -> None:
-    """Shares 0..1 before and after, a row per class, in percent; the marks differ by shape."""
-    for y, (_, colour, first, second) in enumerate(rows):
-        ax.plot([100 * first, 100 * second], [y, y], color=plots.INK, lw=1, zorder=1)
-        ax.plot(100 * first, y, "o", mfc="white", mec=plots.INK, ms=8)
-        ax.plot(100 * second, y, "s", mfc=np.array(colour) / 255, mec=plots.INK, ms=6)
-    ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
-    ax.set(xlim=(-4, 104), ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel)
-    ax.grid(axis="x", color=plots.FAINT, linewidth=0.7)
-    plots.tidy(ax, "○ before  ■ after")
+        bar.ax.tick_params(labelsize=9)
+        bar.ax.locator_params(nbins=5)
+    for ax in axes:
+        ax.set_anchor("N")  # level, with a bar below or without
+    return figure, axes[-1]
 
 
 def _factor(picture: Array, width: float = WIDTH) -> int:
@@ -145,8 +114,7 @@ def _factor(picture: Array, width: float = WIDTH) -> int:
 
 def crisp(picture: Array) -> Array:
     """A small picture (h, w, 3), or values (h, w), enlarged into squares."""
-    factor = _factor(picture)
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    return picture.repeat(_factor(picture), axis=0).repeat(_factor(picture), axis=1)
 
 
 def table(head: Sequence[str], rows: Iterable[tuple[Colour, Sequence[str]]], note: str = "") -> str:
@@ -160,9 +128,8 @@ def table(head: Sequence[str], rows: Iterable[tuple[Colour, Sequence[str]]], not
     return f'<div style="line-height:1.35;margin-right:24px"><table>{body}</table>{escape(note)}</div>'
 
 
-def message(text: str, warning: bool = False) -> str:
-    mark = "<b>⚠ Not done:</b> " if warning else ""
-    return f'<div role="status" style="line-height:1.4;max-width:70em">{mark}{escape(text)}</div>'
+def message(text: str) -> str:
+    return f'<div role="status" style="line-height:1.4;max-width:70em">{escape(text)}</div>'
 
 
 def unseen_note(names: Iterable[str]) -> str:
@@ -191,14 +158,6 @@ def named_overlay(image: Array, labels: Array, names: Sequence[str], palette: Se
     for name, x, y in plots.label_spots(labels[::coarse, ::coarse], names, letter=0.034):
         draw.text((x * picture.width, y * picture.height), name, "white", **style)
     return np.asarray(picture)
-
-
-def made_smaller(array: Array) -> Array:
-    """A picture (H, W, 3) uint8, or labels (H, W) int32, of at most `LONGEST` pixels a side."""
-    share = min(1, LONGEST / max(array.shape[:2]))
-    size = round(share * array.shape[1]), round(share * array.shape[0])  # its own size gives the same pixels
-    resample = Image.Resampling.LANCZOS if array.ndim == 3 else Image.Resampling.NEAREST
-    return np.array(Image.fromarray(array).resize(size, resample))
 
 
 def spectrum_picture(maps: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Class names and losses, tried out by hand. Core ipywidgets only."""
+"""Class names, losses and failures, looked into by hand. Core ipywidgets only."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import numpy as np
 from ipywidgets import Layout
 from matplotlib.figure import Figure
 
-from sptseg.datasets import as_array, names, plots, spread_palette
-from sptseg.inference import segment
+from sptseg.analysis import KINDS, Predictions, error_counts, error_map, error_shares, worst_pictures
+from sptseg.datasets import IGNORE, as_array, luminance, names, plots, reduce, spread_palette
+from sptseg.inference import confusion_matrix, iou_per_class, segment
 from sptseg.interactive import parts
 from sptseg.model import SptSeg
 
 Array = np.ndarray
+ALL = "errors of all kinds"
+KIND_COLOURS = spread_palette(len(KINDS))
+NUMBERED = [f"{i}  {kind}" for i, kind in enumerate(KINDS, start=1)]
 
 
 class PromptPlayground(parts.Explorer):
@@ -27,14 +31,13 @@ class PromptPlayground(parts.Explorer):
     """
 
     def __init__(self, model: SptSeg, image: Any, classes: Sequence[str] = ("sky", "grass", "tree", "house")) -> None:
-        self.model, self.picture = model, parts.made_smaller(as_array(image))
+        self.model, self.picture = model, reduce(as_array(image), parts.LONGEST)
         self.result = segment(model, self.picture, classes)
         self.words = ipywidgets.Text(
             ", ".join(classes), description="Classes", placeholder="sky, boat", layout=Layout(width="600px"),
             tooltip="Names or phrases, commas between them; Enter segments", continuous_update=False, **parts.WIDE,
         )  # fmt: skip
-        tooltip = "The class whose score is shown"
-        self.scored = ipywidgets.Dropdown(description="Score of", tooltip=tooltip, **parts.WIDE)
+        self.scored = parts.dropdown({}, "Score of", "The class whose score is shown")
         super().__init__([[self.words, self.scored]], "picture", "masks", "score")
         self.panels["picture"].show(self.picture)
         self.words.observe(self.update, "value")
@@ -47,20 +50,25 @@ class PromptPlayground(parts.Explorer):
             self.result = result = segment(self.model, self.picture, names(self.words.value))
         except ValueError as error:
             kept = f"The pictures still show: {', '.join(self.result.classes)}."
-            self.note.value = parts.message(f"{error}. {kept}", warning=True)
+            self.note.value = parts.message(f"⚠ Not done: {error}. {kept}")
             return
         self.note.value = parts.message("Every pixel gets the class with the highest score, even if that is low.")
         self.panels["masks"].show(self._masks())
         self.scores = {name: result.scores(name) for name in result.classes}
-        areas, colours = result.areas(), dict(zip(result.classes, result.palette, strict=True))
-        largest = sorted(areas, key=lambda name: -areas[name])
-        shares = {name: (parts.percent(areas[name]), parts.percent(self.scores[name].max())) for name in largest}
-        rows = [(colours[name], (name, *shares[name])) for name in largest]
+        colours = dict(zip(result.classes, result.palette, strict=True))
+        rows = [
+            (colours[name], (name, parts.percent(area), parts.percent(self.scores[name].max())))
+            for name, area in self.largest()
+        ]
         self.table.value = parts.table(("class", "area", "highest score"), rows)
         chosen = self.scored.value
         self.scored.options = result.classes
-        self.scored.value = chosen if chosen in result.classes else largest[0]
+        self.scored.value = chosen if chosen in result.classes else self.largest()[0][0]
         self.show_score()
+
+    def largest(self) -> list[tuple[str, float]]:
+        """Names with their shares of the picture, the largest first."""
+        return sorted(self.result.areas().items(), key=lambda each: -each[1])
 
     def _masks(self) -> Array:
         return parts.named_overlay(self.picture, self.result.labels, self.result.classes, self.result.palette)
@@ -76,11 +84,10 @@ class PromptPlayground(parts.Explorer):
 
     def figure(self) -> Figure:
         """The same as a still picture, with the scores of the four largest classes."""
-        areas = self.result.areas()
-        largest = sorted(areas, key=lambda name: -areas[name])[:4]
-        title = "Areas: " + ", ".join(f"{name} {parts.percent(areas[name])}" for name in largest)
+        largest = self.largest()[:4]
+        title = "Areas: " + ", ".join(f"{name} {parts.percent(area)}" for name, area in largest)
         pictures = {"picture": self.picture, "masks": self._masks()}
-        return parts.map_row(pictures, [self._score(name) for name in largest], title)
+        return parts.still(title, pictures, [self._score(name) for name, _ in largest])[0]
 
 
 class LossExplorer(parts.Explorer):
@@ -129,4 +136,80 @@ class LossExplorer(parts.Explorer):
         losses = {"loss per pixel": self.losses()} if losses is None else losses
         maps: list[parts.Map] = [("probability of the truth", self.given, 0, 1, "cividis")]
         maps += [(title, values, 0, float(values.max()), "cividis") for title, values in losses.items()]
-        return parts.map_row({"picture": self.outlined}, maps, "What each pixel pays (nats)")
+        return parts.still("What each pixel pays (nats)", {"picture": self.outlined}, maps)[0]
+
+
+class FailureBrowser(parts.Explorer):
+    """Steps through pictures, those with the most errors of a kind first.
+
+    Args:
+        predictions: from `failures.collect`.
+        radius: pixels from the true border within which an error counts as one of the border.
+    """
+
+    def __init__(self, predictions: Predictions, radius: int = 4) -> None:
+        self.predictions, self.radius, split = predictions, radius, predictions.split
+        self.errors = error_counts(predictions, radius)
+        self.labelled = predictions.confusions().sum(axis=(1, 2))
+        self.names = [plots.marked(name, split.names(split.unseen)) for name in split.classes]
+        kinds = {ALL: ALL} | dict(zip(NUMBERED, KINDS, strict=True))  # an option whose value is None would look empty
+        self.kind = parts.dropdown(kinds, "Sort by", "What the pictures are sorted by")
+        most, tooltip = len(predictions.pictures), "1 is the worst picture; arrow keys step"
+        self.rank = ipywidgets.IntSlider(1, 1, most, description="Place", tooltip=tooltip, **parts.WIDE)
+        super().__init__([[self.kind, self.rank]], "picture", "truth", "prediction", "errors")
+        self.kind.observe(self._sorted, "value")
+        self.rank.observe(self.update, "value")
+        self.update()
+
+    def _sorted(self, _change: object) -> None:
+        self.rank.value = 1
+        self.update()
+
+    @property
+    def position(self) -> int:
+        """Which of the predictions' pictures is shown."""
+        kind = None if self.kind.value == ALL else self.kind.value
+        return worst_pictures(self.errors, self.labelled, kind)[self.rank.value - 1]
+
+    def update(self, _change: object = None) -> None:
+        """Shows the picture at this place, its truth, prediction and errors, and their figures."""
+        position, split = self.position, self.predictions.split
+        picture = self.predictions.pictures[position]
+        for title, shown in self._pictures().items():
+            self.panels[title].show(shown)
+        self.note.value = parts.message(self.sentence())
+        here = self.errors.loc[position] / max(self.labelled[position], 1)
+        columns = (KIND_COLOURS, NUMBERED, KINDS.values(), here, error_shares(self.errors))
+        rows = [
+            (colour, (f"{kind}: {meaning}", parts.percent(share), parts.percent(everywhere)))
+            for colour, kind, meaning, share, everywhere in zip(*columns, strict=True)
+        ]
+        kinds = parts.table(("error", "of this picture", "of all errors"), rows)
+        iou = iou_per_class(confusion_matrix(picture.label, picture.predicted, split)).tolist()
+        found = plots.present(picture.label, picture.predicted)
+        rows = [(split.palette[i], (self.names[i], parts.percent(iou[i]))) for i in found]
+        self.table.value = kinds + parts.table(("class", "IoU in this picture"), rows, parts.unseen_note(self.names))
+
+    def _pictures(self) -> dict[str, Array]:
+        picture, split = self.predictions.pictures[self.position], self.predictions.split
+        kinds = error_map(picture.label, picture.predicted, split, self.radius)
+        wrong = np.where((kinds == 0) | (kinds == IGNORE), IGNORE, kinds - 1)
+        faint = (luminance(picture.image) * 100 + 130).astype(np.uint8)[..., None].repeat(3, axis=2)
+        return {
+            "picture": picture.image,
+            "truth": parts.named_overlay(picture.image, picture.label, self.names, split.palette),
+            "prediction": parts.named_overlay(picture.image, picture.predicted, self.names, split.palette),
+            "errors": parts.named_overlay(faint, wrong, "1 2 3 4 5 6".split(), KIND_COLOURS),
+        }
+
+    def sentence(self) -> str:
+        """Which picture this is, and how much of it is wrong."""
+        position, place = self.position, f"place {self.rank.value} of {self.rank.max}"
+        share = self.errors.loc[position].sum() / max(self.labelled[position], 1)
+        return f"{self.predictions.pictures[position].name}, {place}: {share:.1%} of its labelled pixels are wrong."
+
+    def figure(self) -> Figure:
+        """The same as a still picture."""
+        figure, key = parts.still(self.sentence(), self._pictures(), chart=True)
+        plots.legend(key, NUMBERED, KIND_COLOURS)
+        return figure

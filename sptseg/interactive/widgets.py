@@ -10,8 +10,9 @@ without a browser. Pictures are the bytes of image widgets and are renewed in pl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -21,19 +22,18 @@ import torch
 from ipywidgets import Layout
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from sptseg import scenes
 from sptseg.analysis import filter_response, prompt_states, spectral_prompt_of
-from sptseg.datasets import luminance, plots, splits, test_transform
-from sptseg.inference import Segmentation, augmentation, pad_to_patches
-from sptseg.interactive import filters, parts
-from sptseg.interactive.filters import HIGHEST, Gain
+from sptseg.datasets import luminance, plots, test_transform
+from sptseg.inference import augmentation, pad_to_patches, segment
+from sptseg.interactive import parts
 from sptseg.interactive.masks import MaskExplorer
-from sptseg.model import SptSeg
+from sptseg.model import Grid, PromptedEncoder, SpectralPrompt, ops
 
 Array = np.ndarray
+HIGHEST = 0.71  # cycles per sample: just above sqrt(0.5), the corner of the spectrum
 PICTURE = -1  # what is filtered: the picture, or the tokens before one of the blocks 0, 1, ...
 BAND_PRESETS: dict[str, tuple[float, float, float, float, str]] = {  # low, high, factors inside and outside, what for
     "everything": (0.0, HIGHEST, 1, 0, "All as it is"),
@@ -52,21 +52,127 @@ FILTER_PRESETS: dict[str, tuple[float, float, str]] = {  # factors of F below an
 }
 
 
+@dataclass(frozen=True)
+class Gain:
+    """What each wave is multiplied by: `inside` a band of frequencies and directions, or `outside` of it.
+
+    The band: low <= radius < high in cycles per sample, over `edge` cycles a raised cosine instead of a step; waves
+    whose direction is within `width` / 2 degrees of `direction` (0: they change across, 90: down), 180 for all. The
+    mean (frequency 0) stays.
+    """
+
+    low: float = 0.0
+    high: float = HIGHEST
+    edge: float = 0.0
+    direction: float = 0.0
+    width: float = 180.0
+    inside: float = 1.0
+    outside: float = 0.0
+
+    def member(self, grid: Grid) -> Array:
+        """How far each fft2 frequency of a grid lies in the band, 0..1: (H, W), equal at opposite frequencies."""
+        down, across = np.fft.fftfreq(grid[0])[:, None], np.fft.fftfreq(grid[1])
+        radius = np.hypot(down, across)
+        turn = np.abs((np.degrees(np.arctan2(down, across)) - self.direction + 90) % 180 - 90)
+        member = self._above(radius, self.low) * (1 - self._above(radius, self.high)) * (turn <= self.width / 2 + 1e-9)
+        return (member + np.roll(member[::-1, ::-1], (1, 1), (0, 1))) / 2  # the finest waves have two directions
+
+    def _above(self, radius: Array, cut: float) -> Array:
+        if cut <= 0 or cut >= HIGHEST:  # nothing is beyond these ends
+            return np.full(radius.shape, float(cut <= 0))
+        if self.edge == 0:
+            return (radius >= cut).astype(float)
+        return 0.5 - 0.5 * np.cos(np.pi * np.clip((radius - cut) / self.edge + 0.5, 0, 1))
+
+    def factors(self, grid: Grid, mean: float | None = 1.0) -> Array:
+        """The factor of every fft2 frequency, that of the mean given (None: as its neighbours'): (H, W)."""
+        factors = self.outside + (self.inside - self.outside) * self.member(grid)
+        if mean is not None:
+            factors[0, 0] = mean
+        return factors
+
+    def half(self, grid: Grid, device: torch.device, mean: float | None = 1.0) -> Tensor:
+        """The same for rfft2 and all channels: (H, W//2+1, 1)."""
+        factors = self.factors(grid, mean)[:, : grid[1] // 2 + 1, None]
+        return torch.tensor(factors, dtype=torch.float32, device=device)
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """Filters maps (B, H, W, C), each channel by itself."""
+        return ops.fourier_filter(maps, self.half((maps.shape[1], maps.shape[2]), maps.device))
+
+
+def noise_instead(before: Tensor, after: Tensor) -> Tensor:
+    """Noise added to `before`, with as much energy in every map as the change to `after` (B, H, W, C); means stay."""
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
+    noise -= noise.mean((1, 2), keepdim=True)
+    energy = ((each.square().sum((1, 2), keepdim=True)) for each in (after - before, noise))
+    return before + noise * (next(energy) / next(energy)).sqrt()
+
+
+def with_amplitudes_of(other: Tensor, maps: Tensor) -> Tensor:
+    """The amplitudes of one, the phases of another, both (B, H, W, C)."""
+    amplitudes, phases = (torch.fft.rfft2(each, dim=(1, 2)) for each in (other, maps))
+    return torch.fft.irfft2(torch.polar(amplitudes.abs(), phases.angle()), s=maps.shape[1:3], dim=(1, 2))
+
+
+class _Visitor(nn.Module):
+    """Stands in for an encoder's spectral prompt: acts as it does where it does, and lets `visit` see every block."""
+
+    def __init__(self, encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.prompt, self.layers, self.visit = encoder.spectral_prompt, encoder.spectral_layers, visit
+        self.block = 0
+
+    def filter(self, grid: Grid) -> Tensor | None:  # asked for once, before the first block
+        self.block = 0
+        return None if self.prompt is None else self.prompt.filter(grid)
+
+    def forward(self, patches: Tensor, class_token: Tensor, weight: Tensor) -> Tensor:
+        block, self.block = self.block, self.block + 1
+        if self.prompt is not None and block in self.layers:
+            patches = self.prompt(patches, class_token, weight)
+        return self.visit(block, patches)
+
+
+@contextmanager
+def visited(encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D), if its tower
+    has a class token and is not read by GEM."""
+    kept = encoder.spectral_prompt, encoder.spectral_layers
+    stand_in: nn.Module = _Visitor(encoder, visit)
+    encoder.spectral_layers = frozenset(range(len(encoder.tower.blocks)))
+    try:
+        encoder.spectral_prompt = stand_in  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+    finally:
+        encoder.spectral_prompt, encoder.spectral_layers = kept
+
+
+@contextmanager
+def edited(prompt: SpectralPrompt, gain: Gain) -> Iterator[None]:
+    """Until the block ends, the learned filter F is multiplied by a gain, at frequency 0 too."""
+    whole = prompt.filter
+    try:
+        prompt.filter = lambda grid: whole(grid) * gain.half(grid, prompt.weight.device, mean=None)
+        yield
+    finally:
+        del prompt.filter  # the method of the class comes back
+
+
 class FrequencyExplorer(MaskExplorer):
     """Filter a picture, or its tokens before a block, by frequency and direction, and watch the model's masks change.
 
     Waves in the band are multiplied by one factor, all others by another. As a control, noise of the same energy takes
     the filter's place; and a picture can be given the amplitudes of another one, and keep its phases. Tokens are
     filtered as the block gets them: after a spectral prompt.
-
-    Args: see `MaskExplorer`.
     """
 
-    def __init__(
-        self, model: SptSeg, images: Any, classes: Sequence[str], labels: Any = None, unseen: Collection[str] = ()
-    ) -> None:
+    titles = ("before", "spectrum", "after")
+
+    def controls(self) -> list[list[Any]]:
         self.tokens: dict[int, dict[int, Tensor]] = {}  # of a picture's first window before each block, (1, H, W, D)
-        blocks = range(len(model.encoder.tower.blocks) if filters.takes_visits(model.encoder) else 0)
+        tower, readout = self.model.encoder.tower, self.model.encoder.readout
+        blocks = range(len(tower.blocks) if tower.class_token is not None and readout != "gem" else 0)
         places = {"the picture": PICTURE} | {f"tokens before block {i}": i for i in blocks}
         self.place = parts.dropdown(places, "Filter", "What is filtered")
         self.band = ipywidgets.FloatRangeSlider(
@@ -80,15 +186,13 @@ class FrequencyExplorer(MaskExplorer):
         self.direction = parts.slider(0, 180, 5, "Direction", "Degrees; 0: waves that change across, 90: down")
         self.width = parts.slider(180, 180, 5, "Directions", "How many degrees around that direction; 180 is all")
         self.noise = ipywidgets.Checkbox(description="noise of equal energy instead", indent=False)
-        others = range(len(images) if isinstance(images, list | tuple) else 1)
-        given = {"its own": PICTURE} | {f"those of picture {i + 1}": i for i in others}
+        given = {"its own": PICTURE} | {f"those of picture {i + 1}": i for i in range(len(self.pictures))}
         self.amplitudes = parts.dropdown(given, "Amplitudes", "The phases stay the picture's own")
-        controls = [
+        return [
             [self.place, self.band, self.inside, self.outside],
             [self.edge, self.direction, self.width, self.noise, self.amplitudes],
             parts.presets(BAND_PRESETS, self.choose),
         ]
-        super().__init__(model, images, classes, labels, unseen, controls, "before", "spectrum", "after")
 
     def choose(self, low: float, high: float, inside: float = 1, outside: float = 0) -> None:
         """Sets both cut-offs, in cycles per pixel or token, and the factors in the band and outside of it."""
@@ -99,30 +203,33 @@ class FrequencyExplorer(MaskExplorer):
         factors = (self.edge, self.direction, self.width, self.inside, self.outside)
         return Gain(*self.band.value, *(each.value for each in factors))
 
-    def segment_whole(self) -> Segmentation:
-        tokens = self.tokens.setdefault(self.choice.value, {})
+    def tokens_before(self, block: int) -> Tensor:
+        """The tokens of the picture's first window as a block gets them: (1, H, W, D)."""
+        kept = self.tokens.setdefault(self.choice.value, {})
 
         def keep(block: int, x: Tensor) -> Tensor:
-            tokens.setdefault(block, x[:1])
+            kept.setdefault(block, x[:1])
             return x
 
-        with filters.visited(self.model.encoder, keep) if filters.takes_visits(self.model.encoder) else nullcontext():
-            return super().segment_whole()
+        if not kept:
+            with visited(self.model.encoder, keep):
+                segment(self.model, self.picture, self.classes)
+        return kept[block]
 
     def act(self, maps: Tensor) -> Tensor:
         """The filter, or noise in its place, on maps (B, H, W, C)."""
         after = self.gain(maps)
-        return filters.noise_instead(maps, after) if self.noise.value else after
+        return noise_instead(maps, after) if self.noise.value else after
 
     def update(self) -> None:
         """Filters the picture or the tokens; shows them before and after, and the spectrum with the band."""
-        _, block, picture = self.whole, self.place.value, self.picture
+        block, picture = self.place.value, self.picture
         self.amplitudes.disabled = block != PICTURE
-        maps = torch.tensor(picture)[None].float() if block == PICTURE else self.tokens[self.choice.value][block]
+        maps = torch.tensor(picture)[None].float() if block == PICTURE else self.tokens_before(block)
         before = maps
         if block == PICTURE and self.amplitudes.value != PICTURE:
             other = Image.fromarray(self.pictures[self.amplitudes.value]).resize(picture.shape[1::-1])
-            before = filters.with_amplitudes_of(torch.tensor(np.asarray(other))[None].float(), maps)
+            before = with_amplitudes_of(torch.tensor(np.asarray(other))[None].float(), maps)
         after = self.act(before)
         spread = [(each - each.mean((1, 2), keepdim=True)).square().sum().item() for each in (maps, after)]
         self.energy = spread[1] / max(spread[0], 1e-9)
@@ -145,7 +252,7 @@ class FrequencyExplorer(MaskExplorer):
         if block == PICTURE:
             yield self.filtered
             return
-        with filters.visited(self.model.encoder, lambda i, x: self.act(x) if i == block else x):
+        with visited(self.model.encoder, lambda i, x: self.act(x) if i == block else x):
             yield self.picture
 
     def marked_spectrum(self) -> Array:
@@ -181,21 +288,15 @@ class FrequencyExplorer(MaskExplorer):
 
 class FilterExplorer(MaskExplorer):
     """The learned spectral filter F: one channel's amplitude and phase, what it adds to a picture's tokens; F weakened,
-    boosted or zeroed below and above a radius, and the masks.
+    boosted or zeroed below and above a radius, and the masks."""
 
-    Args:
-        images, classes, labels, unseen: see `MaskExplorer`; by default twelve drawn scenes and their classes.
-    """
+    titles = ("filter: amplitude", "filter: phase, degrees", "tokens before", "added by prompt", "tokens after")
 
-    def __init__(
-        self, model: SptSeg, images: Any = None, classes: Sequence[str] | None = None, labels: Any = None,
-        unseen: Collection[str] = (),
-    ) -> None:  # fmt: skip
-        self.prompt = spectral_prompt_of(model.encoder)
-        images = [scenes.draw(seed)[0] for seed in range(12)] if images is None else images
+    def controls(self) -> list[list[Any]]:
+        self.prompt = spectral_prompt_of(self.model.encoder)
         gain = np.abs(filter_response(self.prompt)).mean(axis=(0, 1))  # (D,)
         self.strongest = np.argsort(-gain)[:5].tolist()
-        blocks = {f"before block {i}": i for i in sorted(model.encoder.spectral_layers)}
+        blocks = {f"before block {i}": i for i in sorted(self.model.encoder.spectral_layers)}
         self.block = parts.dropdown(blocks, "Prompt", "One filter serves all blocks; the tokens differ")
         self.channel = ipywidgets.IntSlider(
             self.strongest[0], 0, len(gain) - 1, description="Channel", tooltip="One of the encoder's channels",
@@ -205,9 +306,7 @@ class FilterExplorer(MaskExplorer):
         self.below = parts.slider(1, 20, 0.1, "F below it times", "0 takes these waves out of F")
         self.above = parts.slider(1, 20, 0.1, "F above it times", "0 takes these waves out of F")
         edit = [self.radius, self.below, self.above]
-        controls = [[self.block, self.channel], edit, parts.presets(FILTER_PRESETS, self.choose)]
-        titles = ("filter: amplitude", "filter: phase, degrees", "tokens before", "added by prompt", "tokens after")
-        super().__init__(model, images, classes or splits.scenes().classes, labels, unseen, controls, *titles)
+        return [[self.block, self.channel], edit, parts.presets(FILTER_PRESETS, self.choose)]
 
     def choose(self, below: float, above: float) -> None:
         """Sets the factors of F below and above the radius."""
@@ -215,7 +314,7 @@ class FilterExplorer(MaskExplorer):
 
     @contextmanager
     def changed(self) -> Iterator[Array]:
-        with filters.edited(self.prompt, Gain(0, self.radius.value, inside=self.below.value, outside=self.above.value)):
+        with edited(self.prompt, Gain(0, self.radius.value, inside=self.below.value, outside=self.above.value)):
             yield self.picture
 
     @torch.inference_mode()
@@ -266,4 +365,4 @@ class FilterExplorer(MaskExplorer):
     def figure(self) -> Figure:
         """The same as a still picture."""
         self.update()
-        return parts.map_row({"picture": self.picture}, self.maps(), self.sentence())
+        return parts.still(self.sentence(), {"picture": self.picture}, self.maps())[0]

@@ -56,7 +56,7 @@ PACKAGES = ("chromium", "fonts-dejavu-core")
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
 WIDGETS = {
     "FrequencyExplorer": "FrequencyExplorer(model, image, split.classes, label, split.names(split.unseen))",
-    "FilterExplorer": "FilterExplorer(model)",
+    "FilterExplorer": "FilterExplorer(model, image)",
     "BranchExplorer": "BranchExplorer(model, image, split.classes, label)",
     "LossExplorer": "LossExplorer(image, sptseg.segment(model, image, split.classes).scores('sand'), label == 3)",
     "PromptPlayground": "PromptPlayground(model, image, ['sky', 'wooden fence', 'a blue house', 'flower'])",

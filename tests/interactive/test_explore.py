@@ -58,6 +58,7 @@ def test_the_page_has_a_tab_for_each_part_of_the_model_and_pictures_to_choose_fr
     tabs = module.explorer((), "embedded", "", 7)
     assert tabs.titles == ("Frequencies", "Learned filter", "Branches")
     frequencies = tabs.children[0]
+    assert len({id(tab.whole) for tab in tabs.children}) == 1, "segmented once for all"
     assert frequencies.classes == splits.scenes().classes and len(frequencies.pictures) == module.DRAWN
     np.testing.assert_array_equal(frequencies.label, images.enlarge(scenes.draw(7)[1], 3))
     (tmp_path / "picture.png").write_bytes(images.png(scenes.draw(3)[0]))

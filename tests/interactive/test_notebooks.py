@@ -14,7 +14,6 @@ import pytest
 
 from sptseg.interactive import notebooks
 from sptseg.interactive.notebooks import Notebook, Outcome, source
-from sptseg.system import cores
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -105,7 +104,7 @@ def test_a_run_has_a_folder_and_its_figures_and_a_failure_stops_no_other(
 ) -> None:
     folder, outcomes = ran
     good, runs = outcomes["01_good"], folder / "runs" / "01_good"
-    assert (good.error, good.verdict, good.cells) == ("", "ok", 4)
+    assert good.error == ""
     assert good.figures == json.loads((runs / "metrics.json").read_text()) == {"hiou": 0.5, "run_seconds": 9.0}
     injected = notebooks.read(runs / "01_good.ipynb")["cells"][1]
     exec(source(injected), given := {})
@@ -115,7 +114,7 @@ def test_a_run_has_a_folder_and_its_figures_and_a_failure_stops_no_other(
     with pytest.raises(SystemExit, match="1"):
         notebooks.tell(list(outcomes.values()))
     table = capsys.readouterr().out
-    assert re.search(r"^\| 01_good \| \d+ \| 4 \| 2 \| ok \|\n\| 02_bad \| \d+ \| 3 \| 0 \| failed \|$", table, re.M)
+    assert re.search(r"^\| 01_good \| \d+ \| 2 \| ok \|\n\| 02_bad \| \d+ \| 0 \| failed \|$", table, re.M)
     assert "\n02_bad: In [3]: ValueError: last line\n" in table
 
 
@@ -148,11 +147,10 @@ def test_a_large_notebook_is_not_saved(saved: Notebook, tmp_path: Path, monkeypa
         notebooks.save(tmp_path / "notebooks" / "01_good.ipynb", tmp_path / "a" / "01_good.ipynb", 1)
 
 
-def test_a_cell_that_takes_too_long_is_tried_twice(tmp_path: Path) -> None:
+def test_a_cell_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     slow = write(tmp_path / "03_slow.ipynb", "import time\n\ntime.sleep(60)")
     ((_, outcome),) = notebooks.run_all([slow], [], tmp_path / "runs", quick=False, timeout=1, jobs=1)
-    assert outcome.error.startswith("a cell took longer than 1 seconds, twice")
-    assert outcome.verdict == "failed, at the second try"
+    assert outcome.error == "a cell took longer than 1 seconds; more go with --timeout"
 
 
 @pytest.mark.parametrize(
@@ -160,9 +158,8 @@ def test_a_cell_that_takes_too_long_is_tried_twice(tmp_path: Path) -> None:
     [
         (("sharee", "1"), "01_good has no parameter sharee; it has quick, seed,"),
         (("share", "half"), "the parameter share is 'half'; wanted float, such as 0.5"),
-        (("times", "2.5"), "the parameter times is '2.5'; wanted int, such as 3"),
+        (("times", "["), "the parameter times is '['; wanted int, such as 3"),
         (("quick", "1"), "the parameter quick is '1'; wanted bool"),
-        (("times", "["), "the parameter times is '['; wanted int"),
         (("output_dir", "here"), "give --output, not output_dir"),
     ],
 )
@@ -182,12 +179,12 @@ def test_parameters_given_as_text_get_the_types_of_their_defaults() -> None:
     assert repr(values) == "{'quick': True, 'share': 0.1, 'times': 7, 'model': '12', 'seeds': [2, 3]}"
 
 
-@pytest.mark.parametrize("code", ["quick = bool(0)", "print('hello')", "a, b = 1, 2", "a =", ""])
+@pytest.mark.parametrize("code", ["quick = bool(0)", "a, b = 1, 2", "a =", ""])
 def test_one_parameters_cell_holds_plain_assignments(tmp_path: Path, code: str) -> None:
     path = write(tmp_path / "a.ipynb", "a = 1", parameters=code)
     if not code:  # two such cells
         path.write_text(path.read_text().replace('"metadata": {}', '"metadata": {"tags": ["parameters"]}', 1))
-    with pytest.raises(ValueError, match="a.ipynb has [12] cells tagged 'parameters'; wanted one, .* LITERAL only"):
+    with pytest.raises(ValueError, match="a.ipynb: wanted one cell tagged 'parameters', of NAME = LITERAL only"):
         notebooks.parameters(path)
 
 
@@ -219,7 +216,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def execute(path: Path, folder: Path, values: dict[str, Any], *_: Any) -> Outcome:
         share = 0.5 if values.get("quick") else 0.75
-        return Outcome(path.stem, 1.0, 2, {"hiou": share, "trained_hiou": share, "step_ms": 3.0})
+        return Outcome(path.stem, 1.0, {"hiou": share, "trained_hiou": share, "step_ms": 3.0})
 
     monkeypatch.setattr(notebooks, "execute", execute)
     return tmp_path
@@ -230,7 +227,7 @@ def test_figures_are_recorded_and_then_held(project: Path, capsys: pytest.Captur
         notebooks.check_notebooks()
     assert "01_one: hiou is new, 0.5; --update records it" in capsys.readouterr().out
     notebooks.check_notebooks(update=True)
-    assert "| 01_one | 1 | 2 | 2 of 2 held | ok |" in capsys.readouterr().out
+    assert "| 01_one | 1 | 2 of 2 held | ok |" in capsys.readouterr().out
     recorded = json.loads((project / "tests" / "baselines" / "01_one.json").read_text())
     assert recorded["hiou"] == {"value": 0.5, "tolerance": 0.005}
     assert recorded["trained_hiou"] == {"value": 0.5, "tolerance": 0.05}
@@ -255,11 +252,8 @@ def test_drift_is_named_with_its_size_and_updating_keeps_tolerances(
     notebooks.check_notebooks(update=True)
     assert drift in capsys.readouterr().out
     assert json.loads(file.read_text())["hiou"] == {"value": 0.5, "tolerance": 0.3}
-
-
-def test_missing_figures_fail() -> None:
-    drift = notebooks.compare({"hiou": {"value": 0.5, "tolerance": 0.1}}, {"miou": 0.5})
-    assert drift == {"hiou": "hiou is missing; recorded is 0.5", "miou": "miou is new, 0.5; --update records it"}
+    gone = notebooks.compare({"hiou": {"value": 0.5, "tolerance": 0.1}}, {"miou": 0.5})
+    assert gone == {"hiou": "hiou is missing; recorded is 0.5", "miou": "miou is new, 0.5; --update records it"}
 
 
 # Broken on purpose
@@ -299,6 +293,10 @@ FAULTS = {  # what: (module, right, wrong, the notebook that should see it, what
         "model.encoder", "patches * class_token[:, None, None], weight", "patches, weight",
         "02", "assert torch.allclose(prompt(X, class_token, F), X + S",
     ),
+    "labelled and predicted swapped": (
+        "inference.metrics", "confusion.sum(-1), confusion.sum(-2)", "confusion.sum(-2), confusion.sum(-1)",
+        "06", "sink_precision is ",
+    ),
     "offset added": (
         "inference.windows", "scores.sub_(self.offset", "scores.add_(self.offset",
         "07", "assert abs(kept.pixel_accuracy - again.pixel_accuracy)",
@@ -331,14 +329,34 @@ def test_the_check_names_what_is_broken(fault: str, tmp_path: Path, capsys: pyte
     assert f"{notebook.stem}: " in told and named in told
 
 
+STUB = re.compile(r"^(\w+ = \.\.\.|def .*?\.\.\.$)", re.MULTILINE | re.DOTALL)
+
+
+def solved(path: Path, folder: Path) -> Path:
+    """A copy of a notebook in which every task is done as its solution says."""
+    notebook = nbformat.read(path, 4)
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and (stub := STUB.search(cell.source)):
+            after = "".join(each.source for each in notebook.cells[i:] if "<summary>Solution" in each.source)
+            shown = re.search(r"```python\n(.*?)```|`(answer = .*?)`", after, re.DOTALL)
+            assert shown, f"{path.stem}: a task without a solution"
+            cell.source = cell.source.replace(stub[0], shown[1] or shown[2])
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / path.name)
+    return folder / path.name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "scene"), [(1, 17), (2, 5195)])
-def test_every_notebook_runs_with_other_seeds_and_scenes(seed: int, scene: int, tmp_path: Path) -> None:
-    with_scene = [path for path in COMMITTED if "scene" in notebooks.parameters(path)]
-    given = [("seed", str(seed))]
-    for paths, values in (
-        (with_scene, [*given, ("scene", str(scene))]),
-        ([path for path in COMMITTED if path not in with_scene], given),
-    ):
-        found = notebooks.run_all(paths, values, tmp_path, quick=True, timeout=600, jobs=min(2, cores()))
-        assert {outcome.name: outcome.error for _, outcome in found if outcome.error} == {}
+def test_every_notebook_runs_with_other_seeds_and_scenes_and_its_solutions_are_right(
+    seed: int, scene: int, tmp_path: Path
+) -> None:
+    for path in COMMITTED:
+        given = {"seed": str(seed), "scene": str(scene)}
+        given = [(name, value) for name, value in given.items() if name in notebooks.parameters(path)]
+        ((_, outcome),) = notebooks.run_all(
+            [solved(path, tmp_path / "notebooks")], given, tmp_path, quick=True, timeout=600, jobs=1
+        )
+        assert outcome.error == "", path.stem
+        executed = (tmp_path / path.stem / path.name).read_text()
+        assert executed.count('"**Right.**"') == executed.count("lesson.check("), path.stem

@@ -17,12 +17,11 @@ from toys import SPLIT, Toys, toy_model
 from sptseg.analysis import failures, spectra
 from sptseg.datasets import plots
 from sptseg.inference.segmentation import segment
-from sptseg.interactive.failure_browser import FailureBrowser
-from sptseg.interactive.filters import Gain, edited, noise_instead, visited, with_amplitudes_of
-from sptseg.interactive.masks import BRANCHES, BranchExplorer
-from sptseg.interactive.parts import LONGEST, PAUSE, Explorer, TitledPicture, named_overlay, spectrum_picture, table
-from sptseg.interactive.playground import LossExplorer, PromptPlayground
-from sptseg.interactive.widgets import BAND_PRESETS, FILTER_PRESETS, FilterExplorer, FrequencyExplorer
+from sptseg.interactive import widgets
+from sptseg.interactive.masks import BRANCHES, PAUSE, BranchExplorer
+from sptseg.interactive.parts import Explorer, TitledPicture, named_overlay, spectrum_picture, table
+from sptseg.interactive.playground import FailureBrowser, LossExplorer, PromptPlayground
+from sptseg.interactive.widgets import FilterExplorer, FrequencyExplorer, Gain, visited
 from sptseg.model.spt_seg import SptSeg
 from sptseg.training.losses import segmentation_loss
 
@@ -82,11 +81,11 @@ def test_noise_has_the_energy_of_the_change_and_amplitudes_can_be_another_s() ->
     generator = torch.Generator().manual_seed(1)
     maps, other = torch.randn(2, 2, 8, 6, 3, generator=generator).unbind(0)
     after = Gain(0.2)(maps)
-    noisy = noise_instead(maps, after)
+    noisy = widgets.noise_instead(maps, after)
     torch.testing.assert_close((noisy - maps).square().sum((1, 2)), (after - maps).square().sum((1, 2)))
     torch.testing.assert_close(noisy.mean((1, 2)), maps.mean((1, 2)), atol=1e-6, rtol=0)
-    assert torch.equal(noise_instead(maps, maps), maps)
-    mixed = torch.fft.fft2(with_amplitudes_of(other, maps), dim=(1, 2))
+    assert torch.equal(widgets.noise_instead(maps, maps), maps)
+    mixed = torch.fft.fft2(widgets.with_amplitudes_of(other, maps), dim=(1, 2))
     torch.testing.assert_close(mixed.abs(), torch.fft.fft2(other, dim=(1, 2)).abs(), atol=1e-4, rtol=1e-4)
     unit = torch.fft.fft2(maps, dim=(1, 2))
     torch.testing.assert_close(mixed / mixed.abs(), unit / unit.abs(), atol=1e-3, rtol=0)
@@ -128,11 +127,11 @@ def test_the_learned_filter_is_multiplied_and_comes_back(model: SptSeg) -> None:
     images, prompt = torch.randn(1, 3, 32, 32), spectra.spectral_prompt_of(model.encoder)
     prompt.weight.mul_(20)
     whole = model.encoder(images)[0]
-    with edited(prompt, Gain(0, 0.25, inside=0, outside=0)):
+    with widgets.edited(prompt, Gain(0, 0.25, inside=0, outside=0)):
         zeroed = model.encoder(images)[0]
     with spectra.switched_off(model, "spectral_prompts"):
         torch.testing.assert_close(zeroed, model.encoder(images)[0])
-    with edited(prompt, Gain(0, 0.25, inside=3, outside=0)):
+    with widgets.edited(prompt, Gain(0, 0.25, inside=3, outside=0)):
         low = model.encoder(images)[0]
     assert torch.equal(model.encoder(images)[0], whole) and not torch.allclose(whole, zeroed, atol=1e-3)
     below = np.hypot(*np.meshgrid(np.fft.rfftfreq(8), np.fft.fftfreq(8))) < 0.25
@@ -166,7 +165,7 @@ def test_the_pictures_follow_the_band_once_whatever_a_preset_changes(model: SptS
     explorer.update = lambda: updates.append((*explorer.band.value, explorer.inside.value, explorer.outside.value))
     for button in (each for row in explorer.children for each in row.children if isinstance(each, ipywidgets.Button)):
         button.click()
-    assert updates == [values[:4] for values in BAND_PRESETS.values()]
+    assert updates == [values[:4] for values in widgets.BAND_PRESETS.values()]
 
 
 def test_tokens_before_a_block_are_filtered_shown_and_segmented(model: SptSeg) -> None:
@@ -253,16 +252,9 @@ def test_the_change_of_a_class_is_that_of_its_iou_or_area(model: SptSeg) -> None
     assert sum(areas) == pytest.approx(1) and explorer.names[2] == "boat*"
 
 
-def test_large_pictures_shrink_together_with_their_labels(model: SptSeg) -> None:
-    image, label = toy((2 * LONGEST, LONGEST))
-    explorer = FrequencyExplorer(model, image, CLASSES, label)
-    assert explorer.picture.shape == (LONGEST, LONGEST // 2, 3) and explorer.label.shape == (LONGEST, LONGEST // 2)
-    assert set(explorer.label.ravel().tolist()) <= set(label.ravel().tolist())
-
-
 def test_in_a_running_loop_the_prediction_waits_for_a_pause(model: SptSeg) -> None:
     explorer, seen = FrequencyExplorer(model, toy()[0], CLASSES), []
-    predict, explorer._predict_soon.function = explorer.predict, lambda: seen.append(explorer.band.value)
+    predict, explorer.predict = explorer.predict, lambda: seen.append(explorer.band.value)
 
     async def drag() -> None:
         with renewed(explorer) as titles:
@@ -271,7 +263,7 @@ def test_in_a_running_loop_the_prediction_waits_for_a_pause(model: SptSeg) -> No
         assert "after" in titles and not seen  # at once; later
         await asyncio.sleep(3 * PAUSE)
         assert seen == [(0.0, 0.3)]  # once, with the last value
-        explorer._predict_soon.function = predict
+        explorer.predict = predict
         explorer.choose(0.0, 0.05)
         explorer.figure()  # shows the state of the controls even before the pause is over
 
@@ -294,13 +286,13 @@ def test_the_filter_explorer_shows_what_the_prompt_adds(model: SptSeg) -> None:
         spectrum = torch.fft.fft2(tokens * gate, dim=(0, 1))
         kernel = torch.from_numpy(np.fft.ifftshift(explorer.response, axes=(0, 1)))
         torch.testing.assert_close(added, torch.fft.ifft2(spectrum * kernel, dim=(0, 1)).real, atol=1e-5, rtol=1e-4)
-    explorer.choose(*FILTER_PRESETS["zero"][:2])
+    explorer.choose(*widgets.FILTER_PRESETS["zero"][:2])
     assert not explorer.tokens[1].any() and "F is multiplied by 0 below 0.25 cycles" in explorer.note.value
     with spectra.switched_off(model, "spectral_prompts"):
         without = segment(model, explorer.picture, explorer.classes).logits.logits
     torch.testing.assert_close(explorer.result.logits.logits, without)
     with pytest.raises(ValueError, match="this model has no spectral prompt"):
-        FilterExplorer(toy_model(spectral_layers=()))
+        FilterExplorer(toy_model(spectral_layers=()), toy()[0])
 
 
 def test_the_playground_segments_what_is_typed_and_says_what_it_cannot() -> None:
@@ -320,21 +312,15 @@ def test_the_playground_segments_what_is_typed_and_says_what_it_cannot() -> None
     assert "Not done" not in playground.note.value
 
 
-def test_the_failure_browser_steps_from_the_worst_picture_to_the_best(model: SptSeg) -> None:
+def test_the_failure_browser_goes_from_the_worst_picture_to_the_best(model: SptSeg) -> None:
     browser, seen = FailureBrowser(failures.collect(model, Toys(6), SPLIT)), []
     wrong = [np.mean((p.label != p.predicted)[p.label != 255]) for p in browser.predictions.pictures]
-    for _ in wrong:
+    for browser.rank.value in range(1, 7):
         seen.append(wrong[browser.position])
         assert f"{seen[-1]:.1%} of its labelled pixels" in browser.note.value
-        browser.forth.click()
-    assert seen == sorted(wrong, reverse=True) and browser.rank.value == 6  # and stops at the end
-    with renewed(browser) as titles:
-        browser.back.click()
-    assert browser.rank.value == 5 and titles
-    assert browser.kind.label == "errors of all kinds"  # an option whose value is None would look empty
-    for kind in failures.KINDS:
-        browser.kind.value = kind
-        worst = failures.worst_pictures(browser.errors, browser.labelled, kind)
+    assert seen == sorted(wrong, reverse=True) and browser.kind.label == "errors of all kinds"
+    for browser.kind.value in failures.KINDS:
+        worst = failures.worst_pictures(browser.errors, browser.labelled, browser.kind.value)
         assert browser.rank.value == 1 and browser.position == worst[0]
 
 
@@ -355,8 +341,6 @@ def test_overlays_carry_names_tables_escape_them_and_pictures_are_renewed_in_pla
     named = named_overlay(image, labels, ["name"], [(0, 0, 200)])
     assert plain.shape == named.shape == (384, 384, 3) and (named == 255).any() and not (plain == 255).any()
     assert "<i>" not in table(("class",), [((1, 2, 3), ("<i>",))]) and "#010203" in table((), [((1, 2, 3), ("a",))])
-    panel.show(stripes(8, 32))
-    kept, place = panel.image, (panel.image.layout.width, panel.image.layout.height)
+    kept = panel.image
     panel.show(stripes(4, 32))
-    assert panel.image is kept and (kept.layout.width, kept.layout.height) == place
-    assert np.asarray(Image.open(io.BytesIO(kept.value))).shape == (256, 256, 3)
+    assert panel.image is kept and np.asarray(Image.open(io.BytesIO(kept.value))).shape == (256, 256, 3)

@@ -96,22 +96,25 @@ def class_band_table(
 
     Dark is a loss; figures whose interval contains 0 are in brackets; a class that does not occur has empty cells.
     """
+    import seaborn  # here, as it takes seconds to load
+
     ordered = sorted(changes, key=lambda name: np.nansum([each.change for each in changes[name]]))
     values = 100 * np.array([[each.change for each in changes[name]] for name in ordered])
     worst = min(-1.0, float(np.nanmin(values)))
     figure = plots.Plot(2.2 + 0.95 * len(bands), 1.2 + 0.215 * len(ordered), title)
     ax = figure.subplots()
-    ax.imshow(values, cmap="cividis", vmin=worst, vmax=0, aspect="auto", interpolation="nearest")
-    for (row, column), value in np.ndenumerate(values):
-        each, colour = changes[ordered[row]][column], INK if value > 0.55 * worst else "white"
-        text = "" if math.isnan(value) else f"({value:+z.0f})" if each.low <= 0 <= each.high else f"{value:+z.0f}"
-        ax.text(column, row, text, ha="center", va="center", size=8.5, color=colour)
-    ax.set_xticks(range(len(bands)), bands)
-    ax.set_yticks(range(len(ordered)), [plots.marked(name, unseen) for name in ordered])
+    texts = [[f"({v:+z.0f})" if c.low <= 0 <= c.high else f"{v:+z.0f}" for c, v in zip(changes[name], row, strict=True)]
+             for name, row in zip(ordered, values, strict=True)]  # fmt: skip
+    seaborn.heatmap(
+        values, vmin=worst, vmax=0, cmap="cividis", cbar=False, ax=ax,
+        annot=np.array(texts), fmt="", annot_kws={"size": 8.5},
+        xticklabels=list(bands), yticklabels=[plots.marked(name, unseen) for name in ordered],
+    )  # fmt: skip
+    for text, value in zip(ax.texts, values[~np.isnan(values)], strict=True):
+        text.set_color(INK if value > 0.55 * worst else "white")
     ax.xaxis.tick_top()
     ax.set_xlabel(f"{plots.UNSEEN_NOTE}; (in brackets): the 95 % interval contains 0", fontsize=8.5)
-    ax.tick_params(length=0, labelsize=8.5)
-    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=8.5, labelrotation=0)
     return figure
 
 

@@ -164,8 +164,13 @@ def test_a_cell_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_and_ill_typed_parameters_are_refused(
-    ran: tuple[Path, dict[str, Outcome]], given: tuple[str, str], message: str
+    ran: tuple[Path, dict[str, Outcome]],
+    given: tuple[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the clone may be another user's
     with pytest.raises(ValueError, match=re.escape(message)):
         notebooks.run_notebooks([str(ran[0] / "notebooks" / "01_good.ipynb")], [given])
     with pytest.raises(ValueError, match="--save keeps outputs of the default parameters only"):

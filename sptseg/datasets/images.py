@@ -100,6 +100,15 @@ def open_mask(path: StrPath, max_pixels: int | None = None) -> Array:
     return np.asarray(mask).astype(np.int64)
 
 
+def open_ade20k_mask(path: StrPath, max_pixels: int | None = None) -> Array:
+    """The class numbers (H,W) in one of ADE20K's *_seg.png, int64: red // 10 * 256 + green; 0 has no class."""
+    mask = _load(path, max_pixels)
+    if mask.mode != "RGB":
+        raise Unreadable(f"{path} is a mask of mode {mask.mode}; wanted the RGB of ADE20K's *_seg.png: get it again")
+    red, green, _ = np.moveaxis(np.asarray(mask).astype(np.int64), 2, 0)
+    return red // 10 * 256 + green
+
+
 def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Image.Image:
     """The file's first picture, upright, in its own mode."""
     path, limit = Path(path), Image.MAX_IMAGE_PIXELS

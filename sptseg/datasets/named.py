@@ -13,21 +13,24 @@ from typing import Literal
 
 from torch.utils.data import Dataset
 
-from sptseg.datasets import folders
-from sptseg.datasets.folders import ImageMaskFiles, Sample
+from sptseg.datasets import layouts
+from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes
 from sptseg.datasets.splits import Split, names, plain
 
 Stream = Literal["evaluation", "training"]
 Layout = Literal[
-    "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "cityscapes", "camvid"
-]
+    "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes",
+    "camvid",
+]  # fmt: skip
 DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {
-    "voc2012": folders.voc2012, "coco-stuff": folders.coco_stuff, "context-otseg": folders.context,
-    "context-cascade": partial(folders.context, unseen="cascade"), "ade20k": folders.ade20k,
-    "cityscapes": folders.cityscapes, "camvid": lambda root, *_: folders.camvid(root),  # it has no subsets
+    "voc2012": layouts.voc2012, "coco-stuff": layouts.coco_stuff, "context-otseg": layouts.context,
+    "context-cascade": partial(layouts.context, unseen="cascade"), "ade20k": layouts.ade20k,
+    "ade20k-847": layouts.ade20k_847, "cityscapes": layouts.cityscapes,
+    "camvid": lambda root, *_: layouts.camvid(root),  # it has no subsets
 }  # fmt: skip
-SUBSETS = {  # for training, for evaluation
+SUBSETS = {  # for training, for evaluation; others have train and val
     "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
+    "ade20k-847": ("training", "validation"),
 }  # fmt: skip
 
 
@@ -66,9 +69,9 @@ class Data:
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
-            dataset = folders.Scenes(self.images, self.seed, stream)
+            dataset = Scenes(self.images, self.seed, stream)
         elif self.layout == "folder":
-            dataset = folders.ImageMaskFolder(self.data)
+            dataset = ImageMaskFolder(self.data)
         else:
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](Path(self.data), *([subset] if subset else []))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sptseg.scenes import CLASSES
 
@@ -137,45 +137,34 @@ def scenes() -> Split:
     return Split.from_names("scenes", CLASSES, unseen, "drawn by sptseg.scenes")
 
 
-def published(name: str, facts: Mapping[str, Any]) -> Split:
-    """The split of an entry of `FACTS`, in its own colours if it has any."""
-    split = Split.from_names(name, names(facts["classes"]), names(facts.get("unseen", "")), facts["source"])
+def published(name: str) -> Split:
+    """The split of a data set in data_sets.toml, in its own colours if it has any."""
+    data_set, _, choice = name.partition(".")
+    facts = FACTS[data_set] | FACTS[data_set].get(choice, {})
+    split = Split.from_names(
+        name.replace(".", "-"), names(facts["classes"]), names(facts.get("unseen", "")), facts["source"]
+    )
     return replace(split, palette=colours(facts["palette"])) if "palette" in facts else split
-
-
-def voc2012() -> Split:
-    """PASCAL VOC 2012 without background: 20 classes, 15 seen; in the official colours."""
-    return published("voc2012", FACTS["voc2012"])
-
-
-def coco_stuff() -> Split:
-    """COCO-Stuff 164k: 171 classes, 156 seen."""
-    return published("coco-stuff", FACTS["coco-stuff"])
 
 
 def context(unseen: Literal["otseg", "cascade"] = "otseg") -> Split:
     """PASCAL Context without background: 59 classes, 49 seen, by OTSeg's or by Cascade-CLIP's choice."""
     if unseen not in ("otseg", "cascade"):
         raise ValueError(f"context: unseen is {unseen!r}; wanted one of 'otseg', 'cascade'")
-    return published(f"context-{unseen}", FACTS["context"] | FACTS["context"][unseen])
+    return published(f"context.{unseen}")
 
 
-def ade20k() -> Split:
-    """ADE20K, scene parsing benchmark: 150 classes without background, none of them unseen (for cross-dataset use)."""
-    return published("ade20k", FACTS["ade20k"])
-
-
-def cityscapes() -> Split:
-    """Cityscapes: the 19 classes of its benchmark, none of them unseen (for cross-dataset use); in its colours."""
-    return published("cityscapes", FACTS["cityscapes"])
-
-
-def camvid() -> Split:
-    """CamVid in the SegNet tutorial's form: 11 classes of street photographs, 3 unseen (our choice)."""
-    return published("camvid", FACTS["camvid"])
-
+voc2012 = partial(published, "voc2012")  # PASCAL VOC 2012 without background: 20 classes, 15 seen; the devkit's colours
+coco_stuff = partial(published, "coco-stuff")  # COCO-Stuff 164k: 171 classes, 156 seen
+ade20k = partial(
+    published, "ade20k"
+)  # its scene parsing benchmark: 150 classes, none of them unseen, as in the next two
+ade20k_847 = partial(published, "ade20k-847")
+cityscapes = partial(published, "cityscapes")  # the 19 classes of its benchmark, in its colours
+camvid = partial(published, "camvid")  # in the SegNet tutorial's form: 11 classes, 3 unseen (our choice)
 
 BY_NAME: dict[str, Callable[[], Split]] = {
     "scenes": scenes, "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,
-    "context-cascade": lambda: context("cascade"), "ade20k": ade20k, "cityscapes": cityscapes, "camvid": camvid,
+    "context-cascade": partial(context, "cascade"), "ade20k": ade20k, "ade20k-847": ade20k_847,
+    "cityscapes": cityscapes, "camvid": camvid,
 }  # fmt: skip

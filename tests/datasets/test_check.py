@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from sptseg.datasets import folders, splits
+from sptseg.datasets import camvid, splits
 from sptseg.datasets.check import MOST_LISTED, check_dataset, evenly, show_samples, survey
 from sptseg.datasets.folders import ImageMaskFolder, Sample
 from sptseg.datasets.plots import png_bytes
@@ -175,6 +175,6 @@ def test_samples_say_which_files_are_broken(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not on this machine; set SPTSEG_CAMVID")
 def test_real_photographs() -> None:
-    report = check_dataset(folders.camvid(CAMVID / "train"), limit=12, progress=False)
+    report = check_dataset(camvid(CAMVID / "train"), limit=12, progress=False)
     assert not report.faults and not report.warnings
     assert report.split == splits.camvid() and report.size_range()["median"] == (480, 360)

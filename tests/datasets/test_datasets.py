@@ -11,8 +11,7 @@ from miniatures import listing
 from PIL import Image
 from torchvision import tv_tensors
 
-from sptseg import scenes
-from sptseg.datasets import folders as datasets
+from sptseg import datasets, scenes
 from sptseg.datasets import splits
 from sptseg.datasets.folders import ImageMaskFolder, folder_split
 from sptseg.datasets.images import Note

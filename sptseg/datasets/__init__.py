@@ -11,7 +11,7 @@ from sptseg.datasets.layouts import (
     ade20k, ade20k_847, camvid, cityscapes, coco_stuff, context, voc2012, where,
 )
 from sptseg.datasets.loading import read_batches
-from sptseg.datasets.named import Data, SCENES_TO_SCORE, SCENES_TO_TRAIN
+from sptseg.datasets.named import Data, SCENES_TO_SCORE, SCENES_TO_TRAIN, WORDS
 from sptseg.datasets.plots import (
     BLUE, DOT, FAINT, GREEN, INK, LEGEND, MARK, MARKERS, ORANGE, OUTLINED, Plot, UNSEEN_NOTE, VERMILION, colourise,
     legend, marked, overlay, png_bytes, save_figure, show_image, tidy, write_names,

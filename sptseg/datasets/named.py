@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from sptseg.datasets import layouts
 from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes
-from sptseg.datasets.splits import Split, names, plain
+from sptseg.datasets.splits import BY_NAME, FACTS, Split, names, plain
 
 Stream = Literal["evaluation", "training"]
 Layout = Literal[
@@ -32,6 +32,12 @@ SUBSETS = {  # for training, for evaluation; others have train and val
     "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
     "ade20k-847": ("training", "validation"),
 }  # fmt: skip
+# What SCLIP's evaluation, and those after it, tell CLIP of classes, by layout, as `Data.prompts`; where VOC's list has
+# words of its own, other data sets' (cls_*.txt of github.com/wangf3014/SCLIP) have the names without their blanks.
+WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
+    layout: ", ".join(f"{name}={name.replace(' ', '')}" for name in BY_NAME[layout]().classes if " " in name)
+    for layout in ("coco-stuff", "context-otseg", "context-cascade", "ade20k", "cityscapes")
+}
 
 
 @dataclass(frozen=True)

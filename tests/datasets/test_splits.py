@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from sptseg.datasets import splits
+from sptseg.datasets import WORDS, splits
 from sptseg.datasets.splits import IGNORE, Split, names, spread_palette
 
 # ZegCLIP's splits: label values of the unseen classes, with their names
@@ -104,6 +104,18 @@ def test_texts_are_the_names_or_what_is_said_in_their_place() -> None:
     hash(told)
     with pytest.raises(ValueError, match="'three': prompts for tv, no classes of it; it has tv monitor, boat, sofa"):
         split.with_prompts({"tv": "television"})
+
+
+def test_recipes_tell_clip_the_words_that_were_published() -> None:
+    assert WORDS["context-otseg"] == "potted plant=pottedplant, tv monitor=tvmonitor"
+    assert WORDS["cityscapes"] == "traffic light=trafficlight, traffic sign=trafficsign"
+    for layout, words in WORDS.items():
+        told = dict(each.split("=") for each in names(words))
+        texts = splits.BY_NAME[layout]().with_prompts(told).texts()  # which refuses what is no class
+        if layout == "voc2012":
+            assert texts[3:5] == ("ship", "bottle") and len(texts[14].split("|")) == 7
+        else:
+            assert not any(" " in text for text in texts)
 
 
 @pytest.mark.parametrize(

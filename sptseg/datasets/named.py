@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from torch.utils.data import Dataset
@@ -22,11 +21,11 @@ Layout = Literal[
     "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes",
     "camvid",
 ]  # fmt: skip
-DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {
+DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {  # of a root and a subset
+    "folder": lambda root, *_: ImageMaskFolder(root), "camvid": lambda root, *_: layouts.camvid(root),
     "voc2012": layouts.voc2012, "coco-stuff": layouts.coco_stuff, "context-otseg": layouts.context,
     "context-cascade": partial(layouts.context, unseen="cascade"), "ade20k": layouts.ade20k,
     "ade20k-847": layouts.ade20k_847, "cityscapes": layouts.cityscapes,
-    "camvid": lambda root, *_: layouts.camvid(root),  # it has no subsets
 }  # fmt: skip
 SUBSETS = {  # for training, for evaluation; others have train and val
     "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
@@ -75,21 +74,18 @@ class Data:
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
+            if self.values or self.reduce_zero_label:
+                raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
             dataset = Scenes(self.images, self.seed, stream)
-        elif self.layout == "folder":
-            dataset = ImageMaskFolder(self.data)
         else:
             subset = self.resolved(stream).subset
-            dataset = DATA_SETS[self.layout](Path(self.data), *([subset] if subset else []))
-        if isinstance(dataset, ImageMaskFiles) and dataset.found and os.environ.get("RANK", "0") == "0":
-            masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
-            print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
-        split: Split = dataset.split  # type: ignore[attr-defined]
-        if isinstance(dataset, ImageMaskFiles):
+            dataset = DATA_SETS[self.layout](self.data, subset)
+            if dataset.found and os.environ.get("RANK", "0") == "0":
+                masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
+                print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
             dataset.max_pixels = self.max_pixels
-            dataset.map_values(self.value_map(split))
-        elif self.values or self.reduce_zero_label:
-            raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
+            dataset.map_values(self.value_map(dataset.split))
+        split = dataset.split
         if self.unseen:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
@@ -102,8 +98,8 @@ class Data:
         """Labels by mask value, as `values` and `reduce_zero_label` say."""
         found = {0: split.ignore, **{i + 1: i for i in range(len(split.classes))}} if self.reduce_zero_label else {}
         pairs = names(self.values.replace("ignore", str(split.ignore)))
-        sound = [pair.split("=") for pair in pairs if re.fullmatch(r"\d+ ?= ?\d+", pair)]
-        given = {int(value): int(label) for value, label in sound}
+        sound = [re.fullmatch(r"(\d+) ?= ?(\d+)", pair) for pair in pairs]
+        given = {int(each[1]): int(each[2]) for each in sound if each}
         if len(given) < len(pairs):
             wanted = "VALUE=LABEL or VALUE=ignore, each value once, such as 255=1,3=ignore"
             raise ValueError(f"--values is {self.values!r}; wanted {wanted}")

@@ -28,10 +28,7 @@ STRENGTHS: dict[Corruption, tuple[float, float, float]] = {  # weak, middle, str
 
 
 def corrupt(image: Array, kind: Corruption, strength: int, seed: int | Sequence[int] = 0) -> Array:
-    """A picture (H, W, 3) uint8, spoilt as in `STRENGTHS`, of strength 1 to 3.
-
-    Noise and the direction of the shift come from `seed`; values that leave 0..255 are cut off.
-    """
+    """A picture (H, W, 3) uint8, spoilt as in `STRENGTHS`, of strength 1 to 3; `seed`: of noise and the shift."""
     amount, rng, values = STRENGTHS[kind][strength - 1], np.random.default_rng(seed), image.astype(np.float32)
     if kind == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
@@ -65,10 +62,8 @@ class Corrupted(Dataset[Sample]):
 
 
 class Pool(Dataset[Sample]):
-    """A data set of pictures of one size, equal to the bit, read from one file (N, 4, H, W) uint8: colours and label.
-
-    The first process that asks for the file makes it; others wait for it.
-    """
+    """A data set of pictures of one size, equal to the bit, read from one file (N, 4, H, W) uint8 of colours and label;
+    the first process that asks for the file makes it, others wait for it."""
 
     def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
         self.names: tuple[str, ...] = dataset.names  # pyright: ignore
@@ -88,6 +83,5 @@ class Pool(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         pixels = torch.from_numpy(np.array(self.pixels[index]))
-        return {
-            "image": tv_tensors.Image(pixels[:3]), "label": tv_tensors.Mask(pixels[3].long()), "name": self.names[index]
-        }  # fmt: skip
+        image, label = tv_tensors.Image(pixels[:3]), tv_tensors.Mask(pixels[3].long())
+        return {"image": image, "label": label, "name": self.names[index]}

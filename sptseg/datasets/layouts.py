@@ -1,20 +1,37 @@
-"""Public data sets as their authors release them, or as others' converters prepare them: `root` is a path, an item and
-what is ignored as in `folders`; FileNotFoundError says what is missing, and where it comes from."""
+"""Public data sets as their authors release them, or as others' converters prepare them; all data sets by name.
+
+`root` is a path, an item and what is ignored as in `folders`; FileNotFoundError says what is missing, and where it
+comes from.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+from torch.utils.data import Dataset
 
 from sptseg.datasets import splits
-from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, by_suffix, lines, paired, require
+from sptseg.datasets.folders import (
+    ImageMaskFiles,
+    ImageMaskFolder,
+    Sample,
+    Scenes,
+    by_suffix,
+    lines,
+    paired,
+    require,
+)  # fmt: skip
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
-from sptseg.datasets.splits import FACTS, IGNORE, WIDE_IGNORE, ignored_label
+from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
 
 # Mask values of the classes in the order of `splits`. COCO-Stuff's PNGs hold id - 1 of the ids 1 to 182; no mask
 # has the eleven left out (README and labels.txt of github.com/nightrome/cocostuff). Cityscapes: labels.py of
@@ -190,3 +207,97 @@ def labels_of(values: Sequence[int], ignored: Iterable[int]) -> np.ndarray:
 def names_in(path: Path) -> list[str]:
     """Image names in a list; DeepLab's have "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"."""
     return [Path(line.split()[0]).stem for line in lines(path)]
+
+
+Stream = Literal["evaluation", "training"]
+Layout = Literal[
+    "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes",
+    "camvid",
+]  # fmt: skip
+DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {  # of a root and a subset
+    "folder": lambda root, *_: ImageMaskFolder(root), "camvid": lambda root, *_: camvid(root),
+    "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,
+    "context-cascade": partial(context, unseen="cascade"), "ade20k": ade20k,
+    "ade20k-847": ade20k_847, "cityscapes": cityscapes,
+}  # fmt: skip
+SUBSETS = {  # for training, for evaluation; others have train and val
+    "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
+    "ade20k-847": ("training", "validation"),
+}  # fmt: skip
+# What SCLIP's evaluation, and those after it, tell CLIP of classes, by layout, as `Data.prompts`; where VOC's list has
+# words of its own, other data sets' (cls_*.txt of github.com/wangf3014/SCLIP) have the names without their blanks.
+WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
+    layout: ", ".join(f"{name}={name.replace(' ', '')}" for name in BY_NAME[layout]().classes if " " in name)
+    for layout in ("coco-stuff", "context-otseg", "context-cascade", "ade20k", "cityscapes")
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pictures and classes.
+
+    Attributes:
+        data: "scenes" (the picture-book world) or a folder.
+        layout: how the folder is laid out: "folder" for images/, masks/ and classes.txt, or a data set's own layout.
+        subset: of a data set that has several, such as train, trainaug or val; by default the layout's usual one.
+        images: how many scenes to draw (data "scenes" only).
+        seed: of the scenes.
+        unseen: names of the unseen classes, comma-separated, instead of the data set's own; "none" for none.
+        prompts: other words for CLIP, comma-separated, such as "tv monitor=television|screen" (the best counts).
+        values: labels that values in the masks' files stand for, comma-separated, such as "255=1,3=ignore".
+        reduce_zero_label: the masks count classes from 1: 0 is ignored, 1 stands for label 0, and so on.
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
+    """
+
+    data: str = "scenes"
+    layout: Layout = "folder"
+    subset: str = ""
+    images: int = 300
+    seed: int = 0
+    unseen: str = ""
+    prompts: str = ""
+    values: str = ""
+    reduce_zero_label: bool = False
+    max_pixels: int | None = None
+
+    def resolved(self, stream: Stream) -> Data:
+        """The same with the subset named."""
+        return replace(self, subset=self.subset or SUBSETS.get(self.layout, ("train", "val"))[stream == "evaluation"])
+
+    def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
+        """The data set and its split."""
+        if self.data == "scenes":
+            if self.values or self.reduce_zero_label:
+                raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
+            dataset = Scenes(self.images, self.seed, stream)
+        else:
+            subset = self.resolved(stream).subset
+            dataset = DATA_SETS[self.layout](self.data, subset)
+            if dataset.found and os.environ.get("RANK", "0") == "0":
+                masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
+                print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
+            dataset.max_pixels = self.max_pixels
+            dataset.map_values(self.value_map(dataset.split))
+        split = dataset.split
+        if self.unseen:
+            split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
+        if self.prompts:
+            pairs = [pair.partition("=") for pair in names(self.prompts)]
+            told = {plain(name): words.strip() for name, _, words in pairs}
+            split = split.with_prompts({**dict(split.prompts), **told})
+        return dataset, split
+
+    def value_map(self, split: Split) -> dict[int, int]:
+        """Labels by mask value, as `values` and `reduce_zero_label` say."""
+        found = {0: split.ignore, **{i + 1: i for i in range(len(split.classes))}} if self.reduce_zero_label else {}
+        pairs = names(self.values.replace("ignore", str(split.ignore)))
+        sound = [re.fullmatch(r"(\d+) ?= ?(\d+)", pair) for pair in pairs]
+        given = {int(each[1]): int(each[2]) for each in sound if each}
+        if len(given) < len(pairs):
+            wanted = "VALUE=LABEL or VALUE=ignore, each value once, such as 255=1,3=ignore"
+            raise ValueError(f"--values is {self.values!r}; wanted {wanted}")
+        return found | given
+
+
+SCENES_TO_TRAIN = Data(images=5000)
+SCENES_TO_SCORE = Data(seed=1000)  # the table's, apart from those that choices are made on

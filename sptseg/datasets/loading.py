@@ -89,5 +89,7 @@ def received(loader: Iterator[Any]) -> Iterator[Any]:
             if isinstance(batch, Exception):
                 raise batch
             yield tree_map_only(np.ndarray, torch.from_numpy, batch)
+    except (ConnectionError, EOFError) as error:  # the system ended it between a batch and its tensors
+        raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from error
     finally:
         del loader  # the error's traceback would keep the processes

@@ -82,7 +82,7 @@ def test_every_faulty_file_is_collected(tmp_path: Path) -> None:
 
 
 def test_what_is_noted_of_pictures_is_reported_with_their_names(tmp_path: Path) -> None:
-    data = folder(tmp_path, {"a": [0, 1, 2, 2], "b": [0, 1, 2, 2], "c": [0, 1, 2, 2]})
+    data = folder(tmp_path, {name: [0, 1, 2, 2] for name in "abc"})
     for name in "ac":
         Image.fromarray(np.full((2, 4), 4000, np.uint16)).save(tmp_path / f"images/{name}.png")
     text = "2 images: no more than 12 of its 16 bits are used: scaled as 12-bit values: a, c"
@@ -146,7 +146,7 @@ def test_a_lonely_absent_class_0_is_suspicious_and_usual_masks_are_not(tmp_path:
     assert not any(survey(data, data.split, [i], progress=False).warnings for i in range(3))
 
 
-def test_samples_are_shown_with_masks_and_names() -> None:
+def test_samples_are_shown_with_masks_and_names_and_what_is_broken(tmp_path: Path) -> None:
     figure = show_samples(Drawn(), count=3, seed=1)
     titles = [ax.get_title() for ax in figure.axes]
     assert sum(title.startswith("noise-") for title in titles) == 3
@@ -154,11 +154,8 @@ def test_samples_are_shown_with_masks_and_names() -> None:
     legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert legend == ["grass", "water", "tree*", "boat", "* unseen in training"]
     assert [ax.get_title() for ax in show_samples(Drawn(), count=3, seed=1).axes] == titles
-
-
-def test_samples_say_which_files_are_broken(tmp_path: Path) -> None:
-    data = folder(tmp_path, {"a": [0, 1, 2, 255], "b": [0, 1, 2, 255]})
-    (tmp_path / "masks/b.png").write_bytes(b"")
+    data = folder(tmp_path, {"a": [0, 1, 2, 255]})
+    (tmp_path / "masks/a.png").write_bytes(b"")
     figure = show_samples(data)
     assert any("is not" in " ".join(text.get_text().split()) for ax in figure.axes for text in ax.texts)
     assert png_bytes(figure).startswith(b"\x89PNG")

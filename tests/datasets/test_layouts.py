@@ -16,7 +16,7 @@ from scipy.io import savemat
 from sptseg import datasets
 from sptseg.cli.commands import main
 from sptseg.datasets import layouts, splits
-from sptseg.datasets.named import Data
+from sptseg.datasets.layouts import Data
 from sptseg.datasets.splits import IGNORE
 from sptseg.inference import evaluate
 from sptseg.model import DENSE_CLIP, build_model

@@ -11,6 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -105,6 +106,9 @@ def test_a_loading_process_that_the_system_ends_is_one_sentence_with_the_remedy(
         evaluate(toy_model(), Faulty(signal.SIGKILL), SPLIT, progress=False, workers=1)
     with pytest.raises(OSError, match=f"^{said}train.workers 0.$"):
         fit(toy_model(), Faulty(signal.SIGKILL), SPLIT, toy_config(workers=1))
+    for lost in (ConnectionResetError(104, "reset"), EOFError()):  # between a batch and its tensors
+        with pytest.raises(RuntimeError, match="^DataLoader worker ended while it handed over a batch"):
+            list(loading.received(map(Mock(side_effect=lost), [0])))
 
 
 def test_processes_that_cannot_be_started_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

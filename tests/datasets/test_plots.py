@@ -70,7 +70,6 @@ def test_large_pictures_are_reduced_before_they_are_drawn() -> None:
 
 def test_present_sorts_by_area_and_adds_what_only_others_have() -> None:
     labels = np.array([[1, 1, 1], [2, 2, 255]])
-    assert plots.present(labels) == [1, 2]
     assert plots.present(labels, None, np.array([[0, 2, 255]])) == [1, 2, 0]
 
 

@@ -54,9 +54,8 @@ def test_image_and_mask_move_together() -> None:
     labels = torch.zeros(64, 96, dtype=torch.int64)
     labels[:, 30:60], labels[40:, 50:] = 1, 2
     image = tv_tensors.Image((labels * 100).to(torch.uint8).expand(3, -1, -1).clone())
-    transform = transforms.train_transform(
-        Augmentation(crop=48, resize_base=None, distortion=0.0, mean=(0, 0, 0), std=(1, 1, 1))
-    )
+    unchanged = {"resize_base": None, "distortion": 0.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    transform = transforms.train_transform(Augmentation(crop=48, **unchanged))
     agreement = []
     for seed in range(20):
         torch.manual_seed(seed)

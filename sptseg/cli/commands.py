@@ -24,12 +24,12 @@ from sptseg.cli import benchmark
 from sptseg.cli.demo import demo
 from sptseg.cli.train import Ablate, Train, with_preset
 from sptseg.cli.which import TRAINING_FREE, Which
-from sptseg.datasets import Data, Note, as_array, check_dataset, names, plots, show_samples, sorted_images, where
+from sptseg.datasets import WORDS, Data, Note, as_array, check_dataset, names, plots, show_samples, sorted_images, where
 from sptseg.inference import CocoMasks, by_training, evaluate, segment
 from sptseg.interactive import explore, notebooks
 from sptseg.model import EMBEDDED_CLIPS, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
-from sptseg.training import WORDS, PretrainConfig, beside_published, pretrain, retrieval
+from sptseg.training import PretrainConfig, beside_published, pretrain, retrieval
 
 
 def evaluate_command(

@@ -4,20 +4,20 @@
 from sptseg.datasets import plots, splits, transforms
 from sptseg.datasets.check import DataReport, MOST_LISTED, check_dataset, evenly, show_samples, survey
 from sptseg.datasets.folders import (
-    ImageMaskFiles, ImageMaskFolder, Sample, Scenes, ade20k, camvid, cityscapes, coco_stuff, context, folder_split,
-    voc2012,
+    Corrupted, ImageMaskFiles, ImageMaskFolder, Pool, STRENGTHS, Sample, Scenes, corrupt, folder_split,
 )
 from sptseg.datasets.images import (
     Note, Unreadable, as_array, enlarge, listed, luminance, open_image, png, reduce, sorted_images,
 )
-from sptseg.datasets.layouts import where
+from sptseg.datasets.layouts import (
+    Data, SCENES_TO_SCORE, SCENES_TO_TRAIN, WORDS, ade20k, ade20k_847, camvid, cityscapes, coco_stuff, context, voc2012,
+    where,
+)
 from sptseg.datasets.loading import read_batches
-from sptseg.datasets.named import Data, SCENES_TO_SCORE, SCENES_TO_TRAIN
 from sptseg.datasets.plots import (
     BLUE, DOT, FAINT, GREEN, INK, LEGEND, MARK, MARKERS, ORANGE, OUTLINED, Plot, UNSEEN_NOTE, VERMILION, colourise,
     legend, marked, overlay, png_bytes, save_figure, show_image, tidy, write_names,
 )
-from sptseg.datasets.pool import Corrupted, Pool, STRENGTHS, corrupt
 from sptseg.datasets.splits import (
     BACKGROUND, Colour, IGNORE, Split, ignored_label, names, plain, scenes, spread_palette,
 )

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,26 +25,22 @@ REDUCE = "give --reduce-zero-label (in Python value_map={0: 255, 1: 0, 2: 1, ...
 
 @dataclass
 class DataReport:
-    """What a data set holds. `faults` stop a training run or spoil it; `warnings` ask for a look.
+    """What a data set holds: of `total` images `looked_at` were read; per class its `pixels`, and the `images` with it.
 
-    Attributes:
-        total, looked_at: images in the data set, and how many of them were read.
-        pixels, images: per class, its pixels and the images that hold it.
-        ignored: share of pixels that no class has.
-        sizes: (width, height) of every sound image.
-        all_ignored: names of images without a labelled pixel.
+    `ignored`: share of pixels that no class has. `sizes`: (width, height) of every sound image. `all_ignored`: names of
+    images without a labelled pixel. `faults` stop a training run or spoil it; `warnings` ask for a look.
     """
 
     split: Split
     total: int
     looked_at: int
-    pixels: list[int]
-    images: list[int]
-    ignored: float
-    sizes: list[tuple[int, int]]
-    all_ignored: list[str]
-    faults: list[str]
-    warnings: list[str]
+    pixels: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    ignored: float = 0.0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    all_ignored: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def never_seen(self) -> tuple[str, ...]:
@@ -68,10 +64,8 @@ class DataReport:
             {"label": i, "name": name, "unseen": i in self.split.unseen, "share": share, "images": images}
             for i, (name, share, images) in enumerate(zip(self.split.classes, self.shares, self.images, strict=True))
         ]
-        kept = ("total", "looked_at", "ignored", "all_ignored", "faults", "warnings")
-        sizes = {name: list(size) for name, size in self.size_range().items()}
-        plain = {name: getattr(self, name) for name in kept}
-        return {**plain, "never_seen": list(self.never_seen), "sizes": sizes, "classes": classes}
+        kept = ("total", "looked_at", "ignored", "all_ignored", "faults", "warnings", "never_seen")
+        return {**{name: getattr(self, name) for name in kept}, "sizes": self.size_range(), "classes": classes}
 
     def table(self) -> str:
         """The report in Markdown: the images, the classes, then faults and warnings."""
@@ -97,10 +91,8 @@ def check_dataset(dataset: Dataset[Sample], *, limit: int | None = None, progres
     if report.never_seen:
         report.warnings.append(f"classes without a pixel in the images read: {listed(report.never_seen)}")
     if report.never_seen == split.classes[:1] and any(report.images):
-        report.warnings.append(
-            f"label 0 ({split.classes[0]!r}) alone never occurs: if the masks count from 1, every class has its "
-            f"neighbour's name; then {REDUCE}"
-        )
+        told = f"label 0 ({split.classes[0]!r}) alone never occurs: if the masks count from 1, every class has its"
+        report.warnings.append(f"{told} neighbour's name; then {REDUCE}")
     return report
 
 
@@ -114,9 +106,9 @@ def evenly(length: int, limit: int | None) -> list[int]:
 
 def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progress: bool) -> DataReport:
     """The report on some items, whose label values are those of `split`; faulty files are faults."""
-    counts = np.zeros(split.ignore + 1, np.int64)
-    images = np.zeros(len(split.classes), np.int64)
-    sizes, all_ignored, faults = [], [], []
+    counts, classes = np.zeros(split.ignore + 1, np.int64), len(split.classes)
+    report = DataReport(split, len(dataset), len(indices))  # pyright: ignore[reportArgumentType]
+    images = np.zeros(classes, np.int64)
     notes: dict[str, list[str]] = defaultdict(list)
     values: set[int] = set()
     for index in tqdm(indices, desc="checking", disable=not progress, mininterval=1):
@@ -129,23 +121,20 @@ def survey(dataset: Dataset[Sample], split: Split, indices: Sequence[int], progr
             image, label = sound(sample, split)
         except Exception as error:  # whatever one file does, the next one is looked at
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            faults.append(f"image {index}: {kind}{error}")
+            report.faults.append(f"image {index}: {kind}{error}")
             values.update(error.values if isinstance(error, UnknownValues) else ())
             continue
         found = np.bincount(label.ravel(), minlength=split.ignore + 1)
         counts += found
-        images += found[: len(split.classes)] > 0
-        sizes.append((image.shape[1], image.shape[0]))
+        images += found[:classes] > 0
+        report.sizes.append((image.shape[1], image.shape[0]))
         if not found[: split.ignore].any():
-            all_ignored.append(sample["name"])
-    if all_ignored:
-        notes["no labelled pixel"] = all_ignored
-    length: int = len(dataset)  # pyright: ignore[reportArgumentType]
-    pixels, ignored = counts[: len(split.classes)].tolist(), float(counts[split.ignore] / max(1, counts.sum()))
-    texts = [f"{len(names)} images: {text}: {listed(names)}" for text, names in notes.items()]
-    report = DataReport(
-        split, length, len(indices), pixels, images.tolist(), ignored, sizes, all_ignored, faults, texts
-    )
+            report.all_ignored.append(sample["name"])
+    if report.all_ignored:
+        notes["no labelled pixel"] = report.all_ignored
+    report.pixels, report.images = counts[:classes].tolist(), images.tolist()
+    report.ignored = float(counts[split.ignore] / max(1, counts.sum()))
+    report.warnings = [f"{len(names)} images: {text}: {listed(names)}" for text, names in notes.items()]
     if isinstance(dataset, ImageMaskFiles) and not dataset.mapped:
         meaning = what_values_mean(values.union(np.flatnonzero(counts).tolist()), report)
         report.warnings += [meaning] if meaning else []
@@ -180,12 +169,9 @@ def sound(sample: Sample, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """A sample's image (H,W,3) uint8 and labels (H,W); refuses what no training run could use."""
     image, label = np.asarray(sample["image"]), np.asarray(sample["label"])
     name, last = sample["name"], len(split.classes) - 1
-    if image.dtype != np.uint8 or image.ndim != 3 or len(image) != 3:
-        wanted = "uint8 (3, height, width): give the data set no transform"
-        raise ValueError(f"{name}: the image is {image.dtype} {image.shape}; wanted {wanted}")
-    if label.shape != image.shape[1:] or label.dtype.kind not in "iu" or not label.size:
-        got = f"labels are {label.dtype} {label.shape}, the image {image.shape[1:]}"
-        raise ValueError(f"{name}: {got}; wanted integers, equal sizes")
+    if image.dtype != np.uint8 or label.shape != image.shape[1:] or label.dtype.kind not in "iu":
+        got = f"the image is {image.dtype} {image.shape}, its labels {label.dtype} {label.shape}"
+        raise ValueError(f"{name}: {got}; wanted uint8 (3, height, width) and integers (height, width)")
     wrong = label[(label < 0) | ((label > last) & (label != split.ignore))]
     if wrong.size:
         known = f"of split {split.name!r} (0 to {last}, {split.ignore} is ignored)"

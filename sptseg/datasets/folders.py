@@ -1,29 +1,38 @@
-"""Data sets of images and label masks: the picture-book scenes, folders, VOC, COCO-Stuff, Context, ADE20K, ...
+"""Data sets of images and label masks: scenes that are drawn, files, and others kept in one file, or spoilt on purpose.
 
 An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str}; label values index the data set's
-`split.classes`, `split.ignore` (255) is ignored. A `transform` gets and returns (image, label).
+`split.classes`, `split.ignore` (255) is ignored.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sptseg import scenes
-from sptseg.datasets import layouts, splits
-from sptseg.datasets.images import StrPath, images_by_name, listed, open_image, open_mask
-from sptseg.datasets.layouts import Files, all_lines, by_suffix, lines, paired, require
-from sptseg.datasets.splits import IGNORE, Split
+from sptseg.datasets import splits
+from sptseg.datasets.images import StrPath, by_name, images_by_name, listed, open_image, open_mask
+from sptseg.datasets.splits import Split, composed
+from sptseg.system import claimed, write
 
-Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[torch.Tensor, torch.Tensor]]
 _STREAMS = ("evaluation", "training")
+Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
+STRENGTHS: dict[Corruption, tuple[float, float, float]] = {  # weak, middle, strong
+    "blur": (0.7, 1.2, 2.0),  # standard deviation of a Gaussian, pixels
+    "noise": (8, 16, 32),  # standard deviation of Gaussian noise, of 255
+    "jpeg": (50, 25, 10),  # quality
+    "contrast": (0.7, 0.5, 0.3),  # share that is left of the distance from the picture's mean colour
+    "colour": (15, 30, 60),  # length of the shift of all pixels, of 255 a channel, in a random direction
+}
 
 
 class Sample(TypedDict):
@@ -32,12 +41,6 @@ class Sample(TypedDict):
     image: torch.Tensor
     label: torch.Tensor
     name: str
-
-
-def _sample(image: tv_tensors.Image, label: np.ndarray, name: str, transform: Transform | None) -> Sample:
-    pair = image, tv_tensors.Mask(torch.from_numpy(label.astype(np.int64)))
-    new_image, new_label = pair if transform is None else transform(*pair)
-    return {"image": new_image, "label": new_label, "name": name}
 
 
 class Scenes(Dataset[Sample]):
@@ -52,48 +55,50 @@ class Scenes(Dataset[Sample]):
         seed: int = 0,
         stream: Literal["evaluation", "training"] = "evaluation",
         size: int = 128,
-        transform: Transform | None = None,
         one_colour: bool = False,
     ) -> None:
         if length < 1:
             raise ValueError(f"Scenes: length is {length}; wanted at least 1")
-        if stream not in _STREAMS:
-            raise ValueError(f"Scenes: stream is {stream!r}; wanted one of {', '.join(map(repr, _STREAMS))}")
-        self.split, self.transform = splits.scenes(), transform
-        self.length, self.seed, self.stream, self.size = length, seed, stream, size
-        self.one_colour = one_colour
+        self.split, self.one_colour, self.size = splits.scenes(), one_colour, size
+        self.seed = _STREAMS.index(stream), seed
         kind = f"{stream}-one-colour" if one_colour else stream
         self.names = tuple(f"{kind}-{seed}-{index}" for index in range(length))
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.length:
-            raise IndexError(f"Scenes: index is {index}; wanted 0 to {self.length - 1}")
-        seed = _STREAMS.index(self.stream), self.seed, index
-        image, label = scenes.draw(seed, self.size, self.one_colour)
+        if not 0 <= index < len(self):
+            raise IndexError(f"Scenes: index is {index}; wanted 0 to {len(self) - 1}")
+        image, label = scenes.draw((*self.seed, index), self.size, self.one_colour)
         channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())
-        return _sample(tv_tensors.Image(channels_first), label, self.names[index], self.transform)
+        return {"image": tv_tensors.Image(channels_first), "label": _mask(label), "name": self.names[index]}
+
+
+def _mask(label: np.ndarray) -> tv_tensors.Mask:
+    return tv_tensors.Mask(torch.from_numpy(label.astype(np.int64)))
 
 
 class ImageMaskFiles(Dataset[Sample]):
-    """Images and index masks file by file, as `layouts` finds them; `found` names the layout.
+    """Images and index masks file by file: (image, mask) paths by name; `labels[v]` is the label of mask value v.
 
-    Mask values that are neither a class nor ignored raise ValueError when the mask is read. `max_pixels` is the limit
-    of `open_image`, `mapped` what `map_values` was given.
+    Values without one raise ValueError when a mask is read. `found` names the layout, `read` opens masks, `max_pixels`
+    is the limit of `open_image`, `mapped` what `map_values` was given.
     """
 
     max_pixels: int | None = None
     mapped: tuple[str, ...] = ()
 
-    def __init__(self, files: Files, split: Split, transform: Transform | None = None) -> None:
-        self.names = tuple(files.pairs)
-        self.split = split
-        self.transform = transform
-        self.found = files.found
-        self._files = list(files.pairs.values())
-        self._labels = files.labels
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[Path, Path]],
+        split: Split,
+        labels: np.ndarray,
+        found: str = "",
+        read: Callable[[Path, int | None], np.ndarray] = open_mask,
+    ) -> None:
+        self.names, self.split, self.found = tuple(pairs), split, found
+        self._files, self._labels, self._read = list(pairs.values()), labels, read
 
     def map_values(self, value_map: Mapping[int, int]) -> None:
         """Gives values in the masks' files other labels, such as {255: 1}; values not named keep theirs."""
@@ -112,33 +117,39 @@ class ImageMaskFiles(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image_path, mask_path = self._files[index]
         image = open_image(image_path, self.max_pixels)
-        label = self._open_label(mask_path)
+        label = self._label(mask_path)
         height, width = label.shape
         if (width, height) != image.size:
             raise ValueError(
                 f"{mask_path} is {width} x {height} pixels, its image {image_path} is {image.width} x {image.height} "
                 "(upright, as its EXIF orientation says); wanted equal sizes: export the mask at the image's size"
             )
-        return _sample(tv_tensors.Image(image), label, self.names[index], self.transform)
+        return {"image": tv_tensors.Image(image), "label": _mask(label), "name": self.names[index]}
 
-    def _open_label(self, path: Path) -> np.ndarray:
+    def _label(self, path: Path) -> np.ndarray:
         """Label values (H,W) of a mask file."""
-        values, count, ignore = open_mask(path, self.max_pixels), len(self.split.classes), self.split.ignore
+        values, count, ignore = self._read(path, self.max_pixels), len(self.split.classes), self.split.ignore
         known = (self._labels < count) | (self._labels == ignore)
-        if values.min() < 0 or values.max() >= len(known) or not known[values].all():
-            found = np.unique(values).tolist()
-            wrong = [value for value in found if not (0 <= value < len(known) and known[value])]
-            told = f"mask value{'s' * (len(wrong) > 1)} {listed([*map(str, wrong)], 5)}"
-            error = UnknownValues(
-                f"{path} has {told}, which {self.split.name}'s masks {self.found} never have: get the file again"
-                if self.found
-                else f"{path} has {told}, no class of split {self.split.name!r} (0 to {count - 1}; {ignore} is "
-                f"ignored); say what they mean: --values {wrong[0]}=ignore, in Python value_map={{{wrong[0]}: "
-                f"{ignore}}}, or name their classes in the split"
-            )
-            error.values = found
-            raise error
-        return self._labels[values]
+        if values.min() >= 0 and values.max() < len(known) and known[values].all():
+            return self._labels[values]
+        found = np.unique(values).tolist()
+        wrong = [value for value in found if not (0 <= value < len(known) and known[value])]
+        told = f"mask value{'s' * (len(wrong) > 1)} {listed([*map(str, wrong)], 5)}"
+        error = UnknownValues(
+            f"{path} has {told}, which {self.split.name}'s masks {self.found} never have: get the file again"
+            if self.found
+            else f"{path} has {told}, no class of split {self.split.name!r} (0 to {count - 1}; {ignore} is "
+            f"ignored); say what they mean: --values {wrong[0]}=ignore, in Python value_map={{{wrong[0]}: "
+            f"{ignore}}}, or name their classes in the split"
+        )
+        error.values = found
+        raise error
+
+
+class UnknownValues(ValueError):
+    """A mask with values that are no labels."""
+
+    values: Sequence[int] = ()  # all that it has
 
 
 class ImageMaskFolder(ImageMaskFiles):
@@ -157,7 +168,6 @@ class ImageMaskFolder(ImageMaskFiles):
         *,
         names: Sequence[str] | None = None,
         value_map: Mapping[int, int] | None = None,
-        transform: Transform | None = None,
     ) -> None:
         root = Path(root)
         images, masks = require(root, {"images/": "the images", "masks/": "the masks"})
@@ -165,105 +175,143 @@ class ImageMaskFolder(ImageMaskFiles):
         image_paths = images_by_name(images)
         wanted, mask_paths = sorted(image_paths) if names is None else names, by_suffix(masks, ".png")
         pairs = paired(wanted, image_paths, mask_paths, images, f"{masks}/NAME.png")
-        super().__init__(Files(pairs, np.arange(split.ignore + 1)), split, transform)
+        super().__init__(pairs, split, np.arange(split.ignore + 1))
         self.map_values(value_map or {})
 
 
-class UnknownValues(ValueError):
-    """A mask with values that are no labels."""
+def corrupt(image: np.ndarray, kind: Corruption, strength: int, seed: int | Sequence[int] = 0) -> np.ndarray:
+    """A picture (H, W, 3) uint8, spoilt as in `STRENGTHS`, of strength 1 to 3; `seed`: of noise and the shift."""
+    amount, rng, values = STRENGTHS[kind][strength - 1], np.random.default_rng(seed), image.astype(np.float32)
+    if kind == "blur":
+        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
+    if kind == "jpeg":
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=int(amount))
+        return np.asarray(Image.open(buffer))
+    if kind == "noise":
+        values += np.float32(amount) * rng.standard_normal(image.shape, np.float32)
+    elif kind == "contrast":
+        mean = values.mean((0, 1))
+        values = mean + np.float32(amount) * (values - mean)
+    else:
+        direction = rng.standard_normal(3)
+        values += (amount * direction / np.linalg.norm(direction)).astype(np.float32)
+    return np.rint(values).clip(0, 255).astype(np.uint8)
 
-    values: Sequence[int] = ()  # all that it has
+
+class Corrupted(Dataset[Sample]):
+    """A data set whose pictures are spoilt, each from a seed of its own."""
+
+    def __init__(self, dataset: Dataset[Sample], kind: Corruption, strength: int) -> None:
+        self.dataset, self.strength = dataset, strength
+        self.kind: Corruption = kind
+        self.names = tuple(f"{name}-{kind}-{strength}" for name in dataset.names)  # pyright: ignore
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        image = corrupt(sample["image"].permute(1, 2, 0).numpy(), self.kind, self.strength, seed=index)
+        return {**sample, "image": tv_tensors.Image(torch.from_numpy(image.copy()).permute(2, 0, 1))}
+
+
+class Pool(Dataset[Sample]):
+    """A data set of pictures of one size, equal to the bit, read from one file (N, 4, H, W) uint8 of colours and label;
+    the first process that asks for the file makes it, others wait for it."""
+
+    def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
+        self.names: tuple[str, ...] = dataset.names  # pyright: ignore
+        with claimed(file.with_suffix(".lock"), wait=True):
+            if not file.is_file():
+                samples = (dataset[i] for i in range(len(self.names)))
+                pixels = [np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples]
+                buffer = io.BytesIO()
+                np.save(buffer, np.stack(pixels))
+                write(file, buffer.getvalue())
+        self.pixels = np.load(file, mmap_mode="r")
+        if len(self.pixels) != len(self.names):
+            raise ValueError(f"{file} holds {len(self.pixels)} pictures; wanted {len(self.names)}: delete it")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = torch.from_numpy(np.array(self.pixels[index]))
+        image, label = tv_tensors.Image(pixels[:3]), tv_tensors.Mask(pixels[3].long())
+        return {"image": image, "label": label, "name": self.names[index]}
 
 
 def folder_split(root: StrPath) -> Split:
-    """The split that `root`/classes.txt names, one class a line, line n for label value n-1.
+    """The split that `root`/classes.txt names, one class a line, line n for label value n-1; "0: sky" too if all count.
 
-    Unseen are the classes in `root`/unseen.txt; without that file all are seen.
+    Unseen are the classes in `root`/unseen.txt; without that file all are seen. Raises ValueError for a line that would
+    shift those after it.
     """
     root = Path(root)
-    require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
-    classes = _class_names(root / "classes.txt")
-    unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
-    return Split.from_names(root.resolve().name, classes, unseen, f"{root / 'classes.txt'}")
-
-
-def _class_names(path: Path) -> list[str]:
-    """One a line, "0: sky" too if all lines are numbered from 0; refuses lines that would shift those after them."""
-    lines = all_lines(path)
-    numbers = [re.fullmatch(r"(\d+)(?:\s*[:=,;)]|\.?\s)\s*(.*)", line) for line in lines]
-    if [each and int(each[1]) for each in numbers] == [*range(len(lines))]:
-        lines, numbers = [each[2] for each in numbers if each], []
-    often = len(lines) < 2 * sum(map(bool, numbers))  # else "4 wheeler" is a name
+    (path,) = require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
+    classes = all_lines(path)
+    numbers = [re.fullmatch(r"(\d+)(?:\s*[:=,;)]|\.?\s)\s*(.*)", line) for line in classes]
+    if [each and int(each[1]) for each in numbers] == [*range(len(classes))]:
+        classes, numbers = [each[2] for each in numbers if each], []
+    often = len(classes) < 2 * sum(map(bool, numbers))  # else "4 wheeler" is a name
     odd = r".*[:=,;]\s*\d+|#.*|\d+(\s*[:=,;)]|\.\s).*" + (r"|\d+\s.*" if often else "")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(classes, start=1):
         if not line or re.fullmatch(odd, line):
             raise ValueError(
                 f"{path}, line {number} is {line!r}; wanted the name of the class with mask value {number - 1}: line n "
                 "names value n - 1, so no blank lines, no remarks, and no numbers, unless all lines count from 0"
             )
-    return lines
+    unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
+    return Split.from_names(root.resolve().name, classes, unseen, f"{path}")
 
 
-def _released(
-    name: layouts.Released, find: Callable[[Path, str], Files], split: Split, root: StrPath, subset: str,
-    transform: Transform | None,
-) -> ImageMaskFiles:  # fmt: skip
-    """One subset of a public data set; of missing files it says where they come from."""
-    subsets = splits.FACTS[name]["subsets"]
-    if subset not in subsets:
-        raise ValueError(f"{name}: subset is {subset!r}; wanted one of {', '.join(map(repr, subsets))}")
+def require(root: Path, parts: Mapping[str, str]) -> list[Path]:
+    """Paths of files and folders (ending in /) below a root, of "a/ or b/" the first that is there.
+
+    Raises FileNotFoundError that says which are missing, and what for.
+    """
+    found = {part: [root / place for place in part.split(" or ") if (root / place).exists()] for part in parts}
+    missing = [f"{part} ({meaning})" for part, meaning in parts.items() if not found[part]]
+    if missing:
+        got = "has no" if root.is_dir() else f"{'is no folder' if root.exists() else 'does not exist'}; it lacks"
+        inside = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
+        raise FileNotFoundError(
+            f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}, found "
+            f"{', '.join(inside) or 'nothing'}: check the path, or put the data there"
+        )
+    return [paths[0] for paths in found.values()]
+
+
+def paired(
+    names: Iterable[str], images: Mapping[str, Path], masks: Mapping[str, Path], images_at: object, masks_at: object
+) -> dict[str, tuple[Path, Path]]:
+    """(image, mask) by name; refuses names that lack one, and no names at all."""
+    names = [*map(composed, names)]
+    if not names:
+        raise FileNotFoundError(f"no images from {images_at}; wanted at least one name listed")
+    for what, found in ((f"images in {images_at}", images), (f"masks in {masks_at} for images", masks)):
+        if missing := [name for name in names if name not in found]:
+            told = f"{len(missing)} ({listed(missing, 5)})"
+            raise FileNotFoundError(f"missing {what}: {told}; add them or take these names out")
+    return {name: (images[name], masks[name]) for name in names}
+
+
+def by_suffix(folder: Path, suffix: str, pattern: str = "*") -> dict[str, Path]:
+    """Files below a folder ending in `suffix`, letter case ignored, by what comes before it; hidden ones left out."""
+    found = sorted(path for path in folder.glob(pattern) if path.name.lower().endswith(suffix.lower()))
+    return by_name((path.name[: -len(suffix)], path) for path in found if not path.name.startswith("."))
+
+
+def all_lines(path: Path) -> list[str]:
+    """Lines without blanks around them, of a text in UTF-8 or, as its first bytes say, UTF-16."""
+    content = path.read_bytes()
     try:
-        return ImageMaskFiles(find(Path(root), subset), split, transform)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. What to download, into which folders: sptseg data where {name}") from error
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    except UnicodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is no text in UTF-8 or UTF-16: save it as UTF-8")
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", text.lstrip("\ufeff").rstrip())]
 
 
-def voc2012(
-    root: StrPath, subset: Literal["train", "trainaug", "val"], transform: Transform | None = None
-) -> ImageMaskFiles:
-    """PASCAL VOC 2012; `root` is .../VOCdevkit/VOC2012. Background is ignored.
-
-    "trainaug" adds SBD: SegmentationClassAug and trainaug.txt (or train.txt and aug.txt) from mmsegmentation's
-    converter, or without that folder benchmark_RELEASE, as released, in `root`, beside it or one above.
-    """
-    return _released("voc2012", layouts.voc2012, splits.voc2012(), root, subset, transform)
-
-
-def coco_stuff(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFiles:
-    """COCO-Stuff 164K; `root` holds images/train2017 and annotations/train2017.
-
-    The masks are *_labelTrainIds.png from mmsegmentation's converter, or without these stuffthingmaps_trainval2017 as
-    released, there or in a folder of that name.
-    """
-    return _released("coco-stuff", layouts.coco_stuff, splits.coco_stuff(), root, subset, transform)
-
-
-def context(
-    root: StrPath,
-    subset: Literal["train", "val"],
-    unseen: Literal["otseg", "cascade"] = "otseg",
-    transform: Transform | None = None,
-) -> ImageMaskFiles:
-    """PASCAL Context, 59 classes; `root` is .../VOCdevkit/VOC2010. All else is ignored.
-
-    The masks are SegmentationClassContext from mmsegmentation's converter, or without that folder trainval/*.mat and
-    labels.txt as released, in `root`, beside it or one above.
-    """
-    return _released("context", layouts.context, splits.context(unseen), root, subset, transform)
-
-
-def ade20k(
-    root: StrPath, subset: Literal["training", "validation"], transform: Transform | None = None
-) -> ImageMaskFiles:
-    """ADE20K's scene parsing benchmark; `root` is .../ADEChallengeData2016. "Other" (0) is ignored."""
-    return _released("ade20k", layouts.ade20k, splits.ade20k(), root, subset, transform)
-
-
-def cityscapes(root: StrPath, subset: Literal["train", "val"], transform: Transform | None = None) -> ImageMaskFiles:
-    """Cityscapes, fine annotations; `root` holds leftImg8bit/ and gtFine/. All but the 19 classes is ignored."""
-    return _released("cityscapes", layouts.cityscapes, splits.cityscapes(), root, subset, transform)
-
-
-def camvid(root: StrPath, transform: Transform | None = None) -> ImageMaskFolder:
-    """CamVid in the SegNet tutorial's form; `root` holds images/ and masks/. Unlabelled (11) is ignored."""
-    return ImageMaskFolder(root, splits.camvid(), value_map={11: IGNORE}, transform=transform)
+def lines(path: Path) -> list[str]:
+    """A text file's lines that are not blank."""
+    return [line for line in all_lines(path) if line]

@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from torchvision.io import ImageReadMode, decode_image
 
 from sptseg.datasets.splits import composed
 
@@ -86,7 +85,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def open_mask(path: StrPath, max_pixels: int | None = None) -> Array:
@@ -100,23 +99,42 @@ def open_mask(path: StrPath, max_pixels: int | None = None) -> Array:
     return np.asarray(mask).astype(np.int64)
 
 
+def open_ade20k_mask(path: StrPath, max_pixels: int | None = None) -> Array:
+    """The class numbers (H,W) in one of ADE20K's *_seg.png, int64: red // 10 * 256 + green; 0 has no class."""
+    mask = _load(path, max_pixels)
+    if mask.mode != "RGB":
+        raise Unreadable(f"{path} is a mask of mode {mask.mode}; wanted the RGB of ADE20K's *_seg.png: get it again")
+    red, green, _ = np.moveaxis(np.asarray(mask).astype(np.int64), 2, 0)
+    return red // 10 * 256 + green
+
+
+def _matlab(path: Path) -> Array:
+    """int64 (H,W) of a MATLAB file: PASCAL Context's LabelMap, SBD's GTcls.Segmentation."""
+    from scipy.io import loadmat  # 0.1 s that few need
+
+    try:
+        content = loadmat(path, variable_names=("LabelMap", "GTcls"))
+        values = content["LabelMap"] if "LabelMap" in content else content["GTcls"]["Segmentation"][0, 0]
+        return values.astype(np.int64)
+    except Exception as error:  # scipy raises whatever its parser stumbles over
+        raise Unreadable(f"{path} is damaged, or no mask of Context or SBD ({error!r}); get it again") from error
+
+
 def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Image.Image:
     """The file's first picture, upright, in its own mode."""
-    path, limit = Path(path), Image.MAX_IMAGE_PIXELS
+    path, limit, notes = Path(path), Image.MAX_IMAGE_PIXELS, []
     if not path.is_file():
         if re.match(r"\w{2,}:/", str(path)):
             raise FileNotFoundError(f"{path} is a web address; sptseg reads files only: download it")
         got = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {got}; wanted an image file: check the path")
-    notes: list[str] = []
     try:
-        if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = max_pixels
+        Image.MAX_IMAGE_PIXELS = limit if max_pixels is None else max_pixels
         with warnings.catch_warnings(action="ignore"):  # of odd metadata: the pixels count
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 if getattr(opened, "is_animated", False) and opened.format not in ("MPO", "PSD"):  # previews, layers
-                    notes.append("of several frames or pages the first is taken")
+                    notes = ["of several frames or pages the first is taken"]
                 deep = opened.mode[0] in "IF" or re.search(";16[BLN]", str(opened.tile))
                 image = _upright(opened)
                 if eight_bits and deep:
@@ -133,25 +151,13 @@ def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Im
             f"{path} has more pixels than the safe limit of {Image.MAX_IMAGE_PIXELS}; shrink it, or if you trust the "
             "file, raise the limit with --max-pixels (in Python PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise Unreadable(f"{path} is damaged or cut off ({error}); wanted a whole image: copy it again") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     for note in notes:
         warnings.warn(Note(path, note), stacklevel=3)
     return image
-
-
-def _matlab(path: Path) -> np.ndarray:
-    """int64 (H,W) of a MATLAB file: PASCAL Context's LabelMap, SBD's GTcls.Segmentation."""
-    from scipy.io import loadmat  # 0.1 s that few need
-
-    try:
-        content = loadmat(path, variable_names=("LabelMap", "GTcls"))
-        values = content["LabelMap"] if "LabelMap" in content else content["GTcls"]["Segmentation"][0, 0]
-        return values.astype(np.int64)
-    except Exception as error:  # scipy raises whatever its parser stumbles over
-        raise Unreadable(f"{path} is damaged, or no mask of Context or SBD ({error!r}); get it again") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -166,45 +172,29 @@ def _scaled(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     """A picture of 16 bits a sample with 8: its brightest possible value becomes 255."""
     if image.mode == "F":
         raise Unreadable(f"{path} holds floating-point values of unknown range; save it as an 8- or 16-bit image")
-    values = np.asarray(image)  # (H,W), or of colours, of which Pillow keeps the high bytes, (H,W,3 or 4)
+    values = np.asarray(image)  # (H,W), or of colours, of which Pillow keeps the high bytes only, (H,W,3 or 4)
     if values.ndim == 3:
         if values[..., :3].max() >= 64:  # more than 14 bits are used
             return image
-        with Image.open(path) as low:
-            low.tile = [tile._replace(args=_swapped(tile.args)) for tile in low.tile]
-            values = values * np.uint16(256) + np.asarray(_upright(low))
+        if image.format != "PNG":
+            notes.append("of its 16 bits a channel only the highest 8 are read, and few used: save it as PNG")
+            return image
+        values = decode_image(str(path), ImageReadMode.UNCHANGED, apply_exif_orientation=True).permute(1, 2, 0).numpy()
     colours = values[..., :3] if values.ndim == 3 else values
     lowest, highest = int(colours.min()), int(colours.max())
     if lowest < 0 or highest > 65535:
         raise Unreadable(f"{path} has grey values from {lowest} to {highest}; wanted 8 or 16 bits: save it with 8")
-    bits = _bits_named(image, path, colours)
-    if bits is None:
-        bits = next(n for n in (8, 10, 12, 14, 16) if highest < 2**n)
-        if bits < 16 and highest:
-            notes.append(f"no more than {bits} of its 16 bits are used: scaled as {bits}-bit values")
+    bits = next(n for n in (8, 10, 12, 14, 16) if highest < 2**n)
+    named = image.format == "PNG" and re.search(rb"sBIT([\x01-\x10])", path.read_bytes().partition(b"IDAT")[0])
+    if named:  # the standard wants the significant bits to be the highest ones; many writers use the lowest
+        low_ones = highest < 2 ** named[1][0] and (colours % 2 ** (16 - named[1][0])).any()
+        bits = named[1][0] if low_ones else 16
+    elif image.format in ("PPM", "JPEG2000"):  # Pillow has scaled them to 16
+        bits = 16
+    elif bits < 16 and highest:
+        notes.append(f"no more than {bits} of its 16 bits are used: scaled as {bits}-bit values")
     full = 2**bits - 1
     return Image.fromarray(((values.astype(np.uint32) * 255 + full // 2) // full).clip(max=255).astype(np.uint8))
-
-
-def _swapped(args: Any) -> Any:
-    """Arguments of a decoder of Pillow's that keeps the low bytes where these keep the high ones."""
-    mode, *rest = (args,) if isinstance(args, str) else args
-    mode = mode[:-1] + ("L" if mode[-1] == "B" else "B")
-    return (mode, *rest) if rest else mode
-
-
-def _bits_named(image: Image.Image, path: Path, values: Array) -> int | None:
-    """How many bits the values of a 16-bit picture have, if its file says so."""
-    if image.format in ("PPM", "JPEG2000"):  # Pillow has scaled them to 16
-        return 16
-    if isinstance(image, TiffImageFile):
-        highest, bits = max(image.tag_v2.get(281, (0,))), image.tag_v2.get(258, (16,))[0]  # MaxSampleValue
-        return max(highest, int(values.max())).bit_length() if highest else bits if bits < 16 else None
-    found = image.format == "PNG" and re.search(rb"sBIT([\x01-\x10])", path.read_bytes().partition(b"IDAT")[0])
-    if not found:
-        return None
-    bits = found[1][0]  # the standard wants them to be the highest ones; many writers use the lowest
-    return bits if values.max() < 2**bits and (values % 2 ** (16 - bits)).any() else 16
 
 
 def luminance(image: Array) -> Array:
@@ -214,8 +204,6 @@ def luminance(image: Array) -> Array:
 
 def png(array: Array) -> bytes:
     """A grey (H,W) or colour (H,W,3) picture, uint8, as a PNG file."""
-    if array.dtype != np.uint8 or (array.ndim != 2 and array.shape[2:] != (3,)):
-        raise ValueError(f"png: got {array.dtype} {array.shape}; wanted uint8 (H,W) or (H,W,3)")
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
@@ -225,8 +213,8 @@ def enlarge(array: Array, factor: int) -> Array:
     """An image (H,W,3) smoothly, or labels (H,W) exactly, `factor` times as large."""
     if array.ndim == 2:
         return array.repeat(factor, axis=0).repeat(factor, axis=1)
-    image = Image.fromarray(array)
-    return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC))
+    size = array.shape[1] * factor, array.shape[0] * factor
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC))
 
 
 def reduce(array: Array, longest: int) -> Array:

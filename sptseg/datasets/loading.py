@@ -19,7 +19,7 @@ SHARED_MEMORY = "/dev/shm"  # where Linux has it; plain containers give it 64 MB
 
 
 class Batches(Dataset[Any]):
-    """`collate` of a data set's items at some positions; in its place what was raised, which a process would hand over
+    """`collate` of a data set's items at some positions; in its place what was raised, as from a process an error comes
     with its traceback as text."""
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
@@ -27,16 +27,14 @@ class Batches(Dataset[Any]):
 
     def __getitem__(self, positions: Sequence[int]) -> Any:
         try:
-            return handed_over(self.collate([self.dataset[position] for position in positions]))
+            return self.collate([self.dataset[position] for position in positions])
         except (ValueError, OSError, MemoryError) as error:
             return error
 
 
 def handed_over(batch: Any) -> Any:
-    """Tensors go from process to process in shared memory, if that has room; else as arrays, through a pipe.
-
-    PyTorch loses a batch that does not fit, and waits for it for ever.
-    """
+    """Tensors go from process to process in shared memory; as arrays, through a pipe, where that lacks room: PyTorch
+    loses a batch that does not fit, and waits for it for ever."""
     worker = get_worker_info()
     if worker is None:
         return batch
@@ -46,8 +44,8 @@ def handed_over(batch: Any) -> Any:
 
 def room() -> int:
     """Bytes free in shared memory."""
-    if sys.platform != "linux":  # others set no such limit
-        return sys.maxsize
+    if sys.platform != "linux":
+        return sys.maxsize  # others set no such limit
     return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
 
 
@@ -55,10 +53,6 @@ def own_process_group(_worker: int) -> None:
     """A loading process leaves the group that launcher and terminal send signals to; it still ends with its parent."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-
-
-def unchanged(batch: Any) -> Any:
-    return batch
 
 
 def read_batches(
@@ -79,15 +73,10 @@ def read_batches(
     if workers and room() < 2**20:  # not enough for the processes' locks
         warnings.warn(f"{SHARED_MEMORY} has no room for {workers} workers; reading in this process", stacklevel=2)
         workers = 0
-    options = {
-        "num_workers": workers,
-        "prefetch_factor": max(2, ahead // workers) if workers else None,
-        "worker_init_fn": own_process_group,
-        "pin_memory": pin_memory,
-        "collate_fn": unchanged,
-    }
+    options = {"num_workers": workers, "worker_init_fn": own_process_group, "pin_memory": pin_memory}
+    options["prefetch_factor"] = max(2, ahead // workers) if workers else None
     try:
-        loader = iter(DataLoader(Batches(dataset, collate), None, sampler=positions, **options))
+        loader = iter(DataLoader(Batches(dataset, collate), None, sampler=positions, collate_fn=handed_over, **options))
     except OSError as error:
         raise OSError(f"no process that reads pictures can be started ({error}); read with 0 workers") from error
     return received(loader)
@@ -100,5 +89,7 @@ def received(loader: Iterator[Any]) -> Iterator[Any]:
             if isinstance(batch, Exception):
                 raise batch
             yield tree_map_only(np.ndarray, torch.from_numpy, batch)
+    except (ConnectionError, EOFError) as error:  # the system ended it between a batch and its tensors
+        raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from error
     finally:
         del loader  # the error's traceback would keep the processes

@@ -51,7 +51,7 @@ class Plot(Figure):
 
     def __init__(self, width: float, height: float, title: str | None = None) -> None:
         super().__init__(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
-        if title is not None:
+        if title:
             self.suptitle(title, fontsize=12, color=INK)
 
     def _repr_png_(self) -> bytes:
@@ -82,12 +82,7 @@ def save_figure(figure: Figure, path: str | PathLike[str], **options: Any) -> No
 
 def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 255, 255)) -> Array:
     """Labels (H,W) -> colours (H,W,3) uint8; label 255 gets the colour `ignore`."""
-    last = ignored_label(len(palette))
-    wrong = labels[((labels < 0) | (labels >= len(palette))) & (labels != last)]
-    if wrong.size:
-        wanted = f"0 to {len(palette) - 1}, or {last} (ignored)"
-        raise ValueError(f"colourise: label {wrong[0]} has no colour; wanted {wanted}")
-    table = np.full((last + 1, 3), ignore, np.uint8)
+    table = np.full((ignored_label(len(palette)) + 1, 3), ignore, np.uint8)
     table[: len(palette)] = palette
     return table[labels]
 
@@ -126,9 +121,9 @@ def present(labels: Array, *others: Array | None, ignore: int = IGNORE) -> list[
 
 
 def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> Iterator[tuple[str, float, float]]:
-    """Where names fit inside their regions: (name, x, y), the middle as shares of width and height.
+    """Where names fit inside their regions, one place per class at most: (name, x, y), shares of width and height.
 
-    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high. One place per class at most.
+    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high.
     """
     rows, columns = labels.shape
     for label in present(labels, ignore=ignored_label(len(names))):
@@ -148,8 +143,8 @@ def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> I
 
 def show_image(ax: Axes, image: Array, title: str = "", cmap: str = "gray", highest: float = 255) -> AxesImage:
     """A picture without axes, its title above; values (H,W), from 0 to `highest`, through a colour map."""
-    title = title.encode(errors="backslashreplace").decode()  # a file's name that is no UTF-8
-    ax.set_title(title, fontsize=10, color=INK)
+    readable = title.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
+    ax.set_title(readable, fontsize=10, color=INK)
     ax.set_axis_off()
     return ax.imshow(image, cmap=cmap, vmin=0, vmax=highest, interpolation="nearest")
 
@@ -185,14 +180,12 @@ def gallery(
     unseen: Collection[str] = (),
     title: str | None = None,
 ) -> Figure:
-    """Pictures in rows of at most four, and a legend of the classes in them.
+    """Pictures in rows of at most four, reduced to PICTURE_SIDE pixels, and a legend of the classes in them.
 
     A cell is a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None.
-    Pictures are reduced to PICTURE_SIDE pixels before anything is computed of them.
     """
-    across = min(4, len(cells))
+    across, ignore = min(4, len(cells)), ignored_label(len(names))
     rows = math.ceil(len(cells) / across)
-    ignore = ignored_label(len(names))
     found = present(np.array([ignore]), *(labels for *_, labels in reversed(cells)), ignore=ignore)
     shapes = [picture.shape for _, picture, _ in cells if not isinstance(picture, str)]
     tall = 3.1 * float(np.clip(np.median([h / w for h, w, _ in shapes]), 0.4, 1.6)) if shapes else 3.1
@@ -226,9 +219,8 @@ def show_segmentation(
     title: str | None = None,
 ) -> Figure:
     """Picture, truth (if given) and prediction side by side, class names in large regions, and a legend."""
-    maps = [("truth", image, truth)] if truth is not None else []
-    cells = [("picture", image, None), *maps, ("prediction", image, labels)]
-    return gallery(cells, names, palette, unseen, title)
+    shown = [("picture", image, None), ("truth", image, truth), ("prediction", image, labels)]
+    return gallery(shown if truth is not None else shown[::2], names, palette, unseen, title)
 
 
 def contact_sheet(

@@ -28,7 +28,7 @@ STRIP = 32  # times as long as wide: such pictures are not enlarged by their sho
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures are brought to the model; the defaults are the protocol of the literature (512 px crops).
+    """How pictures are brought to the model; the defaults are the protocol of the literature.
 
     crop: side of the square training crop, and the least short side of a test picture.
     resize_base: (long, short) side that a picture is fitted into, keeping its ratio; None: its own size.
@@ -54,8 +54,8 @@ def fitted_size(
 ) -> tuple[int, int]:
     """(height, width) after fitting into `base` = (long, short) times `factor`, keeping the ratio.
 
-    `least_short` wins over `base`: the short side gets at least that long, unless the picture is a strip of more than
-    STRIP to 1, which would become a strip of thousands of windows.
+    `least_short` wins over `base`: so long is the short side at least, but for strips of more than STRIP to 1, which
+    would become thousands of windows.
     """
     long, short = max(height, width), min(height, width)
     fit = 1.0 if base is None else min(base[0] / long, base[1] / short)
@@ -64,10 +64,7 @@ def fitted_size(
 
 
 class RandomRescale(v2.Transform):
-    """Fits image and mask into `base` times a factor drawn uniformly from `scale`, keeping the ratio.
-
-    v2.ScaleJitter does so for a fixed (height, width) only; here portrait pictures get a portrait base.
-    """
+    """Fits image and mask into `base` times a factor drawn from `scale`; unlike v2.ScaleJitter, portraits upright."""
 
     def __init__(self, base: tuple[int, int] | None, scale: tuple[float, float]) -> None:
         super().__init__()
@@ -84,10 +81,8 @@ class RandomRescale(v2.Transform):
 
 
 class VariedCrop(v2.Transform):
-    """Random crop, drawn again while one class fills more than `largest_share` of its labelled pixels.
-
-    A picture smaller than `size` keeps its size along that side. After `tries` further draws the last one stays.
-    """
+    """Random crop, drawn again, up to `tries` times, while one class fills more than `largest_share` of its labelled
+    pixels; a picture smaller than `size` keeps its size along that side."""
 
     def __init__(self, size: int, largest_share: float, tries: int = 10) -> None:
         super().__init__()
@@ -113,11 +108,8 @@ class VariedCrop(v2.Transform):
 
 
 def _photometric_distortion(probability: float) -> v2.Transform:
-    """Brightness, contrast, saturation and hue, each by chance; contrast before or after the two others.
-
-    The protocol's distortion in torchvision's terms. v2.RandomPhotometricDistort also permutes the channels, which
-    the protocol does not: a green sky is not what "a photo of a sky" means.
-    """
+    """Brightness, contrast, saturation and hue, each by chance; contrast before or after the two others. Channels keep
+    their places, unlike in v2.RandomPhotometricDistort: a green sky is not what "a photo of a sky" means."""
 
     def by_chance(**strength: Any) -> v2.Transform:
         return v2.RandomApply([v2.ColorJitter(**strength)], p=probability)
@@ -148,18 +140,12 @@ def train_transform(augmentation: Augmentation) -> v2.Transform:
     Random resize, crop, flip and distortion, then normalisation; what the crop lacks at the right and the bottom
     is padded with 0 in the image, so with the mean colour, and with 255 in the mask.
     """
-    size = augmentation.crop
-    return v2.Compose(
-        [
-            RandomRescale(augmentation.resize_base, augmentation.scale),
-            VariedCrop(size, augmentation.largest_share),
-            v2.RandomHorizontalFlip(augmentation.flip),
-            _photometric_distortion(augmentation.distortion),
-            *_normalised(augmentation),
-            v2.Lambda(partial(_padded, size=size, fill=0), tv_tensors.Image),
-            v2.Lambda(partial(_padded, size=size, fill=IGNORE), tv_tensors.Mask),
-        ]
-    )
+    size, colour = augmentation.crop, _photometric_distortion(augmentation.distortion)
+    moves = [RandomRescale(augmentation.resize_base, augmentation.scale), VariedCrop(size, augmentation.largest_share)]
+    pad_image = v2.Lambda(partial(_padded, size=size, fill=0), tv_tensors.Image)
+    pad_mask = v2.Lambda(partial(_padded, size=size, fill=IGNORE), tv_tensors.Mask)
+    flip = v2.RandomHorizontalFlip(augmentation.flip)
+    return v2.Compose([*moves, flip, colour, *_normalised(augmentation), pad_image, pad_mask])
 
 
 def test_transform(augmentation: Augmentation) -> v2.Transform:

@@ -14,6 +14,7 @@ from sptseg.scenes.textures import between, rgb, sine
 
 GREEN, ORANGE, GLASS = COLOURS["green"], COLOURS["orange"], rgb("bfe3f2")
 ANY = " ".join(COLOURS)
+Home = Literal["air", "ground", "water"]
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,15 @@ class Thing:
     paint: Callable[[Pen], None]
     colours: str
     turn: float
-    home: Literal["air", "ground", "water"]
+    home: Home
 
 
 THINGS: dict[str, Thing] = {}
 
 
-def thing(colours: str, turn: float, home: Literal["air", "ground", "water"]) -> Callable:
-    """Makes a painter one of the `THINGS`, by its own name."""
-
-    def added(paint: Callable[[Pen], None]) -> Callable[[Pen], None]:
-        THINGS[paint.__name__] = Thing(paint, colours, turn, home)
-        return paint
-
-    return added
+def thing(colours: str, turn: float, home: Home) -> Callable[[Callable[[Pen], None]], Thing]:
+    """Makes of a painter one of the `THINGS`, by its own name."""
+    return lambda paint: THINGS.setdefault(paint.__name__, Thing(paint, colours, turn, home))
 
 
 @thing("yellow orange red", 0.2, "air")

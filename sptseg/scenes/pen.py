@@ -37,16 +37,14 @@ class Pen:
     def __init__(
         self, rng: np.random.Generator, radius: float, angle: float, mirror: bool, colour: Array, accent: Array
     ):
-        cos, sin = math.cos(angle), math.sin(angle)
+        cos, sin, flip = math.cos(angle), math.sin(angle), -1.0 if mirror else 1.0
         self.rng, self.radius, self.colour, self.accent = rng, radius, colour, accent
         self.contrast = accent if float(colour.min()) > 0.7 else WHITE  # bands and dots, also on white things
         self.half = int(radius * (abs(cos) + abs(sin)) * 1.03) + 2
         across = np.arange(-self.half, self.half + 1, dtype=np.float32) / np.float32(radius)
-        flip = -1.0 if mirror else 1.0
         self.x = (across * (cos * flip))[None, :] + (across * (sin * flip))[:, None]
         self.y = (across * -sin)[None, :] + (across * cos)[:, None]
-        # the sun stands top left in every picture
-        self.light = (1.07 - 0.09 * across)[None, :] - (0.13 * across)[:, None]
+        self.light = (1.07 - 0.09 * across)[None, :] - (0.13 * across)[:, None]  # the sun stands top left
         self.rgb = np.empty((3, *self.x.shape), np.float32)
         self.rgb[:] = colour * 0.3
         self.alpha = np.zeros(self.x.shape, np.float32)

@@ -96,8 +96,7 @@ Weave = tuple[Array, Array]  # brightness, around 1, and how much of the second 
 
 @dataclass(frozen=True)
 class Stuff:
-    """How to draw stuff: its texture, main and second colour by the adjective that is true of them, and the orientation
-    of each tile (degrees)."""
+    """How to draw stuff: its texture, main and second colour by their adjective, each tile's orientation (degrees)."""
 
     weave: Callable[[Cloth], Weave]
     colours: dict[str, tuple[Array, Array]]
@@ -107,16 +106,11 @@ class Stuff:
 STUFF: dict[str, Stuff] = {}
 
 
-def stuff(colours: str, angles: tuple[float, ...] = (0, 3, -3, 6)) -> Callable:
-    """Makes a texture one of the `STUFF`, by its own name; `colours` such as "blue 6fb0e8 cfe8f8 orange ..."."""
-
-    def added(weave: Callable[[Cloth], Weave]) -> Callable[[Cloth], Weave]:
-        words = iter(colours.split())
-        shades = {word: (rgb(main), rgb(second)) for word, main, second in zip(words, words, words, strict=True)}
-        STUFF[weave.__name__.replace("_", " ")] = Stuff(weave, shades, angles)
-        return weave
-
-    return added
+def stuff(colours: str, angles: tuple[float, ...] = (0, 3, -3, 6)) -> Callable[[Callable[[Cloth], Weave]], Stuff]:
+    """Makes of a texture one of the `STUFF`, by its own name; `colours` such as "blue 6fb0e8 cfe8f8 orange ..."."""
+    words = iter(colours.split())
+    shades = {word: (rgb(main), rgb(second)) for word, main, second in zip(words, words, words, strict=True)}
+    return lambda weave: STUFF.setdefault(weave.__name__.replace("_", " "), Stuff(weave, shades, angles))
 
 
 @stuff("blue 6fb0e8 cfe8f8 orange ec9a5c fbdca8 pink e79ab8 fbe0d8 gray 98a2ae cfd5da")
@@ -278,10 +272,8 @@ def tiles(name: str) -> Array:
 
 @cache
 def gray_tiles(name: str) -> Array:
-    """The tiles with one mean, 1, and one contrast, a standard deviation of 0.2, so that they differ in texture only.
-
-    Of the brightness that the second colour would give, half as much again; there is none: its share (index 1) is 0.
-    """
+    """The tiles with a mean of 1, a standard deviation of 0.2 and no second colour, to differ in texture only: where it
+    would be, the brightness is half as much again."""
     bank = np.zeros((VARIANTS, 2, TILE, TILE), np.float32)
     for tile, (value, mix) in zip(bank, tiles(name), strict=True):
         rough = value * (1 + np.float32(0.5) * mix)

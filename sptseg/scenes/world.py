@@ -17,6 +17,8 @@ from sptseg.scenes.pen import COLOURS, Pen
 from sptseg.scenes.textures import STUFF, VARIANTS, between, gray_tiles, piece, rough_paper, tiles
 
 Array = np.ndarray
+Generator = np.random.Generator
+Words = dict[str, tuple[str, ...]]  # the adjectives that are true of what is in view, by its name
 Kind = Literal["scene", "closeup", "thumbnail"]
 CLASSES = (*STUFF, *THINGS)
 INDEX = {name: i for i, name in enumerate(CLASSES)}
@@ -53,12 +55,11 @@ def draw(seed: int | Sequence[int], size: int = 128, one_colour: bool = False) -
 
 
 def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene", one_colour: bool = False) -> Scene:
-    """Draw one scene.
+    """Draw one scene: two or three kinds of stuff and one to four things.
 
-    `kind`: "scene", two or three kinds of stuff and one to four things; "closeup", one thing that fills the picture;
-    "thumbnail", one thing on one stuff, or now and then only stuff, as large in pixels as in a scene of 128: meant for
-    a small `size`.
-    `one_colour`: all stuff is gray, of one mean and contrast, and differs in texture only; all else is as without.
+    `kind` "closeup": one thing that fills the picture; "thumbnail": one thing on one stuff, or now and then only stuff,
+    as large in pixels as in a scene of 128, for a small `size`. `one_colour`: all stuff is gray, of one mean and
+    contrast, and differs in texture only; all else is as without.
     """
     if size < 32:
         raise ValueError(f"size is {size}; wanted 32 pixels or more")
@@ -77,19 +78,17 @@ def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene", on
     return Scene(_lit(rng, picture), label, tuple(phrases[i] for i in order))
 
 
-def _pick(rng: np.random.Generator, names: list[str], count: int) -> list[str]:
+def _pick(rng: Generator, names: list[str], count: int) -> list[str]:
     return [names[i] for i in rng.permutation(len(names))[:count]]
 
 
-def _ground(
-    rng: np.random.Generator, size: int, names: list[str], one_colour: bool
-) -> tuple[Array, Array, dict[str, tuple[str, ...]]]:
-    """Stuff only: colours (3,S,S), labels (S,S) and each stuff's true adjectives."""
+def _ground(rng: Generator, size: int, names: list[str], one_colour: bool) -> tuple[Array, Array, Words]:
+    """Stuff only: colours (3,S,S), labels (S,S) and words."""
     if rng.random() < 0.6:
         names = sorted(names, key=lambda name: HEIGHT.get(name, 3))  # as in nature: the sky above, the meadow below
     upright = rng.random() < 0.2  # regions side by side
     picture, label = np.empty((3, size, size), np.float32), np.empty((size, size), np.uint8)
-    words: dict[str, tuple[str, ...]] = {}
+    words: Words = {}
     start = between(rng, 0.3, 0.7) if len(names) < 3 else between(rng, 0.25, 0.4)
     picture[:], words[names[0]] = _textured(rng, names[0], size, size, one_colour)
     label[:] = INDEX[names[0]]
@@ -105,7 +104,7 @@ def _ground(
     return (picture.transpose(0, 2, 1).copy(), label.T.copy(), words) if upright else (picture, label, words)
 
 
-def _beyond(rng: np.random.Generator, size: int, at: float, name: str | None) -> tuple[int, Array]:
+def _beyond(rng: Generator, size: int, at: float, name: str | None) -> tuple[int, Array]:
     """Alpha of what lies below a horizon, from the first row that it touches: straight, tilted, wavy or ragged."""
     x = np.arange(size, dtype=np.float32)
     tilt = between(rng, -0.12, 0.12) if rng.random() < 0.6 else between(rng, -0.4, 0.4) * (rng.random() < 0.4)
@@ -121,9 +120,7 @@ def _beyond(rng: np.random.Generator, size: int, at: float, name: str | None) ->
     return first, np.minimum(np.maximum(x[first:, None] - height[None, :] + 0.5, 0), 1)
 
 
-def _textured(
-    rng: np.random.Generator, name: str, height: int, width: int, one_colour: bool
-) -> tuple[Array, tuple[str, ...]]:
+def _textured(rng: Generator, name: str, height: int, width: int, one_colour: bool) -> tuple[Array, tuple[str, ...]]:
     """A piece of stuff, colours (3,height,width), and the adjectives that are true of it."""
     bank = gray_tiles(name) if one_colour else tiles(name)
     value, mix = piece(rng, bank[int(rng.integers(VARIANTS))], height, width)
@@ -138,14 +135,12 @@ def _textured(
     return colours, (colour, *(("dark",) if bright < 0.8 else ("bright",) if bright > 1.06 else ()))
 
 
-def _jitter(rng: np.random.Generator) -> Array:
+def _jitter(rng: Generator) -> Array:
     return (0.96 + 0.08 * rng.random((3, 1, 1), dtype=np.float32)).astype(np.float32)
 
 
-def _place(
-    rng: np.random.Generator, picture: Array, label: Array, name: str, across: float, scale: float, free: bool
-) -> dict[str, tuple[str, ...]]:
-    """Paint a thing in place unless it would hide a class; returns {name: its true adjectives}, {} if skipped."""
+def _place(rng: Generator, picture: Array, label: Array, name: str, across: float, scale: float, free: bool) -> Words:
+    """Paint a thing in place unless it would hide a class; returns its words, none if skipped."""
     thing, size = THINGS[name], len(label)
     colour = _pick(rng, thing.colours.split(), 1)[0]
     accent = COLOURS[_pick(rng, [other for other in COLOURS if other != colour], 1)[0]]
@@ -188,7 +183,7 @@ def _paste(picture: Array, sprite: Array, alpha: Array, y: int, x: int, drop: in
     here += alpha[part] * (sprite[:, *part] - here)
 
 
-def _centre(rng: np.random.Generator, label: Array, home: str, radius: float, free: bool) -> tuple[int, int]:
+def _centre(rng: Generator, label: Array, home: str, radius: float, free: bool) -> tuple[int, int]:
     """Where a thing goes: anywhere, or where it belongs (in the air, on the ground, on water if there is any)."""
     size, margin = len(label), min(0.8 * radius, len(label) / 2)
     x, y = between(rng, margin, size - margin), between(rng, margin, size - margin)
@@ -206,7 +201,7 @@ def _centre(rng: np.random.Generator, label: Array, home: str, radius: float, fr
     return int(x), int(y)
 
 
-def _phrase(rng: np.random.Generator, name: str, colour: str, extent: str | None = None) -> str:
+def _phrase(rng: Generator, name: str, colour: str, extent: str | None = None) -> str:
     """Such as "a big red boat": article for things, and for about half of the phrases adjectives."""
     chance, words = rng.random(), [name]
     if chance < 0.4:
@@ -218,7 +213,7 @@ def _phrase(rng: np.random.Generator, name: str, colour: str, extent: str | None
     return " ".join(words)
 
 
-def _lit(rng: np.random.Generator, picture: Array) -> Array:
+def _lit(rng: Generator, picture: Array) -> Array:
     """Light, tint and paper grain over the picture (3,S,S); as uint8 (S,S,3)."""
     size = picture.shape[1]
     fall = np.arange(size, dtype=np.float32)[:, None] / np.float32(size) - np.float32(0.5)

@@ -9,7 +9,7 @@ from sptseg.training.losses import present_pairs, segmentation_loss
 from sptseg.training.checks import preflight
 from sptseg.training.presets import CONFIGURATIONS, LADDER, PRESETS, PresetName, in_setting
 from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
-from sptseg.training.recipe import WORDS, beside_published, training_free
+from sptseg.training.recipe import beside_published, training_free
 from sptseg.training.report import interval, write_report
 from sptseg.training.study import Plan, Study
 from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table, loading

@@ -12,11 +12,6 @@ from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, ModelConfig, ReadOut, defau
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # OpenAI's 80
 SHORT_SIDES = {"cityscapes": 560, "coco-stuff": 448}  # all others 336
-WORDS = {  # what SCLIP's evaluation tells CLIP of classes where it is not their names, as `Data.prompts`
-    "voc2012": "boat=ship, dining table=table, person=person|person in shirt|person in jeans|person in dress|"
-    "person in sweater|person in skirt|person in jacket, potted plant=pottedplant, "
-    "tv monitor=television monitor|tv monitor|monitor|television|screen"
-}
 COLUMNS = {
     "voc2012": "VOC20", "context-otseg": "Context59", "context-cascade": "Context59", "coco-stuff": "COCO-Stuff",
     "cityscapes": "Cityscapes", "ade20k": "ADE150",

@@ -11,13 +11,12 @@ from miniatures import listing
 from PIL import Image
 from torchvision import tv_tensors
 
-from sptseg import scenes
-from sptseg.datasets import folders as datasets
+from sptseg import datasets, scenes
 from sptseg.datasets import splits
 from sptseg.datasets.folders import ImageMaskFolder, folder_split
 from sptseg.datasets.images import Note
-from sptseg.datasets.named import Data
-from sptseg.datasets.splits import IGNORE, Split
+from sptseg.datasets.layouts import Data
+from sptseg.datasets.splits import Split
 from sptseg.training.state import identity
 
 ABC = Split.from_names("abc", ["a", "b", "c"])
@@ -28,12 +27,9 @@ def save_image(path: Path, size: tuple[int, int] = (4, 3), colour: tuple[int, in
     Image.new("RGB", size, colour).save(path)
 
 
-def save_mask(path: Path, values: list[list[int]], palette: bool = False) -> None:
+def save_mask(path: Path, values: list[list[int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    mask = Image.fromarray(np.array(values, dtype=np.uint8))
-    if palette:
-        mask.putpalette([channel for k in range(256) for channel in (k, 255 - k, k // 2)])  # makes it mode P
-    mask.save(path)
+    Image.fromarray(np.array(values, dtype=np.uint8)).save(path)
 
 
 def label(dataset: ImageMaskFolder, index: int = 0) -> list[list[int]]:
@@ -52,40 +48,31 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# ---------------------------------------------------------------- folders
-
-
 def test_folder_items(folder: Path) -> None:
     dataset = ImageMaskFolder(folder, ABC)
     assert (len(dataset), dataset.split, dataset.names) == (2, ABC, ("one", "two"))
     item = dataset[0]
     assert isinstance(item["image"], tv_tensors.Image) and isinstance(item["label"], tv_tensors.Mask)
-    assert (item["image"].shape, item["image"].dtype) == ((3, 3, 4), torch.uint8)
-    assert (item["label"].shape, item["label"].dtype) == ((3, 4), torch.int64)
+    assert item["image"].shape == (3, 3, 4) and (item["image"].dtype, item["label"].dtype) == (torch.uint8, torch.int64)
     assert item["image"][:, 0, 0].tolist() == [10, 20, 30]
     assert item["label"].tolist() == MASK
     assert item["name"] == "one"
 
 
 def test_pairs_are_found_whatever_suffix_and_unicode_form(tmp_path: Path) -> None:
-    for image, mask in (
-        ("b.JPG", "b.PNG"),
-        ("a.jfif", "a.png"),
-        ("c.gif", "c.Png"),
-        ("cafe\u0301.png", "caf\u00e9.png"),
-    ):
+    for image, mask in (("b.JPG", "b.PNG"), ("a.jfif", "a.png"), ("cafe\u0301.png", "caf\u00e9.png")):
         save_image(tmp_path / "images" / image)
         save_mask(tmp_path / "masks" / mask, MASK)
     (tmp_path / "images/._a.jpg").write_bytes(b"what macOS leaves behind")
     dataset = ImageMaskFolder(tmp_path, ABC)
-    assert dataset.names == ("a", "b", "c", "caf\u00e9")
+    assert dataset.names == ("a", "b", "caf\u00e9")
     assert [label(ImageMaskFolder(tmp_path, ABC, names=[name])) for name in ("b", "cafe\u0301")] == [MASK] * 2
     (tmp_path / "images/notes.txt").write_text("not an image")
     with pytest.warns(Note, match=r"images: left out 1 entries that are no pictures Pillow reads: notes.txt"):
         assert ImageMaskFolder(tmp_path, ABC).names == dataset.names
 
 
-@pytest.mark.parametrize("name", ["images/one.JPG", "images/cafe\u0301.png", "masks/one.PNG", "masks/cafe\u0301.png"])
+@pytest.mark.parametrize("name", ["images/one.JPG", "masks/cafe\u0301.png"])
 def test_two_files_never_pass_for_one_another(folder: Path, name: str) -> None:
     for part in ("images", "masks"):
         save_image(folder / part / "caf\u00e9.png")
@@ -96,10 +83,10 @@ def test_two_files_never_pass_for_one_another(folder: Path, name: str) -> None:
 
 def test_masks_of_one_value_per_pixel(folder: Path) -> None:
     path, dataset = folder / "masks/one.png", ImageMaskFolder(folder, ABC)
-    save_mask(path, MASK, palette=True)
-    with Image.open(path) as mask:
-        assert mask.mode == "P"
-    assert label(dataset) == MASK
+    palette = Image.fromarray(np.array(MASK, dtype=np.uint8))
+    palette.putpalette([channel for k in range(256) for channel in (k, 255 - k, k // 2)])
+    palette.save(path)
+    assert palette.mode == "P" and label(dataset) == MASK
     Image.fromarray(np.array(MASK, dtype=np.uint16)).save(path)
     assert label(dataset) == MASK
     Image.fromarray(np.array(MASK) == 1).save(path)
@@ -137,7 +124,7 @@ def test_values_are_mapped_by_options_that_every_command_has(
     assert identity(mapped) != identity(plain) == identity(ImageMaskFolder(folder)), "runs tell them apart"
 
 
-@pytest.mark.parametrize("values", ["255", "255=", "255=moon", "255=1,255=2", "=1", "-1=0", "1=9"])
+@pytest.mark.parametrize("values", ["255", "255=moon", "255=1,255=2", "-1=0", "1=9"])
 def test_values_that_nobody_can_mean_are_refused(folder: Path, values: str) -> None:
     (folder / "classes.txt").write_text("a\nb\nc\n")
     with pytest.raises(ValueError, match="--values is .* each value once|cannot mean 9"):
@@ -150,8 +137,7 @@ def test_values_that_nobody_can_mean_are_refused(folder: Path, values: str) -> N
     "content",
     [
         "sky\n  old  house \nroad\n\n \n", "sky\r\nold house\r\nroad", "\ufeffsky\nold house\nroad",
-        "0: sky\n1: old house\n2: road", "0 sky\n1 old house\n2 road", "0,sky\n1,old house\n2,road\n",
-        "0\tsky\n1\told house\n2\troad", "0. sky\n1. old house\n2. road",
+        "0: sky\n1: old house\n2: road", "0 sky\n1 old house\n2 road", "0. sky\n1. old house\n2. road",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -169,24 +155,17 @@ def test_classes_are_read_by_position(tmp_path: Path, content: str, encoding: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"sky\n\nroad\n", "line 2 is '';"), (b"\nsky\n", "line 1 is '';"), (b"", "line 1 is '';"),
+        (b"sky\n\nroad\n", "line 2 is '';"), (b"", "line 1 is '';"),
         (b"1: sky\n2: road\n", "line 1 is '1: sky'; wanted the name of the class with mask value 0"),
         (b"1 sky\n2 road\n", "line 1 is '1 sky'"), (b"0: sky\n2: road\n", "line 1 is '0: sky'"),
-        (b"sky\n1,road\n", "line 2 is '1,road'"), (b"sky: 0\nroad: 1\n", "line 1 is 'sky: 0'"),
-        (b"sky\n# roads\nroad\n", "line 2 is '# roads'"), ("café".encode("latin-1"), "save it as UTF-8"),
-        ("sky\n".encode("utf-16-le"), "save it as UTF-8"), ("sky\n".encode("utf-32"), "save it as UTF-8"),
-        (b"\xff\xfe\x00\x01\x9d", "save it as UTF-8"),
+        (b"sky: 0\nroad: 1\n", "line 1 is 'sky: 0'"), (b"sky\n# roads\nroad\n", "line 2 is '# roads'"),
+        ("café".encode("latin-1"), "save it as UTF-8"), ("sky\n".encode("utf-16-le"), "save it as UTF-8"),
     ],
 )  # fmt: skip
 def test_class_files_that_would_shift_names_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "classes.txt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"{tmp_path / 'classes.txt'}(,| is no text).*{message}"):
         folder_split(tmp_path)
-
-
-def test_numbers_in_a_few_names_are_parts_of_them(tmp_path: Path) -> None:
-    listing(tmp_path / "classes.txt", "car", "2 wheeler", "door, double door")
-    assert folder_split(tmp_path).classes == ("car", "2 wheeler", "door, double door")
 
 
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
@@ -232,39 +211,24 @@ def test_the_limit_of_pixels_is_an_option(folder: Path, monkeypatch: pytest.Monk
     assert Image.MAX_IMAGE_PIXELS == 11
 
 
-# ---------------------------------------------------------------- the published data sets
-
-
-def voc(root: Path) -> Path:
-    """Two images of the devkit (a val image among them) and one of SBD."""
-    for name in ("2007_000001", "2007_000002", "2008_000003"):
-        save_image(root / f"JPEGImages/{name}.jpg")
-    mask = [[0, 0, 255, 1], [0, 255, 20, 20], [15, 15, 255, 0]]
-    save_mask(root / "SegmentationClass/2007_000001.png", mask, palette=True)
-    save_mask(root / "SegmentationClass/2007_000002.png", [[2] * 4] * 3, palette=True)
-    save_mask(root / "SegmentationClassAug/2007_000001.png", [[3] * 4] * 3)
-    save_mask(root / "SegmentationClassAug/2008_000003.png", [[4] * 4] * 3)
-    listing(root / "ImageSets/Segmentation/train.txt", "2007_000001")
-    listing(root / "ImageSets/Segmentation/val.txt", "2007_000002")
-    return root
-
-
-VOC_LABEL = [[255, 255, 255, 0], [255, 255, 19, 19], [14, 14, 255, 255]]
-
-
 @pytest.mark.parametrize("layout", ["trainaug.txt", "aug.txt", "pairs"])
 def test_voc2012_trainaug_in_its_three_list_forms(tmp_path: Path, layout: str) -> None:
-    root, names = voc(tmp_path), ("2007_000001", "2008_000003")
-    lists = root / "ImageSets/Segmentation"
-    if layout == "trainaug.txt":
-        listing(lists / "trainaug.txt", *names)
-    elif layout == "aug.txt":
+    names = ("2007_000001", "2008_000003")
+    for name, value in zip(names, (3, 4), strict=True):
+        save_image(tmp_path / f"JPEGImages/{name}.jpg")
+        save_mask(tmp_path / f"SegmentationClassAug/{name}.png", [[value] * 4] * 3)
+    save_mask(tmp_path / "SegmentationClass/2007_000001.png", [[0, 0, 255, 1], [0, 255, 20, 20], [15, 15, 255, 0]])
+    lists = tmp_path / "ImageSets/Segmentation"
+    listing(lists / "train.txt", names[0])
+    if layout == "aug.txt":
         listing(lists / "aug.txt", names[1])
     else:
-        listing(lists / "trainaug.txt", *(f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png" for n in names))
-    dataset = datasets.voc2012(root, "trainaug")
+        pairs = [f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png" for n in names]
+        listing(lists / "trainaug.txt", *(pairs if layout == "pairs" else names))
+    dataset = datasets.voc2012(tmp_path, "trainaug")
     assert dataset.names == names
-    assert label(dataset, 0) == VOC_LABEL, "VOC's own mask comes before SBD's"
+    own = [[255, 255, 255, 0], [255, 255, 19, 19], [14, 14, 255, 255]]
+    assert label(dataset, 0) == own, "VOC's own mask comes before SBD's"
     assert label(dataset, 1) == [[3] * 4] * 3
 
 
@@ -278,6 +242,8 @@ def test_ade20k(tmp_path: Path) -> None:
     save_mask(mask, [[0, 1, 151, 13]] * 3)
     with pytest.raises(ValueError, match="mask value 151"):
         dataset[0]
+    with pytest.raises(ValueError, match="ade20k: subset is 'test'; wanted one of 'training', 'validation'"):
+        datasets.ade20k(tmp_path, "test")
 
 
 def test_camvid_layout(tmp_path: Path) -> None:
@@ -288,34 +254,15 @@ def test_camvid_layout(tmp_path: Path) -> None:
     assert label(by_name) == [[0, 5, 10, 255]] * 3, "it has no subsets"
 
 
-@pytest.mark.parametrize("load", [datasets.voc2012, datasets.coco_stuff, datasets.context, datasets.ade20k])
-def test_unknown_subsets_are_refused(tmp_path: Path, load) -> None:
-    with pytest.raises(ValueError, match="subset is 'test'; wanted one of 'train"):
-        load(tmp_path, "test")
-
-
-# ---------------------------------------------------------------- scenes
-
-
 def test_scenes_are_drawn_alike_every_time_and_differ_by_index_seed_and_stream() -> None:
     dataset = datasets.Scenes(3, seed=5, size=64)
     assert (len(dataset), dataset.split) == (3, splits.scenes())
     item = dataset[1]
     assert isinstance(item["image"], tv_tensors.Image) and item["image"].dtype == torch.uint8
-    assert item["image"].shape == (3, 64, 64) and item["label"].shape == (64, 64)
-    assert item["label"].dtype == torch.int64
     image, mask = scenes.draw(seed=(0, 5, 1), size=64)
     assert np.array_equal(item["image"].permute(1, 2, 0), image) and np.array_equal(item["label"], mask)
-    assert set(item["label"].unique().tolist()) <= {*range(41), IGNORE}
-    assert torch.equal(item["image"], datasets.Scenes(2, seed=5, size=64)[1]["image"])
     others = (dataset[2], datasets.Scenes(3, 6, size=64)[1], datasets.Scenes(3, 5, "training", 64)[1])
     assert not any(torch.equal(item["image"], other["image"]) for other in others)
     assert len({item["name"], *(other["name"] for other in others)}) == 4
-
-
-def test_scenes_end_and_faulty_ones_are_refused() -> None:
-    assert sum(1 for _ in datasets.Scenes(2, size=64)) == 2  # pyright: ignore[reportArgumentType]
     with pytest.raises(IndexError, match="index is -1; wanted 0 to 1"):
         datasets.Scenes(2)[-1]
-    with pytest.raises(ValueError, match="stream is 'test'; wanted one of 'evaluation', 'training'"):
-        datasets.Scenes(1, stream="test")  # pyright: ignore[reportArgumentType]

@@ -46,7 +46,7 @@ def test_what_is_left_out_of_a_folder_is_listed(tmp_path: Path) -> None:
         images_by_name(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["gif", "png", "webp", "tif", "avif"])
+@pytest.mark.parametrize("form", ["gif", "png", "tif"])
 def test_the_first_of_several_frames_is_taken_and_that_is_said(tmp_path: Path, form: str) -> None:
     first, second = (Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 0, 250)))
     first.save(tmp_path / f"a.{form}", save_all=True, append_images=[second])
@@ -67,8 +67,7 @@ def png_16(values: np.ndarray, significant: int | None = None) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + sbit + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("bits", "channels"), [(8, 1), (12, 1), (16, 1), (10, 3), (14, 3), (16, 3), (12, 4)])
 def test_deep_samples_are_scaled_by_the_bits_they_use(tmp_path: Path, bits: int, channels: int) -> None:
     values = np.random.default_rng(bits).integers(0, 2**bits, (6, 5, channels))
     values[0, 0, 0] = 2**bits - 1
@@ -89,9 +88,8 @@ def test_deep_samples_are_scaled_by_the_bits_they_use(tmp_path: Path, bits: int,
 def test_dark_pictures_whose_files_say_how_deep_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 4095\n" + np.array([819, 0], ">u2").tobytes())
     (tmp_path / "b.png").write_bytes(png_16(np.array([[819, 1]]), 12))
-    Image.fromarray(np.array([[819, 0]], np.uint16)).save(tmp_path / "c.tif", tiffinfo={281: 4095})
-    Image.fromarray(np.array([[13107, 0]], np.uint16)).save(tmp_path / "d.jp2", irreversible=False)
-    assert [pixel(path) for path in sorted(tmp_path.iterdir())] == [(51, 51, 51)] * 4  # a fifth of the range
+    Image.fromarray(np.array([[13107, 0]], np.uint16)).save(tmp_path / "c.jp2", irreversible=False)
+    assert [pixel(path) for path in sorted(tmp_path.iterdir())] == [(51, 51, 51)] * 3  # a fifth of the range
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
@@ -109,6 +107,8 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
 
 
 def test_other_modes_become_rgb(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"uint16 of shape \(2, 2\); wanted uint8"):
+        as_array(Image.fromarray(np.full((2, 2), 999, np.uint16)))
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
     red, green, blue = pixel(tmp_path / "print.jpg")
     assert red > 240 and green < 15 and blue < 15
@@ -117,8 +117,8 @@ def test_other_modes_become_rgb(tmp_path: Path) -> None:
         assert pixel(tmp_path / "a.png") == (wanted,) * 3
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
-def test_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_orientation_is_applied_and_damaged_exif_data_are_passed_over(tmp_path: Path, suffix: str) -> None:
     path, exif = tmp_path / f"turned.{suffix}", Image.Exif()
     exif[0x0112] = 6
     image = Image.new("RGB", (32, 16))
@@ -127,12 +127,7 @@ def test_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
     upright = np.asarray(open_image(path))
     assert upright.shape == (32, 16, 3)
     assert upright[2, 8].min() > 200 and upright[-2, 8].max() < 50
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_damaged_exif_data_are_passed_over(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"odd.{suffix}"
-    Image.new("RGB", (8, 4)).save(path, exif=b"Exif\x00\x00no TIFF header")  # Pillow raises for PNG and WebP
+    Image.new("RGB", (8, 4)).save(path, exif=b"Exif\x00\x00no TIFF header")  # Pillow raises for PNG
     assert open_image(path).size == (8, 4)
 
 
@@ -165,11 +160,6 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(Unreadable, match="limit of 4095"):
             open_image(tmp_path / "whole.png", 4095)
         assert open_image(tmp_path / "whole.png", 4096).size == (64, 64) and limit == Image.MAX_IMAGE_PIXELS
-
-
-def test_pictures_of_16_bits_are_not_cut_to_8_unseen() -> None:
-    with pytest.raises(ValueError, match=r"uint16 of shape \(2, 2\); wanted uint8"):
-        as_array(Image.fromarray(np.full((2, 2), 999, np.uint16)))
 
 
 def test_reduced_pictures_and_labels_stay_on_each_other() -> None:

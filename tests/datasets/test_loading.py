@@ -11,6 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,8 +92,7 @@ class Faulty(Toys):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("error", [OSError("3.jpg is damaged"), ValueError("3.png: value 9"), MemoryError("3.jpg")])
+@pytest.mark.parametrize(("workers", "error"), [(0, OSError("3.jpg is damaged")), (1, ValueError("3.png: value 9"))])
 def test_faults_of_pictures_come_without_a_traceback(workers: int, error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         evaluate(toy_model(), Faulty(error), SPLIT, progress=False, workers=workers)
@@ -106,6 +106,9 @@ def test_a_loading_process_that_the_system_ends_is_one_sentence_with_the_remedy(
         evaluate(toy_model(), Faulty(signal.SIGKILL), SPLIT, progress=False, workers=1)
     with pytest.raises(OSError, match=f"^{said}train.workers 0.$"):
         fit(toy_model(), Faulty(signal.SIGKILL), SPLIT, toy_config(workers=1))
+    for lost in (ConnectionResetError(104, "reset"), EOFError()):  # between a batch and its tensors
+        with pytest.raises(RuntimeError, match="^DataLoader worker ended while it handed over a batch"):
+            list(loading.received(map(Mock(side_effect=lost), [0])))
 
 
 def test_processes_that_cannot_be_started_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,12 +118,8 @@ def test_processes_that_cannot_be_started_are_one_sentence(monkeypatch: pytest.M
     monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", full)
     with pytest.raises(OSError, match="no process that reads pictures can be started .*; read with 0 workers"):
         read_batches(Toys(), [[0]], collate, 1, False)
-
-
-@pytest.mark.parametrize("workers", [-1, 1025])
-def test_numbers_of_workers_that_do_not_go_are_refused(workers: int) -> None:
-    with pytest.raises(ValueError, match=f"workers is {workers}; wanted 0 to 1024"):
-        evaluate(toy_model(), Toys(), SPLIT, progress=False, workers=workers)
+    with pytest.raises(ValueError, match="workers is -1; wanted 0 to 1024"):
+        evaluate(toy_model(), Toys(), SPLIT, progress=False, workers=-1)
 
 
 @pytest.mark.slow

@@ -189,6 +189,8 @@ def _scaled(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     if named:  # the standard wants the significant bits to be the highest ones; many writers use the lowest
         low_ones = highest < 2 ** named[1][0] and (colours % 2 ** (16 - named[1][0])).any()
         bits = named[1][0] if low_ones else 16
+    elif image.format == "TIFF" and (told := image.getexif().get(281)):  # MaxSampleValue
+        bits = max(told, highest).bit_length()
     elif image.format in ("PPM", "JPEG2000"):  # Pillow has scaled them to 16
         bits = 16
     elif bits < 16 and highest:

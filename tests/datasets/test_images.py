@@ -88,8 +88,9 @@ def test_deep_samples_are_scaled_by_the_bits_they_use(tmp_path: Path, bits: int,
 def test_dark_pictures_whose_files_say_how_deep_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 4095\n" + np.array([819, 0], ">u2").tobytes())
     (tmp_path / "b.png").write_bytes(png_16(np.array([[819, 1]]), 12))
-    Image.fromarray(np.array([[13107, 0]], np.uint16)).save(tmp_path / "c.jp2", irreversible=False)
-    assert [pixel(path) for path in sorted(tmp_path.iterdir())] == [(51, 51, 51)] * 3  # a fifth of the range
+    Image.fromarray(np.array([[819, 0]], np.uint16)).save(tmp_path / "c.tif", tiffinfo={281: 4095})
+    Image.fromarray(np.array([[13107, 0]], np.uint16)).save(tmp_path / "d.jp2", irreversible=False)
+    assert [pixel(path) for path in sorted(tmp_path.iterdir())] == [(51, 51, 51)] * 4  # a fifth of the range
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,7 +22,17 @@ from sptseg.training.config import TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import in_setting
 from sptseg.training.state import HALFWAY, differing, identity
-from sptseg.training.stream import Setting
+
+RESULT = "result.json"
+
+
+def earlier(file: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run, None without one. Raises ValueError if it was asked for with other settings."""
+    result = json.loads(file.read_text()) if file.is_file() else None
+    if result and (other := differing(result["asked"], asked)):
+        differ = f"{file} holds a run with other settings of {', '.join(other)}"
+        raise ValueError(f"{differ}; choose another output folder, or delete it")
+    return result
 
 
 def run_one(
@@ -41,30 +51,24 @@ def run_one(
     CLIP, split, training, or other pictures.
     """
     base, _, setting = name.partition("@")
-    if setting not in ("", *get_args(Setting)):
-        raise ValueError(f"{name} asks for the setting {setting!r}; wanted {base}@supervised or {base}@transductive")
-    place, start = folder / f"{name}-seed{train.seed}", None
+    file, start = folder / f"{name}-seed{train.seed}" / RESULT, None
     if setting == "transductive":
         run_one(base, config, dataset, validation, split, train, folder)
         start = folder / f"{base}-seed{train.seed}" / HALFWAY
     config, train = in_setting(config, train, setting or "inductive")  # pyright: ignore[reportArgumentType]
     torch.manual_seed(train.seed)  # for all that is random from here on: making a CLIP draws numbers too
     clip = load_clip(config.clip, config.clip_weights)
-    file = place / "result.json"
-    before = json.loads(file.read_text()) if file.is_file() else {"asked": {}}
+    like = json.loads(file.read_text())["asked"]["clip"] if file.is_file() else ""
     asked = {
         "model": asdict(config), "train": asdict(train), "split": asdict(split), "data": identity(dataset),
-        "validation": identity(validation), "clip": fingerprint(clip, like=before["asked"].get("clip", "")),
+        "validation": identity(validation), "clip": fingerprint(clip, like=like),
     }  # fmt: skip
-    if before["asked"]:
-        if other := differing(before["asked"], asked):
-            differ = f"{file} holds a run with other settings of {', '.join(other)}"
-            raise ValueError(f"{differ}; choose another output folder, or delete it")
+    if before := earlier(file, asked):
         return before
     model = build_model(config, clip) if start is None else load_model(start, clip)
     model.config = config
     if config.trains:
-        fit(model, dataset, split, train, output=place, resume=True)
+        fit(model, dataset, split, train, output=file.parent, resume=True)
     scores = evaluate(model, validation, split, progress=train.progress)
     result = {"name": name, "seed": train.seed, "scores": scores.as_dict(), "asked": asked}
     if is_main_process():

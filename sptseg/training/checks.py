@@ -19,7 +19,7 @@ from sptseg.datasets import IGNORE, MOST_LISTED, Augmentation, DataReport, Sampl
 from sptseg.model import SptSeg
 from sptseg.system import is_main_process
 from sptseg.training.config import TrainConfig, training_augmentation
-from sptseg.training.loop import Run, fit
+from sptseg.training.loop import Trainer, fit
 from sptseg.training.stream import UNSEEN_PIXEL, label_table
 
 SAMPLE = 16  # pictures that are read for their label values
@@ -114,7 +114,7 @@ def try_out(
     kernels too."""
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
-    batches, start = Run(copy, dataset, split, few).batches, time.perf_counter()
+    batches, start = Trainer(copy, dataset, split, few).batches, time.perf_counter()
     first_batch = [next(batches) for _ in range(config.accumulation)]
     reading = time.perf_counter() - start
     images, targets = (torch.cat(parts) for parts in list(zip(*first_batch, strict=True))[:2])

@@ -72,7 +72,7 @@ def fit(
         raise ValueError("resume and tensorboard need an output folder; give output=")
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
-    run = Run(model, dataset, split, config, output, augment, resume, about)
+    run = Trainer(model, dataset, split, config, output, augment, resume, about)
     last = config.iterations
     noting = nullcontext([]) if run.folder is None else state.noted_signals()
     with ended_helpers("use workers=0 (command line: --train.workers 0)"), noting as noted:
@@ -100,7 +100,7 @@ def due(every: int, done: int, last: int) -> bool:
     return every > 0 and (done % every == 0 or done == last)
 
 
-class Run:
+class Trainer:
     """A run of `fit` on its way: what it trains and reads, where it writes, how far it is. Arguments are `fit`'s."""
 
     def __init__(

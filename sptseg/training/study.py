@@ -1,6 +1,6 @@
-"""A study from one file: which rows, how their rates are chosen, which runs, in order of priority.
+"""A study from one file: which rows, how their rates are chosen, which trials, in order of priority.
 
-Processes that share a folder take the first run that is ready and that nobody works on; what is finished stays.
+Processes that share a folder take the first trial that is ready and that nobody works on; what is finished stays.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from io import BytesIO
@@ -27,16 +27,15 @@ from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes
 from sptseg.inference import Scores, confusion_matrices, new_accelerator, ratios_of_tallies, tallies
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import claimed, write
-from sptseg.training.ablation import mean_and_deviation
+from sptseg.training.ablation import RESULT, earlier, mean_and_deviation
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import CONFIGURATIONS
-from sptseg.training.state import HALFWAY, STATE, differing
-from sptseg.training.stream import label_table
+from sptseg.training.state import HALFWAY, STATE
 
 Measure = Callable[[SptSeg, Dataset[Sample]], dict[str, float]]
-RESULT, COUNTS = "result.json", "counts.npz"
-SPOILT = tuple((kind, strength) for kind in STRENGTHS for strength in (1, 2, 3))
+COUNTS = "counts.npz"
+SPOILT = {f"{kind}-{strength}": (kind, strength) for kind in STRENGTHS for strength in (1, 2, 3)}
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,31 @@ class Part:
 class After:
     """What is changed in the trained models of some rows, without training: no spectral prompts, another offset."""
 
-    rows: tuple[str, ...]
+    rows: tuple[str, ...] = ()
     without_spectral_prompts: bool = False
     seen_offset: float | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of one row; with a rate, to choose it: then it is scored on the validation scenes."""
+
+    part: Part
+    row: str
+    seed: int
+    steps: int
+    rate: float | None = None
+
+    @property
+    def world(self) -> str:
+        """A rate is chosen on ordinary scenes."""
+        return "one-colour" if self.part.one_colour and self.rate is None else "scenes"
+
+    @property
+    def place(self) -> str:
+        """Its folder."""
+        kind = f"{self.steps}-steps-seed-{self.seed}" if self.rate is None else f"rate-{self.rate}"
+        return f"{self.part.clip}/{self.world}/{self.row}/{kind}"
 
 
 @dataclass(frozen=True)
@@ -93,41 +114,42 @@ class Plan:
         """From JSON; a row is {"base": one of `CONFIGURATIONS`, and fields of ModelConfig}. Raises ValueError."""
         try:
             given = tuples(json.loads(file.read_text()))
-            rows = {
-                name: replace(CONFIGURATIONS[row.pop("base")], **row) for name, row in given.pop("rows").items()
-            }  # fmt: skip
+            given["rows"] = {
+                name: replace(CONFIGURATIONS[row.pop("base")], **row) for name, row in given["rows"].items()
+            }
             given["train"] = replace(EMBEDDED_TRAINING, **given["train"])
             given["parts"] = tuple(Part(**part) for part in given["parts"])
             given["after"] = {name: After(**after) for name, after in given.get("after", {}).items()}
-            plan = cls(rows=rows, **given)
+            plan = cls(**given)
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             wanted = ", ".join(f.name for f in fields(cls))
             raise ValueError(f"{file} is no plan of a study ({error}); wanted an object of {wanted}") from error
-        named = {row for part in plan.parts for row in part.rows} | {row for a in plan.after.values() for row in a.rows}
-        if unknown := sorted(named - rows.keys()):
+        named = {row for each in (*plan.parts, *plan.after.values()) for row in each.rows}
+        if unknown := sorted(named - plan.rows.keys()):
             raise ValueError(f"{file} names the rows {', '.join(unknown)}, which its rows lack")
         return plan
 
-    def choosing(self, part: Part, row: str) -> list[Run]:
-        """The runs that choose a row's rate."""
-        return [Run(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in self.rates]
+    def choosing(self, part: Part, row: str) -> list[Trial]:
+        """The trials that choose a row's rate."""
+        return [Trial(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in self.rates]
 
-    def runs(self, share: tuple[int, int] = (1, 1)) -> list[Run]:
-        """All runs, each once, in order of priority: of each part first those that choose rates.
+    def trials(self, share: tuple[int, int] = (1, 1)) -> list[Trial]:
+        """All trials, each once, in order of priority: of each part first those that choose rates.
 
-        Of share I of N, those of every N-th row from the I-th on: a row's runs wait for one another, rows for none.
+        Of share I of N, those of every N-th row from the I-th on: a row's trials wait for one another, rows for none.
         """
-        found: dict[str, Run] = {}
+        found: dict[str, Trial] = {}
         for part in self.parts:
             trained = [row for row in part.rows if self.rows[row].trains]
-            runs = [run for row in trained for run in self.choosing(part, row)]
-            steps = {row: part.steps if row in trained else 0 for row in part.rows}
-            runs += [Run(part, row, seed if steps[row] else 0, steps[row]) for row in part.rows for seed in part.seeds]
-            for run in runs:
-                found.setdefault(run.place, run)
-        rows = list(dict.fromkeys((run.part.clip, run.row) for run in found.values()))
-        mine = set(rows[share[0] - 1 :: share[1]])
-        return [run for run in found.values() if (run.part.clip, run.row) in mine]
+            trials = [trial for row in trained for trial in self.choosing(part, row)]
+            for row in part.rows:
+                steps = part.steps if row in trained else 0  # then it is the same with all seeds
+                trials += [Trial(part, row, seed if steps else 0, steps) for seed in part.seeds]
+            for trial in trials:
+                found.setdefault(trial.place, trial)
+        rows = list(dict.fromkeys((trial.part.clip, trial.row) for trial in found.values()))
+        mine = rows[share[0] - 1 :: share[1]]
+        return [trial for trial in found.values() if (trial.part.clip, trial.row) in mine]
 
 
 def tuples(value: Any) -> Any:
@@ -137,89 +159,67 @@ def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training of one row; with a rate, to choose it: then it is scored on the validation scenes."""
-
-    part: Part
-    row: str
-    seed: int
-    steps: int
-    rate: float | None = None
-
-    @property
-    def world(self) -> str:
-        return "one-colour" if self.part.one_colour and self.rate is None else "scenes"
-
-    @property
-    def place(self) -> str:
-        """Its folder; a rate is chosen on ordinary scenes."""
-        kind = f"{self.steps}-steps-seed-{self.seed}" if self.rate is None else f"rate-{self.rate}"
-        return f"{self.part.clip}/{self.world}/{self.row}/{kind}"
+@cache
+def clip_and_fingerprint(name: str) -> tuple[Clip, str]:
+    clip, split = load_clip(name), Scenes(1).split
+    for names in (split.texts(), split.texts(split.seen)):
+        clip.class_embeddings(names)  # now, on the CPU: the same bits in any order of trials
+    return clip, fingerprint(clip)
 
 
 class Study:
-    """A plan and the folder of its results."""
+    """A plan and the folder of its results; `measure` makes figures of trained models and pictures, to be kept."""
 
     def __init__(self, plan: Plan, folder: Path, measure: Measure | None = None) -> None:
-        self.plan, self.folder, self.measure = plan, folder, measure
-        self.split = Scenes(1).split
-        self.clip, self.pool, self.result = cache(self._clip), cache(self._pool), cache(self._result)
-        self.fingerprint = cache(lambda name: fingerprint(self.clip(name)))
+        self.plan, self.folder, self.measure, self.split = plan, folder, measure, Scenes(1).split
 
-    def _clip(self, name: str) -> Clip:
-        clip = load_clip(name)
-        for queries in (None, label_table(self.split, "inductive")[0]):
-            clip.class_embeddings(self.split.texts(queries))  # now, on the CPU: the same bits in any order of runs
-        return clip
-
-    def _pool(self, world: str, name: str, corruption: tuple[Any, int] | None = None) -> Pool:
+    def pool(self, world: str, name: str, corruption: tuple[Any, int] | None = None) -> Pool:
         length, seed = self.plan.scenes[name]
         file = self.folder / "pools" / f"{world}-{name}-{length}-{seed}.npy"
-        stream = "training" if name == "train" else "evaluation"
         if corruption:
             spoilt = Corrupted(self.pool(world, name), *corruption)
             return Pool(spoilt, file.with_stem(f"{file.stem}-{corruption[0]}-{corruption[1]}"))
+        stream = "training" if name == "train" else "evaluation"
         return Pool(Scenes(length, seed, stream, one_colour=world == "one-colour"), file)
 
-    def _result(self, place: str) -> dict[str, Any]:
-        return json.loads((self.folder / place / RESULT).read_text())
+    def result(self, trial: Trial) -> dict[str, Any]:
+        return json.loads((self.folder / trial.place / RESULT).read_text())
 
-    def finished(self, run: Run) -> bool:
-        return (self.folder / run.place / RESULT).is_file()
+    def finished(self, trial: Trial) -> bool:
+        return (self.folder / trial.place / RESULT).is_file()
 
-    def rate(self, run: Run) -> float | None:
-        """The row's rate: the run's own, or that of the best choosing run, None while one of them is missing."""
-        if run.rate is not None or not self.plan.rows[run.row].trains:
-            return run.rate or self.plan.rates[0]
-        tried = self.plan.choosing(run.part, run.row)
+    def rate(self, trial: Trial) -> float | None:
+        """The row's rate: the trial's own, or that of the best choosing one, None while one of them is missing."""
+        if trial.rate is not None or not self.plan.rows[trial.row].trains:
+            return trial.rate or self.plan.rates[0]
+        tried = self.plan.choosing(trial.part, trial.row)
         if not all(map(self.finished, tried)):
             return None
-        return max(tried, key=lambda each: self.result(each.place)["scores"].get("hiou") or 0.0).rate
+        return max(tried, key=lambda each: self.result(each)["scores"].get("hiou") or 0.0).rate
 
-    def do(self, run: Run, rate: float) -> str:
+    def do(self, trial: Trial, rate: float) -> str:
         """Trains and scores; writes counts.npz, of every data set that it was scored on, and result.json; says what."""
-        place, train = self.folder / run.place, self.plan.train
-        config = replace(self.plan.rows[run.row], clip=run.part.clip)
+        place, train, choosing = self.folder / trial.place, self.plan.train, trial.rate is not None
+        config = replace(self.plan.rows[trial.row], clip=trial.part.clip)
         train = replace(
-            train, iterations=max(1, run.steps), warmup=run.steps // 10, learning_rate=rate, seed=run.seed,
-            validate_every=train.validate_every if run.rate is None else 0, progress=False, workers=0,
+            train, iterations=max(1, trial.steps), warmup=trial.steps // 10, learning_rate=rate, seed=trial.seed,
+            validate_every=0 if choosing else train.validate_every, progress=False, workers=0,
         )  # fmt: skip
-        validation, clip = self.pool(run.world, "validation"), self.clip(run.part.clip)
-        torch.manual_seed(run.seed)
+        validation, (clip, _) = self.pool(trial.world, "validation"), clip_and_fingerprint(trial.part.clip)
+        torch.manual_seed(trial.seed)
         model, started = build_model(config, clip).to(new_accelerator("no").device), time.perf_counter()
-        about = {"row": run.row, "seed": run.seed, "steps": run.steps, "rate": rate}
-        result: dict[str, Any] = {**about, "asked": self.asked(run), "scores": {}, "curve": {}}
+        about = {"row": trial.row, "seed": trial.seed, "steps": trial.steps, "rate": rate}
+        result: dict[str, Any] = {**about, "asked": self.asked(trial), "scores": {}, "curve": {}}
         try:
             if config.trains:
                 options = {"validation": validation if train.validate_every else None, "output": place, "resume": True}
-                history = fit(model, self.pool(run.world, "train"), self.split, train, **options).history
+                history = fit(model, self.pool(trial.world, "train"), self.split, train, **options).history
                 result["curve"] = {row["iteration"]: row["hiou"] for row in history if "hiou" in row}
                 result["seconds"] = round(time.perf_counter() - started, 1)
-            counts = dict(self.scored(run, model))
-            if not config.trains:
-                result["curve"] = {0: self.summary(counts.pop("validation"))["hiou"]}
-            if self.measure and run.rate is None:
+            else:
+                result["curve"] = {0: self.summary(self.counts(trial, model, "validation"))["hiou"]}
+            counts = {name: self.counts(trial, model, name) for name in self.scored(trial)}
+            if self.measure and not choosing:
                 result["spectra"] = self.measure(model, validation)
             arrays: Any = {name: each.numpy().astype(np.uint16) for name, each in counts.items()}
             np.savez_compressed(buffer := BytesIO(), **arrays)
@@ -229,88 +229,70 @@ class Study:
         except FloatingPointError as error:
             said = result["failed"] = str(error)
         write(place / RESULT, json.dumps(result, indent=1) + "\n")
-        for name in (STATE, HALFWAY, *(["model.safetensors"] if run.rate is not None else [])):
+        for name in (STATE, HALFWAY, *(["model.safetensors"] if choosing else [])):
             (place / name).unlink(missing_ok=True)
-        return f"{run.place}, rate {rate}, {time.perf_counter() - started:.0f} s: {said}"
+        return f"{trial.place}, rate {rate}, {time.perf_counter() - started:.0f} s: {said}"
+
+    def scored(self, trial: Trial) -> list[str]:
+        """What a trial is scored on: "test", the changes of `after`, and each corruption, such as "blur-1"."""
+        if trial.rate is not None:
+            return ["test"]
+        changes = [name for name, after in self.plan.after.items() if trial.row in after.rows]
+        return ["test", *changes, *(SPOILT if trial.part.corrupted else ())]
+
+    def counts(self, trial: Trial, model: SptSeg, name: str) -> Tensor:
+        """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""
+        after, layers = self.plan.after.get(name, After()), model.encoder.spectral_layers
+        scenes = "validation" if trial.rate is not None or name == "validation" else "test"
+        if after.without_spectral_prompts:
+            model.encoder.spectral_layers = frozenset()
+        pictures = self.pool(trial.world, scenes, SPOILT.get(name))
+        found = tallies(confusion_matrices(model, pictures, self.split, seen_offset=after.seen_offset))
+        model.encoder.spectral_layers = layers
+        return found
 
     def summary(self, counts: Tensor) -> dict[str, Any]:
         """The figures of counts (P, 3, C) by name, and "iou", each class's."""
         return Scores.of(ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
 
-    def counts(self, model: SptSeg, dataset: Dataset[Sample], seen_offset: float | None = None) -> Tensor:
-        """Pixels right, labelled and predicted of each class, picture by picture: (P, 3, C)."""
-        return tallies(confusion_matrices(model, dataset, self.split, seen_offset=seen_offset))
-
-    def scored(self, run: Run, model: SptSeg) -> Iterator[tuple[str, Tensor]]:
-        """Counts (P, 3, C) by name: "test", those of `after`, and each corruption's, such as "blur-1"."""
-        validation = self.pool(run.world, "validation")
-        test = validation if run.rate is not None else self.pool(run.world, "test")
-        yield "test", self.counts(model, test)
-        if run.rate is not None:
-            return
-        if not model.config.trains:
-            yield "validation", self.counts(model, validation)
-        for name, after in self.plan.after.items():
-            if run.row in after.rows:
-                layers = model.encoder.spectral_layers
-                if after.without_spectral_prompts:
-                    model.encoder.spectral_layers = frozenset()
-                yield name, self.counts(model, test, after.seen_offset)
-                model.encoder.spectral_layers = layers
-        for kind, strength in SPOILT if run.part.corrupted else ():
-            yield f"{kind}-{strength}", self.counts(model, self.pool(run.world, "test", (kind, strength)))
-
-    def asked(self, run: Run) -> dict[str, Any]:
-        """What a finished run must have been asked for, to be the same."""
+    def asked(self, trial: Trial) -> dict[str, Any]:
+        """What a finished trial must have been asked for, to be the same."""
         plan = self.plan
-        about = {"model": asdict(plan.rows[run.row]), "train": asdict(plan.train), "scenes": plan.scenes}
-        if run.rate is None:
+        about = {"model": asdict(plan.rows[trial.row]), "train": asdict(plan.train), "scenes": plan.scenes}
+        if trial.rate is None:
             about |= {"choosing": (plan.rates, plan.choosing_steps, plan.choosing_seed)}
-        return json.loads(json.dumps(about | {"clip": self.fingerprint(run.part.clip)}))
+        return json.loads(json.dumps(about | {"clip": clip_and_fingerprint(trial.part.clip)[1]}))
 
     def work(self, share: tuple[int, int], until: float, say: Callable[[str], object]) -> bool:
-        """Does a share's runs that nobody has done, until all are done or `until` (time.monotonic); whether all are."""
-        todo = self.plan.runs(share)
-        for run in filter(self.finished, todo):
-            if other := differing(self.result(run.place)["asked"], self.asked(run)):
-                what = f"{self.folder / run.place} is of another plan or CLIP ({', '.join(other)})"
-                raise ValueError(f"{what}; choose another output folder, or delete it")
-        with ended_at(until):
-            while (todo := [run for run in todo if not self.finished(run)]) and time.monotonic() < until:
-                if not any(self.tried(run, say) for run in todo):
+        """Does a share's trials that nobody has done, until all are done or `until` (time.monotonic): then SIGTERM has
+        `fit` save its state. Whether all are done."""
+        todo = self.plan.trials(share)
+        for trial in todo:
+            earlier(self.folder / trial.place / RESULT, self.asked(trial))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)
+        timer = threading.Timer(rest, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        try:
+            while todo := [trial for trial in todo if not self.finished(trial)]:
+                if not any(self.tried(trial, say) for trial in todo):
                     time.sleep(0.5)
-        if todo:
+        except SystemExit:
+            if time.monotonic() < until:
+                raise
             say(f"{len(todo)} runs are left, the first {todo[0].place}: the same command goes on")
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGTERM, before)
         return not todo
 
-    def tried(self, run: Run, say: Callable[[str], object]) -> bool:
-        """Does a run, if its rate is known and no other process is at it; whether it did."""
-        rate = self.rate(run)
+    def tried(self, trial: Trial, say: Callable[[str], object]) -> bool:
+        """Does a trial, if its rate is known and no other process is at it; whether it did."""
+        rate = self.rate(trial)
         if rate is None:
             return False
-        with claimed(self.folder / run.place / "lock") as mine:
-            if not mine or self.finished(run):
+        with claimed(self.folder / trial.place / "lock") as mine:
+            if not mine or self.finished(trial):
                 return False
-            say(self.do(run, rate))
+            say(self.do(trial, rate))
         return True
-
-
-@contextmanager
-def ended_at(until: float) -> Iterator[None]:
-    """SIGTERM at a time (time.monotonic), upon which `fit` saves its state, ends the block."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, end)
-    rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)
-    timer = threading.Timer(rest, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    try:
-        yield
-    except SystemExit:
-        if time.monotonic() < until:
-            raise
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGTERM, before)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from toys import SPLIT, ActsAt, Toys, interrupt, same, toy_config, toy_model
 
 from sptseg.datasets import Scenes, splits
-from sptseg.model import EMBEDDED_CONFIG, build_model, fingerprint
+from sptseg.model import EMBEDDED_CONFIG, build_model
 from sptseg.training import fit
 from sptseg.training import state as states
+from sptseg.training.loop import Trainer
 from sptseg.training.state import STATE, read_tensors, write_tensors
 
 
@@ -88,16 +89,17 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def test_the_scaler_of_half_precision_goes_along(tmp_path: Path) -> None:
-    model = toy_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(torch.ones(()))  # it begins with the first loss
-    settings = {"train": {"precision": "fp16"}, "model": asdict(model.config)}
-    settings["clip"] = {"fingerprint": fingerprint(model.clip)}
-    states.save_state(tmp_path, model, optimizer, scaler, states.Progress(3, [{"x": 1}]), settings)
-    new = torch.amp.GradScaler("cpu", init_scale=2.0)
-    progress = states.load_state(tmp_path, toy_model(), optimizer, new, settings)
-    assert new.get_scale() == 1024.0 and progress == states.Progress(3, [{"x": 1}])
+    def trainer(scale: float, resume: bool) -> Trainer:
+        trainer = Trainer(toy_model(), Toys(), SPLIT, toy_config(), tmp_path)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.accelerator.scaler.scale(torch.ones(()))  # it begins with the first loss
+        if resume:
+            trainer.load(tmp_path / STATE)
+        return trainer
+
+    trainer(1024.0, resume=False).save(3)
+    new = trainer(2.0, resume=True)
+    assert new.accelerator.scaler.get_scale() == 1024.0 and new.done == 3
 
 
 # Kills

@@ -150,7 +150,7 @@ class Trainer:
         self.trainee.train()
 
     def load(self, path: Path) -> None:
-        """Goes on from a state, if there is one. Raises ValueError for a damaged one, or of a run with other settings."""
+        """Goes on from a state, if there is one. Raises ValueError if it is damaged, or if other settings made it."""
         if not path.is_file():
             return
         kept = state.read_tensors(path, self.model.device)

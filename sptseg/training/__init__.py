@@ -2,7 +2,7 @@
 
 # fmt: off
 from sptseg.training import ablation, losses
-from sptseg.training.ablation import FIGURES, ablate
+from sptseg.training.ablation import FIGURES, Plan, Study, ablate
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig, learning_rate, training_augmentation
 from sptseg.training.loop import Trainee, fit, parameter_groups, pseudo_labels, step
 from sptseg.training.losses import present_pairs, segmentation_loss
@@ -12,5 +12,4 @@ from sptseg.training.presets import (
 )
 from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
 from sptseg.training.report import interval, write_report
-from sptseg.training.study import Plan, Study
 from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table, loading

@@ -29,14 +29,14 @@ SAME_TEXT = 0.999  # cosine of two classes that no mask could tell apart
 class Report:
     """What was found before a run: findings, warnings and faults, one a line each, and the first batch's loss."""
 
+    findings: list[str]
     warnings: list[str]
     faults: list[str]
-    findings: list[str]
     terms: dict[str, float] = field(default_factory=dict)
 
     def text(self) -> str:
         """The report, one finding a line."""
-        lines = [f"warning: {text}" for text in self.warnings] + [f"fault: {text}" for text in self.faults]
+        lines = [*(f"warning: {each}" for each in self.warnings), *(f"fault: {each}" for each in self.faults)]
         count = f"preflight: {len(self.faults)} faults, {len(self.warnings)} warnings"
         return "\n".join([*self.findings, *lines, count])
 
@@ -59,7 +59,7 @@ def preflight(
     found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
     classes = f"split {split.name}: {len(split.seen)} seen and {len(split.unseen)} unseen classes, {config.setting}"
     values = f"label values in {data.looked_at} of {data.total} images: {', '.join(found)}"
-    report = Report([*data.warnings], [*data.faults], [classes, values])
+    report = Report([classes, values], [*data.warnings], [*data.faults])
     check_names(getattr(dataset, "split", split), split, report)
     if model.clip.weights is None and model.clip.name != IMPORTED:
         report.warnings.append(f"CLIP {model.clip.name!r} has random weights: no name means anything to it")

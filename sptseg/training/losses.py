@@ -61,19 +61,17 @@ def check_labels(labels: Tensor, classes: int, batch: int) -> None:
     """Refuses labels of the wrong shape or outside 0..C-1 and 255."""
     if labels.ndim != 3 or len(labels) != batch:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; wanted ({batch}, height, width), as many as logits")
-    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        raise ValueError(
-            f"labels hold the value {int(labels[wrong][0])}; with {classes} classes 0 to {classes - 1} and {IGNORE} "
-            f"(ignored) are valid; map unseen classes to {IGNORE} first"
-        )
+    wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        valid = f"with {classes} classes 0 to {classes - 1} and {IGNORE} (ignored) are valid"
+        raise ValueError(f"labels hold the value {wrong[0]}; {valid}; map unseen classes to {IGNORE} first")
 
 
 class _MaskLosses(torch.autograd.Function):
     """(focal, ssim or dice) of low-resolution logits, with their gradients made in the forward pass.
 
     Focal loss and SSIM first take every map as if its target were empty. What the target changes is added in tiles
-    around its pixels, few in all, as every pixel has one class: so time hardly grows with the classes in a picture.
+    around its pixels, few in all, so that time hardly grows with the classes in a picture.
     """
 
     @staticmethod
@@ -91,7 +89,8 @@ class _MaskLosses(torch.autograd.Function):
             negative, by_x = focal_term(x if target is None else x.masked_fill(target, -torch.inf), 1 - ALPHA)
             terms = [(negative, up.back(by_x))]
             if ssim:
-                terms.append(ssim_without_target(low, up))
+                value, by_mean, by_square = empty_ssim(*up.moments(low))
+                terms.append((value.sum(), up.moments_back(low, by_mean, by_square)))
             elif target is not None:
                 terms.append(dice_term(x, target.float(), up))
             for i, (value, gradient) in enumerate(terms):
@@ -196,10 +195,8 @@ class Upsampling(NamedTuple):
 
 
 def neighbour_products(low: Tensor) -> Tensor:
-    """Products of neighbours in small maps (n, h, w), as `Axis` wants them: (n, 2h-1, 2w-1).
-
-    [[own squares, with the right neighbour], [with the one below, mean of both diagonals]].
-    """
+    """Products of neighbours in small maps (n, h, w), as `Axis` wants them: (n, 2h-1, 2w-1), that is
+    [[own squares, with the right neighbour], [with the one below, mean of both diagonals]]."""
     up, down = low[:, :-1], low[:, 1:]
     diagonals = (up[..., :-1] * down[..., 1:] + up[..., 1:] * down[..., :-1]) / 2
     above = torch.cat([low * low, low[..., :-1] * low[..., 1:]], dim=2)
@@ -222,9 +219,9 @@ def tiles(labels: Tensor, classes: int, rows: Axis, columns: Axis) -> Iterator[t
 
 
 def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Sum of weight q² softplus(z) with q = sigmoid(z), and its gradient weight q² (2 (1 - q) softplus(z) + q).
+    """Focal loss of negatives with logits z (of positives: -z; -inf does not count), and its gradient.
 
-    That is the focal loss of negatives with logits z, and of positives with logits -z; -inf does not count.
+    Sum of weight q² softplus(z) with q = sigmoid(z); weight q² (2 (1 - q) softplus(z) + q).
     """
     q, cost = z.sigmoid(), softplus(z)
     weighted = (q * q).mul_(weight)
@@ -233,7 +230,7 @@ def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), as exact as torch's, which takes five times as long on a CPU, down to 1e-7, where this ends in 0.
+    """log(1 + e^z), five times as fast as torch's on a CPU and as exact down to 1e-7, where this ends in 0.
 
     log1p(e) = log(u) e / (u - 1) with u = 1 + e as it was rounded (Kahan).
     """
@@ -261,14 +258,8 @@ def empty_ssim(a: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, by_mean, by_square
 
 
-def ssim_without_target(low: Tensor, up: Upsampling) -> tuple[Tensor, Tensor]:
-    """Sum of the structural similarity of logits and an empty target over maps and pixels; its gradient (n, h, w)."""
-    value, by_mean, by_square = empty_ssim(*up.moments(low))
-    return value.sum(), up.moments_back(low, by_mean, by_square)
-
-
 def ssim_of_target(low: Tensor, x: Tensor, target: Tensor, tile: Upsampling) -> tuple[Tensor, Tensor]:
-    """What targets change of `ssim_without_target`, in tiles, and its gradient (n, h, w).
+    """What targets change of the sum of `empty_ssim`, in tiles, and its gradient (n, h, w).
 
     With means a, b, and moments E[x²], E[xt] in the window: l = (2ab + C1) / (a² + b² + C1),
     s = (2 (E[xt] - ab) + C2) / (var x + var t + C2), SSIM = l s. As t is 0 or 1, E[t²] = b.

@@ -13,7 +13,14 @@ from sptseg import scenes
 from sptseg.datasets import SCENES_TO_TRAIN, Data
 from sptseg.inference import table
 from sptseg.model import (
-    DENSE_CLIP, EMBEDDED_CLIPS, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, ReadOut, default_readout,
+    DENSE_CLIP,
+    EMBEDDED_CLIPS,
+    EMBEDDED_CONFIG,
+    SPT_RELEASED,
+    ZEGCLIP,
+    ModelConfig,
+    ReadOut,
+    default_readout,
 )  # fmt: skip
 from sptseg.system import cores
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig

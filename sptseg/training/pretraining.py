@@ -37,25 +37,16 @@ Phrases = tuple[str, ...]  # a caption's
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of pre-training.
+    """A part of pre-training."""
 
-    Attributes:
-        kinds, size, images, batch: which pictures, how large, and how many.
-        rates: learning rate at the beginning and the end, a half cosine between.
-        patch_dropout: share of the patches left out.
-        coverage: share of the patches that each noun of the caption must win.
-        local_window: if set, patches also look at themselves in windows of that many patches a side, and what they say
-            there teaches what they say in the whole picture (see `local_losses`).
-    """
-
-    kinds: tuple[scenes.Kind, ...]
+    kinds: tuple[scenes.Kind, ...]  # of its pictures
     size: int
     images: int
     batch: int
-    rates: tuple[float, float]
-    patch_dropout: float = 0.5
-    coverage: float = 0.07
-    local_window: int = 0
+    rates: tuple[float, float]  # learning rate at the beginning and the end, a half cosine between
+    patch_dropout: float = 0.5  # share of the patches left out
+    coverage: float = 0.07  # share of the patches that each noun of the caption must win
+    local_window: int = 0  # patches a side of the windows of `local_losses`; 0: none
 
 
 MIXED: tuple[scenes.Kind, ...] = ("scene", "scene", "scene", "closeup")
@@ -106,7 +97,7 @@ def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> tuple[np.nda
 
 
 def normalised(images: np.ndarray) -> Tensor:
-    """Pictures (B, S, S, 3) uint8 as CLIP is trained on them: (B, 3, S, S)."""
+    """Pictures (B, S, S, 3) uint8 -> (B, 3, S, S)."""
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (torch.from_numpy(images).permute(0, 3, 1, 2) - mean) / std
 
@@ -128,8 +119,7 @@ def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: in
     """Unit patch embeddings (B, N', E) and image embeddings (B, E) of square images.
 
     A share `dropout` of the patches is left out. With `window`, patches attend only inside windows of that many patches
-    a side, each with a class token of its own (so B * windows image embeddings): what they say of themselves, without
-    the rest of the picture.
+    a side, each with a class token of its own (so B * windows image embeddings).
     """
     visual = clip.visual
     patch, size = visual.conv1.kernel_size[0], images.shape[-1]
@@ -181,12 +171,8 @@ def dense_loss(log_p: Tensor, present: Tensor, coverage: float) -> Tensor:
 
 
 def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: float) -> dict[str, Tensor]:
-    """What patches say of themselves in a small window teaches what they say in the whole picture.
-
-    A patch that sees the whole picture knows the whole caption, and may say "boat" anywhere near one: its caption
-    forgives it. In a small window it cannot know of a boat outside. So the window's choice among the caption's nouns is
-    the target. log_p, local_log_p (B, N, V), present (B, V) bool.
-    """
+    """What patches say in a small window teaches what they say in the whole picture, where they may know of a boat that
+    is elsewhere, and say "boat" anywhere: their caption forgives it. log_p, local_log_p (B, N, V), present (B, V)."""
     own = local_log_p.detach().masked_fill(~present[:, None], -torch.inf).softmax(dim=-1)
     return {"local": dense_loss(local_log_p, present, coverage), "taught": -(own * log_p).sum(dim=-1).mean()}
 

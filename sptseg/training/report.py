@@ -14,8 +14,7 @@ from torch import Tensor
 from sptseg.datasets import STRENGTHS, Split
 from sptseg.inference import FIGURES, ratios_of_tallies, table
 from sptseg.system import write
-from sptseg.training.ablation import mean_and_deviation
-from sptseg.training.study import COUNTS, SPOILT, Study, Trial
+from sptseg.training.ablation import COUNTS, SPOILT, Study, Trial, mean_and_deviation
 
 FLAT_STEPS, FLAT_GAIN = 500, 0.005  # the rule of `flat`
 KINDS = {kind: [name for name, (k, _) in SPOILT.items() if k == kind] for kind in STRENGTHS}
@@ -78,7 +77,7 @@ class Found:
     def __init__(self, study: Study) -> None:
         self.study, self.trials, self.unscored = study, {}, []
         for trial in study.plan.trials():
-            if trial.rate is not None or not study.finished(trial) or "failed" in study.result(trial):
+            if trial.rate is not None or "failed" in (study.result(trial) or {"failed": "not run"}):
                 continue
             group = self.trials.setdefault(Group(trial.part.clip, trial.world, trial.steps), {})
             with np.load(study.folder / trial.place / COUNTS) as file:
@@ -109,7 +108,7 @@ class Found:
     def rows(self, group: Group) -> Iterator[dict[str, Any]]:
         """Every row: scores seed by seed, its rate, its curve, when that is flat."""
         for row, trials in self.trials[group].items():
-            results = [self.study.result(trial) for trial in trials.values()]
+            results = [result for trial in trials.values() if (result := self.study.result(trial))]
             counts: Any = self.counts(group, row, trials, ["test"])
             curves, spectra = [r["curve"] for r in results], [r["spectra"] for r in results if r.get("spectra")]
             curve = {int(step): statistics.mean(each[step] for each in curves) for step in curves[0]}
@@ -134,7 +133,7 @@ class Found:
 def write_report(study: Study) -> str:
     """Writes tables.md and record.json, what the tables and curves are made of, to the study's folder: the tables."""
     found, record = Found(study), {"rows": [], "pairs": []}
-    left = sum(not study.finished(trial) for trial in study.plan.trials())
+    left = sum(not study.result(trial) for trial in study.plan.trials())
     text = f"Mean ± sd over seeds, in %; differences with 95 % intervals. {left} runs are left.\n"
     if found.unscored:
         missing = "; ".join(found.unscored)

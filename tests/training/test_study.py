@@ -21,8 +21,8 @@ from sptseg.datasets import Corrupted, Pool, Scenes, Split, corrupt
 from sptseg.model import EMBEDDED_CLIPS
 from sptseg.system import claimed
 from sptseg.training import Plan, Study, interval, loop
+from sptseg.training.ablation import RESULT
 from sptseg.training.report import flat
-from sptseg.training.study import RESULT
 
 SMALL = {"base": "spt", "image_size": [64, 64], "decoder_layers": 1, "prompt_tokens": 2}
 PLAN: dict[str, Any] = {

@@ -65,8 +65,7 @@ def run_one(
     """Trains and scores one configuration with one seed; a stopped run goes on, a finished one is read from `folder`.
 
     The name may end in @supervised or @transductive (`in_setting`); the latter goes on from the half-way checkpoint of
-    the run without that ending, which is made if need be. Raises ValueError if `folder` holds a run with another model,
-    CLIP, split, training, or other pictures.
+    the run without that ending, which is made if need be.
     """
     base, _, setting = name.partition("@")
     file, start = folder / f"{name}-seed{train.seed}" / RESULT, None
@@ -173,7 +172,6 @@ class Trial:
 
     @property
     def world(self) -> str:
-        """A rate is chosen on ordinary scenes."""
         return "one-colour" if self.part.one_colour and self.rate is None else "scenes"
 
     @property
@@ -222,10 +220,8 @@ class Plan:
         return [Trial(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in self.rates]
 
     def trials(self, share: tuple[int, int] = (1, 1)) -> list[Trial]:
-        """All trials, each once, in order of priority: of each part first those that choose rates.
-
-        Of share I of N, those of every N-th row from the I-th on: a row's trials wait for one another, rows for none.
-        """
+        """All trials, each once, in order of priority, of each part first those that choose rates. Of share (I, N) those
+        of every N-th row from the I-th on, as a row's trials wait for one another."""
         found: dict[str, Trial] = {}
         for part in self.parts:
             trained = [row for row in part.rows if self.rows[row].trains]
@@ -352,8 +348,8 @@ class Study:
         return json.loads(json.dumps(about | {"clip": clip_and_fingerprint(trial.part.clip)[1]}))
 
     def work(self, share: tuple[int, int], until: float, say: Callable[[str], object]) -> bool:
-        """Does a share's trials that nobody has done, until all are done or `until` (time.monotonic): then SIGTERM has
-        `fit` save its state. Whether all are done."""
+        """Does a share's trials that nobody has done, until `until` (time.monotonic), when SIGTERM has `fit` save its
+        state; whether all are done."""
         todo = self.plan.trials(share)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)

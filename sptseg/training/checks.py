@@ -111,7 +111,16 @@ def try_out(
     first_batch = [next(batches) for _ in range(config.accumulation)]
     reading = time.perf_counter() - start
     images, targets = (torch.cat(parts) for parts in list(zip(*first_batch, strict=True))[:2])
-    check_targets(targets, report)
+    ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)  # of each picture
+    report.findings.append(f"first batch: {ignored.mean():.1%} of the pixels ignored")
+    empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
+    if len(empty) == len(targets):
+        report.faults.append(
+            f"every pixel of the first {len(targets)} training pictures is ignored: there is nothing to learn; look at "
+            "the masks' values, and at which classes are unseen"
+        )
+    elif empty:
+        report.warnings.append(f"pictures of the first batch in which every pixel is ignored: {listed(empty)}")
     if folder is not None and is_main_process():
         path = folder / "first-batch.png"
         draw(images, targets, model, split, config, path)
@@ -132,20 +141,6 @@ def try_out(
         f"time: {seconds:.3g} s an iteration, about {seconds * config.iterations / 3600:.2g} h without validation",
         f"memory: {memory / 2**30:.2g} GiB {what}",
     ]
-
-
-def check_targets(targets: Tensor, report: Report) -> None:
-    """Some pixels of this process's first pictures must teach something."""
-    ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)
-    report.findings.append(f"first batch: {ignored.mean():.1%} of the pixels ignored")
-    empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
-    if len(empty) == len(targets):
-        report.faults.append(
-            f"every pixel of the first {len(targets)} training pictures is ignored: there is nothing to learn; look at "
-            "the masks' values, and at which classes are unseen"
-        )
-    elif empty:
-        report.warnings.append(f"pictures of the first batch in which every pixel is ignored: {listed(empty)}")
 
 
 def draw(images: Tensor, targets: Tensor, model: SptSeg, split: Split, config: TrainConfig, path: Path) -> None:

@@ -167,10 +167,8 @@ class Trainer:
         self.done, self.history = kept["iteration"], json.loads(kept["history"])
 
     def save(self, done: int) -> None:
-        """Writes the state from which `resume` goes on, whole or not at all.
-
-        Raises FloatingPointError, and writes nothing, if a weight is not a number: the last state stays a good one.
-        """
+        """Writes the state from which `resume` goes on; not if a weight is no number (FloatingPointError): the last
+        state stays a good one."""
         self.done, weights, scaler = done, self.model.trained_state(), self.accelerator.scaler
         if self.folder is None or not self.main:
             return
@@ -252,11 +250,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def pseudo_labels(
     logits: Tensor, labels: Tensor, seen: Sequence[int] | Tensor, unseen: Sequence[int] | Tensor
 ) -> Tensor:
-    """Labels whose unseen pixels (-1) hold the model's best unseen class; the self-training step.
-
-    logits (B, C, h, w) of all classes, upsampled to the labels' size; labels (B, S, S'), not changed; `seen` and
-    `unseen` are the positions of the classes in C.
-    """
+    """Labels (B, S, S') whose unseen pixels (-1) hold the best unseen class by logits (B, C, h, w) of all classes; the
+    self-training step. `seen` and `unseen` are the positions of the classes in C."""
     unseen, classes = torch.as_tensor(unseen, device=logits.device), logits.shape[1]
     if sorted([*torch.as_tensor(seen).tolist(), *unseen.tolist()]) != list(range(classes)):
         positions = f"{len(seen)} seen and {len(unseen)} unseen positions"

@@ -135,10 +135,8 @@ class Axis(NamedTuple):
 
     A row of `up` has at most two entries that are not zero, side by side. So the square of an upsampled map is itself a
     linear function of few numbers: the products of neighbours in the small map. `blurred` (S, h) and `blurred_squares`
-    (S, 2h-1) are both after the window (S, S), so that window means need no map of full size.
-
-    Of tiles, all have one dimension more in front; a tile's `up` and the columns of its `window` reach RADIUS further
-    on both sides, and are zero outside of the picture.
+    (S, 2h-1) are both after the window (S, S), so that window means need no map of full size. Of tiles, all have one
+    dimension more in front; `up` and the columns of `window` reach RADIUS further, and are zero outside of the picture.
     """
 
     up: Tensor
@@ -219,10 +217,8 @@ def tiles(labels: Tensor, classes: int, rows: Axis, columns: Axis) -> Iterator[t
 
 
 def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Focal loss of negatives with logits z (of positives: -z; -inf does not count), and its gradient.
-
-    Sum of weight q² softplus(z) with q = sigmoid(z); weight q² (2 (1 - q) softplus(z) + q).
-    """
+    """Focal loss of negatives with logits z (of positives: -z; -inf does not count), and its gradient: the sum of
+    weight q² softplus(z) with q = sigmoid(z); weight q² (2 (1 - q) softplus(z) + q)."""
     q, cost = z.sigmoid(), softplus(z)
     weighted = (q * q).mul_(weight)
     value = (weighted * cost).sum()
@@ -230,10 +226,8 @@ def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), five times as fast as torch's on a CPU and as exact down to 1e-7, where this ends in 0.
-
-    log1p(e) = log(u) e / (u - 1) with u = 1 + e as it was rounded (Kahan).
-    """
+    """log(1 + e^z), five times as fast as torch's on a CPU and as exact down to 1e-7, where this ends in 0:
+    log1p(e) = log(u) e / (u - 1) with u = 1 + e as it was rounded (Kahan)."""
     e = z.abs().neg_().exp_()
     u = 1 + e
     return e.mul_(u.log()).div_((u - 1).clamp_(min=torch.finfo(z.dtype).eps)).add_(z.clamp(min=0))
@@ -259,11 +253,9 @@ def empty_ssim(a: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ssim_of_target(low: Tensor, x: Tensor, target: Tensor, tile: Upsampling) -> tuple[Tensor, Tensor]:
-    """What targets change of the sum of `empty_ssim`, in tiles, and its gradient (n, h, w).
-
-    With means a, b, and moments E[x²], E[xt] in the window: l = (2ab + C1) / (a² + b² + C1),
-    s = (2 (E[xt] - ab) + C2) / (var x + var t + C2), SSIM = l s. As t is 0 or 1, E[t²] = b.
-    """
+    """What targets change of the sum of `empty_ssim`, in tiles, and its gradient (n, h, w). SSIM = l s, with means a, b
+    and moments E[x²], E[xt] in the window, E[t²] = b as t is 0 or 1: l = (2ab + C1) / (a² + b² + C1),
+    s = (2 (E[xt] - ab) + C2) / (var x + var t + C2)."""
     down, right = tile.rows.window, tile.columns.window
     a, square = tile.moments(low)
     b, product = (down @ maps @ right.mT for maps in (target, x * target))

@@ -53,8 +53,8 @@ def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> di
     """Difference of two rows, mine less other, with the ends of its 95 % interval, of each figure of `FIGURES` and of
     the gap, mIoU of seen less that of unseen classes.
 
-    Counts (S, P, K, 3, C) of the same seeds and pictures, see `tallies`. Seeds and pictures are drawn with replacement,
-    the same ones for both rows; a seed's figures are those of its pooled pictures, means over the K data sets.
+    Counts (S, P, K, 3, C), see `tallies`. Seeds and pictures are drawn with replacement, the same ones for both rows; a
+    seed's figures are those of its pooled pictures, means over the K data sets.
     """
     seeds, pictures = drawn(len(mine), draws, 0), drawn(mine.shape[1], draws, 1)
 

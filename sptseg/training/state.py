@@ -60,9 +60,8 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         return {**state, "model": state["model"], "optimizer": state["optimizer"]}
     except Exception as error:  # there is no list of what torch may raise at a file
-        raise ValueError(
-            f"{path} cannot be read: it is damaged, or no state of a run; delete it to begin anew"
-        ) from error
+        said = f"{path} cannot be read: it is damaged, or no state of a run; delete it to begin anew"
+        raise ValueError(said) from error
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:

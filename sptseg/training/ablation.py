@@ -220,7 +220,7 @@ class Plan:
         return [Trial(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in self.rates]
 
     def trials(self, share: tuple[int, int] = (1, 1)) -> list[Trial]:
-        """All trials, each once, in order of priority, of each part first those that choose rates. Of share (I, N) those
+        """All trials, each once, by priority, of each part first those that choose rates. Of share (I, N) those
         of every N-th row from the I-th on, as a row's trials wait for one another."""
         found: dict[str, Trial] = {}
         for part in self.parts:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toys import SPLIT, ActsAt, Toys, interrupt, same, toy_config, toy_model
+from toys import SPLIT, ActsAt, Intruder, Toys, interrupt, same, toy_config, toy_model
 
 from sptseg.datasets import Scenes, splits
 from sptseg.model import EMBEDDED_CONFIG, build_model
@@ -60,11 +60,7 @@ def test_what_is_no_state_is_named(kind: str, stopped: Path) -> None:
 
 
 def test_a_state_executes_nothing(tmp_path: Path) -> None:
-    class Intruder:
-        def __reduce__(self) -> tuple:
-            return (os.mkdir, (str(tmp_path / "intruded"),))
-
-    write_tensors(tmp_path / STATE, {"model": Intruder(), "optimizer": {}})
+    write_tensors(tmp_path / STATE, {"model": Intruder(tmp_path / "intruded"), "optimizer": {}})
     with pytest.raises(ValueError, match="state.pt cannot be read"):
         read_tensors(tmp_path / STATE)
     assert not (tmp_path / "intruded").exists()

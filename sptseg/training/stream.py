@@ -88,10 +88,8 @@ class Positions:
     def __init__(self, iterations: range, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
         parts = processes * accumulation
         if batch_size % parts:
-            raise ValueError(
-                f"batch_size {batch_size} cannot be shared by {processes} processes x {accumulation} micro-batches; "
-                f"choose a multiple of {parts}"
-            )
+            shares = f"{processes} processes x {accumulation} micro-batches"
+            raise ValueError(f"batch_size {batch_size} cannot be shared by {shares}; choose a multiple of {parts}")
         self.iterations, self.batch_size, self.accumulation = iterations, batch_size, accumulation
         self.rank, self.processes, self.micro = rank, processes, batch_size // parts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sptseg.checkpoints import IMPORTED
-from sptseg.datasets import IGNORE, MOST_LISTED, Augmentation, DataReport, Sample, Split, evenly, listed, plots, survey
+from sptseg.datasets import IGNORE, MOST_LISTED, Sample, Split, evenly, listed, plots, survey
 from sptseg.model import SptSeg
 from sptseg.system import is_main_process
 from sptseg.training.config import TrainConfig, training_augmentation
-from sptseg.training.loop import Run, fit
+from sptseg.training.loop import Trainer, fit
 from sptseg.training.stream import UNSEEN_PIXEL, label_table
 
 SAMPLE = 16  # pictures that are read for their label values
@@ -27,18 +26,17 @@ SAME_TEXT = 0.999  # cosine of two classes that no mask could tell apart
 
 
 @dataclass
-class PreflightReport:
-    """What was found before a run: the sample's label values, the first batch's loss, and findings, one a line each."""
+class Report:
+    """What was found before a run: findings, warnings and faults, one a line each, and the first batch's loss."""
 
-    data: DataReport
+    findings: list[str]
+    warnings: list[str]
+    faults: list[str]
     terms: dict[str, float] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """The report, one finding a line."""
-        lines = [f"warning: {text}" for text in self.warnings] + [f"fault: {text}" for text in self.faults]
+        lines = [*(f"warning: {each}" for each in self.warnings), *(f"fault: {each}" for each in self.faults)]
         count = f"preflight: {len(self.faults)} faults, {len(self.warnings)} warnings"
         return "\n".join([*self.findings, *lines, count])
 
@@ -51,21 +49,17 @@ class PreflightReport:
 
 def preflight(
     model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: str | Path | None = None
-) -> PreflightReport:
+) -> Report:
     """Looks for what would spoil a run of `fit` with the same arguments. Model and random generators stay as they are.
 
     Under `accelerate launch` every process calls it, as every process calls `fit`. `first-batch.png` goes to `folder`.
     """
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
     data = survey(dataset, split, evenly(length, SAMPLE), progress=False)
-    report = PreflightReport(data, warnings=[*data.warnings], faults=[*data.faults])
     found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
-    report.findings = [
-        f"split {split.name}: {len(split.seen)} seen and {len(split.unseen)} unseen classes, {config.setting}",
-        f"label values in {data.looked_at} of {data.total} images: {', '.join(found)}",
-    ]
-    if data.never_seen:
-        report.findings.append(f"classes not in these images: {', '.join(data.never_seen)}")
+    classes = f"split {split.name}: {len(split.seen)} seen and {len(split.unseen)} unseen classes, {config.setting}"
+    values = f"label values in {data.looked_at} of {data.total} images: {', '.join(found)}"
+    report = Report([classes, values], [*data.warnings], [*data.faults])
     check_names(getattr(dataset, "split", split), split, report)
     if model.clip.weights is None and model.clip.name != IMPORTED:
         report.warnings.append(f"CLIP {model.clip.name!r} has random weights: no name means anything to it")
@@ -73,56 +67,63 @@ def preflight(
         check_text(model, split, report)
         if not data.faults:  # the first batch may run into the same files
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                try_out(model, dataset, split, config, folder, report)
+                try_out(model, dataset, split, config, None if folder is None else Path(folder), report)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         report.faults.append(f"a first step cannot be made: {error}")
     return report
 
 
-def check_names(own: Split, split: Split, report: PreflightReport) -> None:
+def check_names(own: Split, split: Split, report: Report) -> None:
     """Label values of the data set's own split must mean the same classes in the split of the run."""
     pairs = enumerate(zip(own.classes, split.classes, strict=False))
-    differing = [f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b]
+    differing = listed([f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b])
     moved = [name for i, name in enumerate(own.classes) if name in split.classes and split.classes.index(name) != i]
     if len(own.classes) != len(split.classes) or moved:
         report.faults.append(
             f"the data set's split {own.name!r} ({len(own.classes)} classes) and the run's split {split.name!r} "
-            f"({len(split.classes)} classes) disagree on label values: {listed(differing) or 'their numbers differ'}; "
+            f"({len(split.classes)} classes) disagree on label values: {differing or 'their numbers differ'}; "
             "use dataset.split, with_unseen and with_prompts"
         )
     elif differing:
-        report.warnings.append(f"the run's split renames classes of the data set: {listed(differing)}")
+        report.warnings.append(f"the run's split renames classes of the data set: {differing}")
 
 
-def check_text(model: SptSeg, split: Split, report: PreflightReport) -> None:
+def check_text(model: SptSeg, split: Split, report: Report) -> None:
     """No two classes may be the same to CLIP."""
     names, text = split.texts(), model.class_embeddings(split.texts())
-    if len(names) > 1:
-        cosine = (text @ text.T).cpu().fill_diagonal_(-2)
-        first, second = divmod(int(cosine.argmax()), len(names))
-        pair = f"{names[first]!r} and {names[second]!r}, cosine {cosine[first, second]:.3f}"
+    cosine = (text @ text.T).cpu().fill_diagonal_(-2)
+    first, second = divmod(int(cosine.argmax()), len(names))
+    pair = f"{names[first]!r} and {names[second]!r}, cosine {cosine[first, second]:.3f}"
+    if first != second:
         report.findings.append(f"closest text embeddings: {pair}")
-        if cosine[first, second] > SAME_TEXT:
-            report.faults.append(f"CLIP cannot tell apart {pair}; give other words with with_prompts")
+    if cosine[first, second] > SAME_TEXT:
+        report.faults.append(f"CLIP cannot tell apart {pair}; give other words with with_prompts")
 
 
 def try_out(
-    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: str | Path | None,
-    report: PreflightReport,
-) -> None:  # fmt: skip
+    model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: Path | None, report: Report
+) -> None:
     """The first batch, and two iterations of `fit` on a copy: loss of the first, time of the second, as the first loads
     kernels too."""
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
-    batches, start = Run(copy, dataset, split, few).batches, time.perf_counter()
+    batches, start = Trainer(copy, dataset, split, few).batches, time.perf_counter()
     first_batch = [next(batches) for _ in range(config.accumulation)]
     reading = time.perf_counter() - start
     images, targets = (torch.cat(parts) for parts in list(zip(*first_batch, strict=True))[:2])
-    queries, _ = label_table(split, config.setting)
-    check_targets(targets, len(queries), report)
+    ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)  # of each picture
+    report.findings.append(f"first batch: {ignored.mean():.1%} of the pixels ignored")
+    empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
+    if len(empty) == len(targets):
+        report.faults.append(
+            f"every pixel of the first {len(targets)} training pictures is ignored: there is nothing to learn; look at "
+            "the masks' values, and at which classes are unseen"
+        )
+    elif empty:
+        report.warnings.append(f"pictures of the first batch in which every pixel is ignored: {listed(empty)}")
     if folder is not None and is_main_process():
-        path = Path(folder) / "first-batch.png"
-        draw(images, targets, training_augmentation(model, config), split, queries, path)
+        path = folder / "first-batch.png"
+        draw(images, targets, model, split, config, path)
         report.findings.append(f"first batch drawn: {path}")
     before = torch.cuda.memory_allocated()  # also of the model itself; 0 without a GPU
     if torch.cuda.is_initialized():
@@ -142,24 +143,9 @@ def try_out(
     ]
 
 
-def check_targets(targets: Tensor, queries: int, report: PreflightReport) -> None:
-    """Some pixels of this process's first pictures must teach something."""
-    ignored = targets.eq(IGNORE).flatten(1).float().mean(dim=1)
-    report.findings.append(f"first batch: {queries} queries, {ignored.mean():.1%} of the pixels ignored")
-    empty = [str(i) for i in (ignored == 1).nonzero().flatten().tolist()]
-    if len(empty) == len(targets):
-        report.faults.append(
-            f"every pixel of the first {len(targets)} training pictures is ignored: there is nothing to learn; look at "
-            "the masks' values, and at which classes are unseen"
-        )
-    elif empty:
-        report.warnings.append(f"pictures of the first batch in which every pixel is ignored: {listed(empty)}")
-
-
-def draw(
-    images: Tensor, targets: Tensor, augment: Augmentation, split: Split, queries: Sequence[int], path: Path
-) -> None:
+def draw(images: Tensor, targets: Tensor, model: SptSeg, split: Split, config: TrainConfig, path: Path) -> None:
     """Writes pictures of the first batch, as the model sees them, beside their targets with the queries' names."""
+    augment, (queries, _) = training_augmentation(model, config), label_table(split, config.setting)
     cells: list[tuple[str, np.ndarray | str, np.ndarray | None]] = []
     for i, (image, target) in enumerate(zip(images[:MOST_LISTED], targets, strict=False)):
         pixels = image.permute(1, 2, 0).numpy() * np.array(augment.std) + np.array(augment.mean)  # (S, S', 3)

@@ -59,8 +59,6 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.setting not in ("inductive", "transductive", "supervised"):
-            raise ValueError(f"setting is {self.setting!r}; choose inductive, transductive or supervised")
         counts = dict.fromkeys(("iterations", "batch_size", "accumulation", "validation_images"), (1, 10**9))
         pauses = dict.fromkeys(("warmup", "validate_every", "save_every"), (0, 10**9))
         shares = dict.fromkeys(("weight_decay", "last_rate", "distortion"), (0, 1))

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -31,12 +31,11 @@ from sptseg.training.losses import present_pairs, segmentation_loss
 from sptseg.training.stream import UNSEEN_PIXEL, Positions, TrainingStream, label_table, loading, mixed_seed
 
 
-@dataclass
-class FitResult:
+class FitResult(NamedTuple):
     """The trained model and one row per logged iteration: loss terms, learning rate, images/s, validation figures."""
 
     model: SptSeg
-    history: state.History = field(default_factory=list)
+    history: list[dict[str, Any]]
 
 
 def fit(
@@ -72,27 +71,26 @@ def fit(
         raise ValueError("resume and tensorboard need an output folder; give output=")
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
-    run = Run(model, dataset, split, config, output, augment, resume, about)
+    run = Trainer(model, dataset, split, config, output, augment, resume, about)
     last = config.iterations
     noting = nullcontext([]) if run.folder is None else state.noted_signals()
     with ended_helpers("use workers=0 (command line: --train.workers 0)"), noting as noted:
-        for iteration in range(run.progress.iteration, last):
-            terms = run.step(iteration)
-
-            done = iteration + 1
+        for done in range(run.done + 1, last + 1):
+            terms = run.step(done - 1)
             validating = due(config.validate_every, done, last)
             if validating or due(max(1, last // 200), done, last):
                 run.log(done, terms, validation if validating else None)
-
-            stopped = 0 if done == last else state.agreed_signal(run.accelerator, noted)
+            stopped = 0 if done == last else run.agreed_signal(noted)
             if stopped or due(config.save_every, done, last):
                 run.save(done)
             if config.setting == "inductive" and done == last // 2:
                 run.save_model(state.HALFWAY, {"iteration": done})
             if stopped:
                 run.stop(stopped)
-    run.finish()
-    return FitResult(model, run.progress.history)
+    run.save_model("", {})
+    run.write("history.json", run.history)
+    run.close()
+    return FitResult(model, run.history)
 
 
 def due(every: int, done: int, last: int) -> bool:
@@ -100,7 +98,7 @@ def due(every: int, done: int, last: int) -> bool:
     return every > 0 and (done % every == 0 or done == last)
 
 
-class Run:
+class Trainer:
     """A run of `fit` on its way: what it trains and reads, where it writes, how far it is. Arguments are `fit`'s."""
 
     def __init__(
@@ -115,11 +113,12 @@ class Run:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("this model has nothing to train, as dense CLIP; give it prompts or a decoder")
         self.model, self.split, self.config = model, split, config
+        self.done, self.history = 0, []  # iterations, and a row for some of them
         self.folder = None if output is None else output_place(output, folder=True)
         tracker = "tensorboard" if config.tensorboard else None
         self.accelerator = new_accelerator(config.precision, log_with=tracker, project_dir=self.folder)
-        if config.tensorboard:
-            self.accelerator.init_trackers("tensorboard", config=None)
+        if tracker:
+            self.accelerator.init_trackers(tracker, config=None)
         self.main, self.rank = self.accelerator.is_main_process, self.accelerator.process_index
         torch.manual_seed(config.seed)
         queries, table = label_table(split, config.setting)
@@ -129,27 +128,55 @@ class Run:
         trainee = Trainee(model, model.class_embeddings(split.texts(queries)))
         self.trainee, self.optimizer = self.accelerator.prepare(trainee, optimizer)
 
-        about = dict(about or {})
         self.settings = {
             "train": asdict(config), "model": asdict(model.config), "split": asdict(split),
             "data": state.identity(dataset), "clip": {"fingerprint": fingerprint(model.clip)},
         }  # fmt: skip
+        about = dict(about or {})
         seen = split.classes if config.setting == "supervised" else split.names(split.seen)
         classes = {"split": split.name, "seen": [*seen], "unseen": [*split.names(split.unseen)]}
         self.facts = {**classes, "train": self.settings["train"], **about}
-        self.progress = state.Progress()
         if self.folder is not None and resume:
-            self.progress = state.load_state(self.folder, model, self.optimizer, self.accelerator.scaler, self.settings)
+            self.load(self.folder / state.STATE)
         self.write("config.json", {**self.settings, "about": about})
 
-        begin, last = self.progress.iteration, config.iterations
         stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
         share = config.batch_size, config.accumulation, self.rank, self.accelerator.num_processes
-        cuda, hidden = self.accelerator.device.type == "cuda", not (self.main and config.progress)
-        self.batches = loading(stream, Positions(range(begin, last), *share), config.workers, pin_memory=cuda)
-        self.bar = tqdm(total=last, initial=begin, desc="training", disable=hidden, mininterval=1)
-        self.logged, self.time = begin, time.perf_counter()
+        positions, cuda = Positions(range(self.done, config.iterations), *share), self.accelerator.device.type == "cuda"
+        self.batches = loading(stream, positions, config.workers, pin_memory=cuda)
+        hidden = not (self.main and config.progress)
+        self.bar = tqdm(total=config.iterations, initial=self.done, desc="training", disable=hidden, mininterval=1)
+        self.logged, self.time = self.done, time.perf_counter()
         self.trainee.train()
+
+    def load(self, path: Path) -> None:
+        """Goes on from a state, if there is one. Raises ValueError if it is damaged, or if other settings made it."""
+        if not path.is_file():
+            return
+        kept = state.read_tensors(path, self.model.device)
+        before = json.loads(kept["settings"])
+        clip = {"fingerprint": fingerprint(self.model.clip, like=before["clip"]["fingerprint"])}
+        free = {f"train.{name}" for name in state.MAY_CHANGE_ON_RESUME}
+        if changed := [name for name in state.differing(before, {**self.settings, "clip": clip}) if name not in free]:
+            other = f"{path} was trained with other settings of {', '.join(changed)}"
+            raise ValueError(f"{other}; resume with the same, or choose another output")
+        self.model.load_state_dict(kept["model"], strict=False)
+        self.optimizer.load_state_dict(kept["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(kept["scaler"])
+        self.done, self.history = kept["iteration"], json.loads(kept["history"])
+
+    def save(self, done: int) -> None:
+        """Writes the state from which `resume` goes on; not if a weight is no number (FloatingPointError): the last
+        state stays a good one."""
+        self.done, weights, scaler = done, self.model.trained_state(), self.accelerator.scaler
+        if self.folder is None or not self.main:
+            return
+        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+            raise FloatingPointError(f"weights are no numbers after iteration {done}: {', '.join(broken[:3])}")
+        content = {"iteration": done, "settings": json.dumps(self.settings), "history": json.dumps(self.history)}
+        content |= {"model": weights, "optimizer": self.optimizer.state_dict()}
+        state.write_tensors(self.folder / state.STATE, {**content, "scaler": scaler and scaler.state_dict()})
 
     def step(self, iteration: int) -> dict[str, float]:
         """The loss terms of one iteration; raises FloatingPointError, with the pictures' names, if they are none."""
@@ -161,13 +188,8 @@ class Run:
         terms = step(self.accelerator, self.trainee, self.optimizer, parts, self.split, self.config)
         if not math.isfinite(terms["total"]):
             names = ", ".join(gather_object([name for batch in batches for name in batch.name]))
-            kept = "no state was saved before"
-            if self.folder is not None and self.progress.iteration:
-                kept = f"the last good state is {self.folder / state.STATE}"
-            raise FloatingPointError(
-                f"the loss is {terms['total']} at iteration {iteration}, on {names}; lower learning_rate, or use "
-                f"precision='no'; {kept}"
-            )
+            advice = "lower learning_rate, or use precision='no'"
+            raise FloatingPointError(f"the loss is {terms['total']} at iteration {iteration}, on {names}; {advice}")
         self.bar.update()
         return terms
 
@@ -180,17 +202,10 @@ class Run:
             options = {"limit": self.config.validation_images, "accelerator": self.accelerator, "progress": False}
             row |= evaluate(self.model, validation, self.split, **options).summary()
             self.trainee.train()
-        self.progress.history.append(row)
+        self.history.append(row)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=done)
         self.logged, self.time = done, time.perf_counter()
-
-    def save(self, done: int) -> None:
-        """The state from which `resume` goes on."""
-        self.progress.iteration = done
-        if self.folder is not None and self.main:
-            kept = self.model, self.optimizer, self.accelerator.scaler, self.progress, self.settings
-            state.save_state(self.folder, *kept)
 
     def write(self, name: str, values: Any) -> None:
         if self.folder is not None and self.main:
@@ -208,19 +223,19 @@ class Run:
             tracker.finish()  # accelerator.end_training() would also end the process group, which evaluate counts with
         self.accelerator.wait_for_everyone()  # until all is written
 
+    def agreed_signal(self, noted: Sequence[int]) -> int:
+        """The highest signal that any process noted, in all processes alike; 0 for none."""
+        every: Any = self.accelerator.gather(torch.tensor([max(noted, default=0)], device=self.accelerator.device))
+        return int(every.max())
+
     def stop(self, number: int) -> NoReturn:
         """Ends the program as the signal asks for, once all processes are here."""
         self.close()
         if self.main:
-            done = f"iteration {self.progress.iteration} of {self.config.iterations}; the state is in {self.folder}"
+            done = f"iteration {self.done} of {self.config.iterations}; the state is in {self.folder}"
             how = "go on with resume=True (command line: the same command and --resume)"
             print(f"stopped by {signal.Signals(number).name} after {done}: {how}", file=sys.stderr)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    def finish(self) -> None:
-        self.save_model("", {})
-        self.write("history.json", self.progress.history)
-        self.close()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -235,18 +250,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def pseudo_labels(
     logits: Tensor, labels: Tensor, seen: Sequence[int] | Tensor, unseen: Sequence[int] | Tensor
 ) -> Tensor:
-    """Labels whose unseen pixels (-1) hold the model's best unseen class; the self-training step.
-
-    logits (B, C, h, w) of all classes, upsampled to the labels' size; labels (B, S, S'), not changed; `seen` and
-    `unseen` are the positions of the classes in C.
-    """
-    seen, unseen = torch.as_tensor(seen, device=logits.device), torch.as_tensor(unseen, device=logits.device)
-    together = torch.cat([seen, unseen]).sort().values
-    if not torch.equal(together, torch.arange(logits.shape[1], device=logits.device)):
-        raise ValueError(
-            f"{len(seen)} seen and {len(unseen)} unseen positions do not make up the {logits.shape[1]} classes of the "
-            f"logits; wanted each position once"
-        )
+    """Labels (B, S, S') whose unseen pixels (-1) hold the best unseen class by logits (B, C, h, w) of all classes; the
+    self-training step. `seen` and `unseen` are the positions of the classes in C."""
+    unseen, classes = torch.as_tensor(unseen, device=logits.device), logits.shape[1]
+    if sorted([*torch.as_tensor(seen).tolist(), *unseen.tolist()]) != list(range(classes)):
+        positions = f"{len(seen)} seen and {len(unseen)} unseen positions"
+        raise ValueError(f"{positions} do not make up the {classes} classes of the logits; wanted each position once")
     scores = upsample(logits.detach()[:, unseen], (labels.shape[-2], labels.shape[-1]))
     best = unseen[scores.argmax(dim=1)]
     return torch.where(labels == UNSEEN_PIXEL, best.to(labels.dtype), labels)

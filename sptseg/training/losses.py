@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from sptseg.datasets import IGNORE
 from sptseg.model import LossKind, interpolation, maps_at_once
 
-FOCAL_WEIGHT, SSIM_WEIGHT, DICE_WEIGHT = 100.0, 1.0, 1.0
+FOCAL_WEIGHT = 100.0  # of SSIM and dice: 1
 ALPHA = 0.25  # focal: weight of positives; 1 - ALPHA of negatives
 C1, C2 = 0.01**2, 0.03**2  # SSIM
 SIGMA, RADIUS = 1.5, 5
@@ -33,16 +33,11 @@ def segmentation_loss(
 ) -> dict[str, Tensor]:
     """Weighted loss terms: `focal` and `ssim` (SPT-SEG) or `dice` (ZegCLIP), and their sum `total`.
 
-    With target t, p = sigmoid(logits), and n pairs (image, class) present:
+    With logits (B, C, h, w), labels (B, S, S') from 0 to C-1, 255 ignored, target t, p = sigmoid(logits), and n pairs
+    (image, class) present; `pairs` is n where it is counted over more than this batch, at least 1:
         focal = 100 / n * sum over pairs of mean over pixels of alpha_t (1 - p_t)² (-log p_t)
         ssim  = 1 - mean over pairs and pixels of SSIM(logits, t): raw logits, odd but released, and kept
         dice  = 1 / n * sum over present pairs of 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
-
-    Args:
-        logits: mask logits (B, C, h, w) at token resolution.
-        labels: (B, S, S'), 0 to C-1, 255 ignored.
-        pairs: n, where it is counted over more than this batch (averaged over processes and accumulated micro-batches);
-            None counts it here, at least 1.
     """
     if kind not in ("spt", "zegclip"):
         raise ValueError(f"loss kind is {kind!r}; wanted 'spt' or 'zegclip'")
@@ -51,9 +46,8 @@ def segmentation_loss(
         pairs = present_pairs(labels, logits.shape[1]).sum().clamp(min=1)
     with torch.autocast(logits.device.type, enabled=False):
         focal, second = _MaskLosses.apply(logits.float(), labels, pairs.to(logits.device), kind == "spt")
-    second_name, second_weight = ("ssim", SSIM_WEIGHT) if kind == "spt" else ("dice", DICE_WEIGHT)
-    terms = {"focal": FOCAL_WEIGHT * focal, second_name: second_weight * second}
-    return {**terms, "total": torch.stack(list(terms.values())).sum()}
+    focal = FOCAL_WEIGHT * focal
+    return {"focal": focal, "ssim" if kind == "spt" else "dice": second, "total": torch.stack([focal, second]).sum()}
 
 
 def present_pairs(labels: Tensor, classes: int) -> Tensor:
@@ -67,25 +61,24 @@ def check_labels(labels: Tensor, classes: int, batch: int) -> None:
     """Refuses labels of the wrong shape or outside 0..C-1 and 255."""
     if labels.ndim != 3 or len(labels) != batch:
         raise ValueError(f"labels have shape {tuple(labels.shape)}; wanted ({batch}, height, width), as many as logits")
-    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        raise ValueError(
-            f"labels hold the value {int(labels[wrong][0])}; with {classes} classes 0 to {classes - 1} and {IGNORE} "
-            f"(ignored) are valid; map unseen classes to {IGNORE} first"
-        )
+    wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        valid = f"with {classes} classes 0 to {classes - 1} and {IGNORE} (ignored) are valid"
+        raise ValueError(f"labels hold the value {wrong[0]}; {valid}; map unseen classes to {IGNORE} first")
 
 
 class _MaskLosses(torch.autograd.Function):
     """(focal, ssim or dice) of low-resolution logits, with their gradients made in the forward pass.
 
     Focal loss and SSIM first take every map as if its target were empty. What the target changes is added in tiles
-    around its pixels, few in all, as every pixel has one class: so time hardly grows with the classes in a picture.
+    around its pixels, few in all, so that time hardly grows with the classes in a picture.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, pairs: Tensor, ssim: bool) -> tuple[Tensor, Tensor]:
         (batch, classes), size = logits.shape[:2], (labels.shape[-2], labels.shape[-1])
-        up = Upsampling(*(Axis.between(a, b, logits.device) for a, b in zip(logits.shape[-2:], size, strict=True)))
+        axes = [axis(a, b, logits.device) for a, b in zip(logits.shape[-2:], size, strict=True)]
+        up = Upsampling(*(whole for whole, _ in axes))
         maps = logits.flatten(0, 1)  # (B * C, h, w)
         values = logits.new_zeros(2)
         gradients = torch.zeros(2, *maps.shape, device=logits.device)
@@ -96,13 +89,14 @@ class _MaskLosses(torch.autograd.Function):
             negative, by_x = focal_term(x if target is None else x.masked_fill(target, -torch.inf), 1 - ALPHA)
             terms = [(negative, up.back(by_x))]
             if ssim:
-                terms.append(ssim_without_target(low, up))
+                value, by_mean, by_square = empty_ssim(*up.moments(low))
+                terms.append((value.sum(), up.moments_back(low, by_mean, by_square)))
             elif target is not None:
                 terms.append(dice_term(x, target.float(), up))
             for i, (value, gradient) in enumerate(terms):
                 values[i] += value
                 gradients[i, chunk] = gradient
-        for chunk, target, tile in tiles(labels, classes, up):
+        for chunk, target, tile in tiles(labels, classes, *(each for _, each in axes)):
             low = maps[chunk]
             x = tile(low)
             core = F.pad(target[:, RADIUS:-RADIUS, RADIUS:-RADIUS], [RADIUS] * 4)  # what lies around is the neighbours'
@@ -141,10 +135,8 @@ class Axis(NamedTuple):
 
     A row of `up` has at most two entries that are not zero, side by side. So the square of an upsampled map is itself a
     linear function of few numbers: the products of neighbours in the small map. `blurred` (S, h) and `blurred_squares`
-    (S, 2h-1) are both after the window (S, S), so that window means need no map of full size.
-
-    Of tiles, all have one dimension more in front; a tile's `up` and the columns of its `window` reach RADIUS further
-    on both sides, and are zero outside of the picture.
+    (S, 2h-1) are both after the window (S, S), so that window means need no map of full size. Of tiles, all have one
+    dimension more in front; `up` and the columns of `window` reach RADIUS further, and are zero outside of the picture.
     """
 
     up: Tensor
@@ -152,21 +144,24 @@ class Axis(NamedTuple):
     blurred_squares: Tensor
     window: Tensor
 
-    @classmethod
-    def between(cls, source: int, target: int, device: torch.device) -> Axis:
-        up, window = interpolation(source, target, device), gaussian_window(target, device)
-        squares = torch.cat([up * up, 2 * up[:, :-1] * up[:, 1:]], dim=1)
-        return cls(up, window @ up, window @ squares, window)
 
-    def tiles(self) -> Axis:
-        length = len(self.up)
-        rest, starts = -length % TILE, range(0, length, TILE)
-        up = F.pad(self.up, (0, 0, RADIUS, rest + RADIUS)).unfold(0, TILE + 2 * RADIUS, TILE).mT
-        blurred, squares = (F.pad(m, (0, 0, 0, rest)).unflatten(0, (-1, TILE)) for m in self[1:3])
-        window = F.pad(self.window, (RADIUS, rest + RADIUS, 0, rest))
-        return Axis(
-            up, blurred, squares, torch.stack([window[i : i + TILE, i : i + TILE + 2 * RADIUS] for i in starts])
-        )
+@lru_cache(maxsize=16)
+def axis(source: int, target: int, device: torch.device) -> tuple[Axis, Axis]:
+    """Upsampling from `source` to `target` pixels: the whole axis, and its tiles."""
+    offset = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float32)
+    weights = torch.exp(-(offset**2) / (2 * SIGMA**2))
+    position = torch.arange(target)
+    distance = (position[:, None] - position[None]).abs()
+    band = (weights / weights.sum())[RADIUS:][distance.clamp(max=RADIUS)]
+    window = torch.where(distance <= RADIUS, band, 0.0).to(device)  # zeros beyond the border
+    up = interpolation(source, target, device)
+    squares = torch.cat([up * up, 2 * up[:, :-1] * up[:, 1:]], dim=1)
+    whole, rest = Axis(up, window @ up, window @ squares, window), -target % TILE
+    blurred, blurred_squares = (F.pad(each, (0, 0, 0, rest)).unflatten(0, (-1, TILE)) for each in whole[1:3])
+    reached = F.pad(up, (0, 0, RADIUS, rest + RADIUS)).unfold(0, TILE + 2 * RADIUS, TILE).mT
+    around, starts = F.pad(window, (RADIUS, rest + RADIUS, 0, rest)), range(0, target, TILE)
+    around = torch.stack([around[i : i + TILE, i : i + TILE + 2 * RADIUS] for i in starts])
+    return whole, Axis(reached, blurred, blurred_squares, around)
 
 
 class Upsampling(NamedTuple):
@@ -198,20 +193,17 @@ class Upsampling(NamedTuple):
 
 
 def neighbour_products(low: Tensor) -> Tensor:
-    """Products of neighbours in small maps (n, h, w), as `Axis` wants them: (n, 2h-1, 2w-1).
-
-    [[own squares, with the right neighbour], [with the one below, mean of both diagonals]].
-    """
+    """Products of neighbours in small maps (n, h, w), as `Axis` wants them: (n, 2h-1, 2w-1), that is
+    [[own squares, with the right neighbour], [with the one below, mean of both diagonals]]."""
     up, down = low[:, :-1], low[:, 1:]
     diagonals = (up[..., :-1] * down[..., 1:] + up[..., 1:] * down[..., :-1]) / 2
     above = torch.cat([low * low, low[..., :-1] * low[..., 1:]], dim=2)
     return torch.cat([above, torch.cat([up * down, diagonals], dim=2)], dim=1)
 
 
-def tiles(labels: Tensor, classes: int, up: Upsampling) -> Iterator[tuple[Tensor, Tensor, Upsampling]]:
+def tiles(labels: Tensor, classes: int, rows: Axis, columns: Axis) -> Iterator[tuple[Tensor, Tensor, Upsampling]]:
     """Where pixels of a class lie in a tile or at most RADIUS from it, a few tiles at a time:
     (positions of their (image, class) pairs, targets (n, T + 2 RADIUS, T + 2 RADIUS), upsampling to these tiles)."""
-    rows, columns = (axis.tiles() for axis in up)
     side, (height, width) = TILE + 2 * RADIUS, labels.shape[1:]
     padding = (RADIUS, -width % TILE + RADIUS, RADIUS, -height % TILE + RADIUS)
     parts = F.pad(labels, padding, value=IGNORE).unfold(1, side, TILE).unfold(2, side, TILE)  # (B, rows, columns, ...)
@@ -225,10 +217,8 @@ def tiles(labels: Tensor, classes: int, up: Upsampling) -> Iterator[tuple[Tensor
 
 
 def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Sum of weight q² softplus(z) with q = sigmoid(z), and its gradient weight q² (2 (1 - q) softplus(z) + q).
-
-    That is the focal loss of negatives with logits z, and of positives with logits -z; -inf does not count.
-    """
+    """Focal loss of negatives with logits z (of positives: -z; -inf does not count), and its gradient: the sum of
+    weight q² softplus(z) with q = sigmoid(z); weight q² (2 (1 - q) softplus(z) + q)."""
     q, cost = z.sigmoid(), softplus(z)
     weighted = (q * q).mul_(weight)
     value = (weighted * cost).sum()
@@ -236,10 +226,8 @@ def focal_term(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), as exact as torch's, which takes five times as long on a CPU, down to 1e-7, where this ends in 0.
-
-    log1p(e) = log(u) e / (u - 1) with u = 1 + e as it was rounded (Kahan).
-    """
+    """log(1 + e^z), five times as fast as torch's on a CPU and as exact down to 1e-7, where this ends in 0:
+    log1p(e) = log(u) e / (u - 1) with u = 1 + e as it was rounded (Kahan)."""
     e = z.abs().neg_().exp_()
     u = 1 + e
     return e.mul_(u.log()).div_((u - 1).clamp_(min=torch.finfo(z.dtype).eps)).add_(z.clamp(min=0))
@@ -264,18 +252,10 @@ def empty_ssim(a: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, by_mean, by_square
 
 
-def ssim_without_target(low: Tensor, up: Upsampling) -> tuple[Tensor, Tensor]:
-    """Sum of the structural similarity of logits and an empty target over maps and pixels; its gradient (n, h, w)."""
-    value, by_mean, by_square = empty_ssim(*up.moments(low))
-    return value.sum(), up.moments_back(low, by_mean, by_square)
-
-
 def ssim_of_target(low: Tensor, x: Tensor, target: Tensor, tile: Upsampling) -> tuple[Tensor, Tensor]:
-    """What targets change of `ssim_without_target`, in tiles, and its gradient (n, h, w).
-
-    With means a, b, and moments E[x²], E[xt] in the window: l = (2ab + C1) / (a² + b² + C1),
-    s = (2 (E[xt] - ab) + C2) / (var x + var t + C2), SSIM = l s. As t is 0 or 1, E[t²] = b.
-    """
+    """What targets change of the sum of `empty_ssim`, in tiles, and its gradient (n, h, w). SSIM = l s, with means a, b
+    and moments E[x²], E[xt] in the window, E[t²] = b as t is 0 or 1: l = (2ab + C1) / (a² + b² + C1),
+    s = (2 (E[xt] - ab) + C2) / (var x + var t + C2)."""
     down, right = tile.rows.window, tile.columns.window
     a, square = tile.moments(low)
     b, product = (down @ maps @ right.mT for maps in (target, x * target))
@@ -290,14 +270,3 @@ def ssim_of_target(low: Tensor, x: Tensor, target: Tensor, tile: Upsampling) -> 
     gradient = tile.moments_back(low, by_mean - empty_by_mean, by_square - empty_by_square)
     changed = torch.where(b > 0, value - empty, 0)  # elsewhere, and outside of the picture, by rounding only
     return changed.sum(), gradient + tile.back(target * (down.mT @ by_product @ right))
-
-
-@lru_cache(maxsize=16)
-def gaussian_window(length: int, device: torch.device) -> Tensor:
-    """Symmetric (length, length) matrix that applies the one-dimensional window, zeros beyond the border."""
-    offset = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float32)
-    window = torch.exp(-(offset**2) / (2 * SIGMA**2))
-    position = torch.arange(length)
-    distance = (position[:, None] - position[None]).abs()
-    band = (window / window.sum())[RADIUS:][distance.clamp(max=RADIUS)]
-    return torch.where(distance <= RADIUS, band, 0.0).to(device)

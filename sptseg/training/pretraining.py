@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,41 +28,25 @@ from tqdm import tqdm
 from sptseg import scenes
 from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD
 from sptseg.model import Clip, from_windows, new_tiny_clip, resize_positions, run_block, save_tiny_clip, to_windows
-from sptseg.scenes import COLOURS
 from sptseg.system import cores, ended_helpers, output_place
 from sptseg.training.state import read_tensors, write_tensors
 
-MODIFIERS = {"a", "an", "big", "small", "bright", "dark", *COLOURS}
-Job = tuple[scenes.Kind, tuple[int, ...]]  # a picture to draw: its kind and seed
 STREAM = 2  # first number of every pre-training picture's seed; evaluation and training pictures have others
+Phrases = tuple[str, ...]  # a caption's
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of pre-training.
+    """A part of pre-training."""
 
-    Attributes:
-        kinds, size, images, batch: which pictures, how large, and how many.
-        rates: learning rate at the beginning and the end, a half cosine between.
-        patch_dropout: share of the patches left out.
-        coverage: share of the patches that each noun of the caption must win.
-        local_window: if set, patches also look at themselves in windows of that many patches a side, and what they say
-            there teaches what they say in the whole picture (see `local_losses`).
-    """
-
-    kinds: tuple[scenes.Kind, ...]
+    kinds: tuple[scenes.Kind, ...]  # of its pictures
     size: int
     images: int
     batch: int
-    rates: tuple[float, float]
-    patch_dropout: float = 0.5
-    coverage: float = 0.07
-    local_window: int = 0
-
-    def rate(self, progress: float) -> float:
-        """Learning rate at `progress`, 0 to 1."""
-        first, last = self.rates
-        return last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    rates: tuple[float, float]  # learning rate at the beginning and the end, a half cosine between
+    patch_dropout: float = 0.5  # share of the patches left out
+    coverage: float = 0.07  # share of the patches that each noun of the caption must win
+    local_window: int = 0  # patches a side of the windows of `local_losses`; 0: none
 
 
 MIXED: tuple[scenes.Kind, ...] = ("scene", "scene", "scene", "closeup")
@@ -70,7 +54,7 @@ MIXED: tuple[scenes.Kind, ...] = ("scene", "scene", "scene", "closeup")
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of `pretrain`. `pool` pictures a kind are drawn once and reused, mirrored at random."""
+    """Settings of `pretrain`. `pool` pictures a stage are drawn once and reused, mirrored at random."""
 
     seed: int = 0
     stages: tuple[Stage, ...] = (
@@ -91,71 +75,51 @@ class PretrainConfig:
         return cls(seed, cls.stages[:3], dense_losses=False)
 
     def scaled(self, images: int) -> PretrainConfig:
-        """The same stages with about so many pictures in all."""
-        if images < 1000:
-            raise ValueError(f"{images} pictures are too few to pre-train on; wanted at least 1000")
+        """The same stages with about so many pictures in all, at least a batch each."""
         share = images / sum(stage.images for stage in self.stages)
         stages = tuple(replace(stage, images=max(stage.batch, round(stage.images * share))) for stage in self.stages)
         return replace(self, stages=stages)
 
 
-def noun(phrase: str) -> str:
-    """A phrase without its article and adjectives: "a big red boat" -> "boat"."""
-    words = phrase.split()
-    while len(words) > 1 and words[0] in MODIFIERS:
-        words = words[1:]
-    return " ".join(words)
-
-
-class Pool(NamedTuple):
-    """Pictures (n, size, size, 3) uint8 with their phrases."""
-
-    images: np.ndarray
-    phrases: list[tuple[str, ...]]
-
-
-def draw_one(size: int, job: Job) -> tuple[np.ndarray, tuple[str, ...]]:
-    scene = scenes.compose(job[1], size, job[0])
-    return scene.image, scene.phrases
-
-
-def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> Pool:
-    """The pictures of one stage, drawn by all cores."""
+def draw_pool(stage: Stage, config: PretrainConfig, number: int) -> tuple[np.ndarray, list[Phrases]]:
+    """The pictures (n, S, S, 3) uint8 of one stage with their phrases, drawn by all cores."""
     count = min(config.pool, stage.images)
-    jobs: list[Job] = [(stage.kinds[i % len(stage.kinds)], (STREAM, config.seed, number, i)) for i in range(count)]
-    pool = Pool(np.empty((count, stage.size, stage.size, 3), np.uint8), [])
+    kinds = [stage.kinds[i % len(stage.kinds)] for i in range(count)]
+    seeds = [(STREAM, config.seed, number, i) for i in range(count)]
+    images, phrases = np.empty((count, stage.size, stage.size, 3), np.uint8), []
     remedy = "make room and give the same command: it goes on from its last state"
     with ended_helpers(remedy), ProcessPoolExecutor(config.threads, multiprocessing.get_context("spawn")) as workers:
-        drawn = workers.map(partial(draw_one, stage.size), jobs, chunksize=256)
-        for i, (image, words) in enumerate(tqdm(drawn, total=count, desc="drawing", mininterval=5)):
-            pool.images[i] = image
-            pool.phrases.append(words)
-    return pool
+        drawn = workers.map(scenes.compose, seeds, repeat(stage.size), kinds, chunksize=256)
+        for i, scene in enumerate(tqdm(drawn, total=count, desc="drawing", mininterval=5)):
+            images[i] = scene.image
+            phrases.append(scene.phrases)
+    return images, phrases
 
 
 def normalised(images: np.ndarray) -> Tensor:
-    """Pictures (B, S, S, 3) uint8 as CLIP is trained on them: (B, 3, S, S)."""
+    """Pictures (B, S, S, 3) uint8 -> (B, 3, S, S)."""
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (torch.from_numpy(images).permute(0, 3, 1, 2) - mean) / std
 
 
-def batches(pool: Pool, stage: Stage, rng: np.random.Generator) -> Iterator[tuple[Tensor, list[tuple[str, ...]]]]:
+def batches(
+    pictures: np.ndarray, phrases: Sequence[Phrases], batch: int, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, list[Phrases]]]:
     """Normalised batches (B, 3, S, S), mirrored at random, with their phrases in random order."""
     while True:
-        order = rng.permutation(len(pool.images))
-        for start in range(0, len(order) - stage.batch + 1, stage.batch):
-            chosen = order[start : start + stage.batch]
-            images, mirrored = normalised(pool.images[chosen]), torch.from_numpy(rng.random(stage.batch) < 0.5)
+        order = rng.permutation(len(pictures))
+        for start in range(0, len(order) - batch + 1, batch):
+            chosen = order[start : start + batch]
+            images, mirrored = normalised(pictures[chosen]), torch.from_numpy(rng.random(batch) < 0.5)
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-            yield images, [tuple(rng.permutation(pool.phrases[i]).tolist()) for i in chosen]
+            yield images, [tuple(rng.permutation(phrases[i]).tolist()) for i in chosen]
 
 
 def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: int = 0) -> tuple[Tensor, Tensor]:
     """Unit patch embeddings (B, N', E) and image embeddings (B, E) of square images.
 
     A share `dropout` of the patches is left out. With `window`, patches attend only inside windows of that many patches
-    a side, each with a class token of its own (so B * windows image embeddings): what they say of themselves, without
-    the rest of the picture.
+    a side, each with a class token of its own (so B * windows image embeddings).
     """
     visual = clip.visual
     patch, size = visual.conv1.kernel_size[0], images.shape[-1]
@@ -207,12 +171,8 @@ def dense_loss(log_p: Tensor, present: Tensor, coverage: float) -> Tensor:
 
 
 def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: float) -> dict[str, Tensor]:
-    """What patches say of themselves in a small window teaches what they say in the whole picture.
-
-    A patch that sees the whole picture knows the whole caption, and may say "boat" anywhere near one: its caption
-    forgives it. In a small window it cannot know of a boat outside. So the window's choice among the caption's nouns is
-    the target. log_p, local_log_p (B, N, V), present (B, V) bool.
-    """
+    """What patches say in a small window teaches what they say in the whole picture, where they may know of a boat that
+    is elsewhere, and say "boat" anywhere: their caption forgives it. log_p, local_log_p (B, N, V), present (B, V)."""
     own = local_log_p.detach().masked_fill(~present[:, None], -torch.inf).softmax(dim=-1)
     return {"local": dense_loss(local_log_p, present, coverage), "taught": -(own * log_p).sum(dim=-1).mean()}
 
@@ -227,21 +187,21 @@ def phrase_loss(patches: Tensor, phrases: Tensor, owner: Tensor, scale: Tensor) 
     return -(scores.masked_fill(~owner, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)).mean()
 
 
+def noun(phrase: str) -> str:
+    """The class that a phrase names: "a big red boat" -> "boat"."""
+    return max((name for name in scenes.CLASSES if phrase.endswith(name)), key=len)
+
+
 def caption_losses(
-    clip: Clip,
-    stage: Stage,
-    images: Tensor,
-    phrases: Sequence[tuple[str, ...]],
-    rng: np.random.Generator,
-    config: PretrainConfig,
+    clip: Clip, stage: Stage, images: Tensor, phrases: Sequence[Phrases], rng: np.random.Generator, dense: bool
 ) -> dict[str, Tensor]:
-    """All loss terms of a batch of pictures and their captions' phrases."""
+    """All loss terms of a batch of pictures and their captions' phrases; `dense`: those of patches too."""
     with torch.autocast(images.device.type, torch.bfloat16):
         patches, image = embed_images(clip, images, dropout=stage.patch_dropout)
     scale = clip.model.logit_scale.exp().clamp(max=100)
     captions = embed_texts(clip, [", ".join(words) for words in phrases])
     losses = {"image": contrast(image, captions, scale)}
-    if not config.dense_losses:
+    if not dense:
         return losses
     losses["mean_patch"] = contrast(F.normalize(patches.mean(dim=1), dim=-1), captions, scale)
     own = [{noun(phrase) for phrase in words} for words in phrases]
@@ -276,13 +236,13 @@ def retrieval(clip: Clip, *, seed: int = 0, groups: int = 10, pictures: int = 10
 
 
 def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
-    """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16).
+    """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16), its losses beside it (.jsonl).
 
-    Every 500 steps the state goes to `output` + ".state"; a run of the same settings, perhaps with further stages, that
-    finds one there goes on from it, with pictures in another order.
+    Every 500 steps the state goes there too (.state); a run of the same settings that finds one goes on from it, with
+    pictures in another order.
     """
     output = output_place(output)
-    state_file, history_file = output.with_suffix(".state"), output.with_suffix(".jsonl")
+    state_file = output.with_suffix(".state")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     clip = new_tiny_clip(scenes.WORDS)
@@ -292,37 +252,33 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
         raise ValueError(f"device is {config.device!r}, which cannot be used here ({error}); use cpu") from error
     matrices, rest = ([p for p in clip.model.parameters() if (p.ndim >= 2) is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.stages[0].rates[0], betas=(0.9, 0.98))
-    machine = {"threads", "device"}  # a run may go on upon another
-    settings = json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in machine}))
-    done_step = 0
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    machine = ("threads", "device")  # a run may go on upon another
+    settings = json.dumps({name: value for name, value in asdict(config).items() if name not in machine})
+    done = 0
     if state_file.is_file():
         state = read_tensors(state_file, config.device)
-        before = json.loads(state["config"])
-        if before != {**settings, "stages": settings["stages"][: len(before["stages"])]}:
+        if state["config"] != settings:
             raise ValueError(f"{state_file} is of a run with other settings; delete it, or choose another output")
         clip.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done_step = state["step"]
+        done = state["step"]
     output.parent.mkdir(parents=True, exist_ok=True)
-    step, began = 0, time.perf_counter()
+    steps, step, began = [stage.images // stage.batch for stage in config.stages], done, time.perf_counter()
     for number, stage in enumerate(config.stages):
-        steps = stage.images // stage.batch
-        if step + steps <= done_step:
-            step += steps
+        left = range(max(0, done - sum(steps[:number])), steps[number])
+        if not left:
             continue
-        pool = draw_pool(stage, config, number)
-        rng = np.random.default_rng((config.seed, number, done_step))
-        source = batches(pool, stage, rng)
-        for i in (bar := tqdm(range(steps), desc=f"stage {number + 1} of {len(config.stages)}", mininterval=5)):
+        rng = np.random.default_rng((config.seed, number, done))
+        source = batches(*draw_pool(stage, config, number), stage.batch, rng)
+        for i in (bar := tqdm(left, desc=f"stage {number + 1} of {len(steps)}", mininterval=5)):
             step += 1
-            if step <= done_step:
-                continue
-            rate = stage.rate(i / steps) * min(1.0, step / 500)
+            first, last = stage.rates
+            rate = last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * i / steps[number]))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * min(1.0, step / 500)
             images, phrases = next(source)
-            losses = caption_losses(clip, stage, images.to(config.device), phrases, rng, config)
+            losses = caption_losses(clip, stage, images.to(config.device), phrases, rng, config.dense_losses)
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             torch.nn.utils.clip_grad_norm_(clip.model.parameters(), 1.0)
@@ -330,12 +286,12 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
             if step % 50 == 0:
                 values = {name: round(value.item(), 4) for name, value in losses.items()}
                 bar.set_postfix(values)
-                about = {"step": step, "stage": number, "seconds": round(time.perf_counter() - began, 1), "lr": rate}
-                with history_file.open("a") as file:
-                    print(json.dumps({**about, **values}), file=file)
-            if step % 500 == 0 or (number == len(config.stages) - 1 and i == steps - 1):
+                about = {"step": step, "stage": number, "seconds": round(time.perf_counter() - began, 1)}
+                with output.with_suffix(".jsonl").open("a") as file:
+                    print(json.dumps({**about, "lr": optimizer.param_groups[0]["lr"], **values}), file=file)
+            if step % 500 == 0 or step == sum(steps):
                 parts = {"model": clip.model.state_dict(), "optimizer": optimizer.state_dict()}
-                write_tensors(state_file, {**parts, "step": step, "config": json.dumps(settings)})
+                write_tensors(state_file, {**parts, "step": step, "config": settings})
     clip.model.eval().requires_grad_(False)
     save_tiny_clip(clip, output)
     return clip

@@ -14,12 +14,11 @@ from torch import Tensor
 from sptseg.datasets import STRENGTHS, Split
 from sptseg.inference import FIGURES, ratios_of_tallies, table
 from sptseg.system import write
-from sptseg.training.ablation import mean_and_deviation
-from sptseg.training.study import COUNTS, SPOILT, Run, Study
+from sptseg.training.ablation import COUNTS, SPOILT, Study, Trial, mean_and_deviation
 
 FLAT_STEPS, FLAT_GAIN = 500, 0.005  # the rule of `flat`
-KINDS = {kind: [f"{kind}-{strength}" for k, strength in SPOILT if k == kind] for kind in STRENGTHS}
-SETS = {"test": ["test"], **KINDS, "all spoilt": [name for names in KINDS.values() for name in names]}
+KINDS = {kind: [name for name, (k, _) in SPOILT.items() if k == kind] for kind in STRENGTHS}
+SETS = {"test": ["test"], **KINDS, "all spoilt": [*SPOILT]}
 
 
 class Group(NamedTuple):
@@ -54,8 +53,8 @@ def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> di
     """Difference of two rows, mine less other, with the ends of its 95 % interval, of each figure of `FIGURES` and of
     the gap, mIoU of seen less that of unseen classes.
 
-    Counts (S, P, K, 3, C) of the same seeds and pictures, see `tallies`. Seeds and pictures are drawn with replacement,
-    the same ones for both rows; a seed's figures are those of its pooled pictures, means over the K data sets.
+    Counts (S, P, K, 3, C), see `tallies`. Seeds and pictures are drawn with replacement, the same ones for both rows; a
+    seed's figures are those of its pooled pictures, means over the K data sets.
     """
     seeds, pictures = drawn(len(mine), draws, 0), drawn(mine.shape[1], draws, 1)
 
@@ -70,26 +69,33 @@ def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> di
 
 
 class Found:
-    """The finished runs of a study, by group, row and seed; a row "ROW, NAME" is ROW with a change after training."""
+    """The finished trials of a study, by group, row and seed; a row "ROW, NAME" is ROW with a change after training.
+
+    `unscored`: what the plan asks of them and did not yet when they ended.
+    """
 
     def __init__(self, study: Study) -> None:
-        self.study = study
-        self.runs: dict[Group, dict[str, dict[int, Run]]] = {}
-        for run in study.plan.runs():
-            if run.rate is None and study.finished(run) and "failed" not in study.result(run.place):
-                group = self.runs.setdefault(Group(run.part.clip, run.world, run.steps), {})
-                changed = [f"{run.row}, {name}" for name, after in study.plan.after.items() if run.row in after.rows]
-                for row in (run.row, *changed):
-                    group.setdefault(row, {})[run.seed] = run
+        self.study, self.trials, self.unscored = study, {}, []
+        for trial in study.plan.trials():
+            if trial.rate is not None or "failed" in (study.result(trial) or {"failed": "not run"}):
+                continue
+            group = self.trials.setdefault(Group(trial.part.clip, trial.world, trial.steps), {})
+            with np.load(study.folder / trial.place / COUNTS) as file:
+                kept = file.files
+            for name in study.scored(trial):
+                if name not in kept:
+                    self.unscored.append(f"{name} of {trial.place}")
+                elif name not in SPOILT:
+                    group.setdefault(trial.row if name == "test" else f"{trial.row}, {name}", {})[trial.seed] = trial
 
-    def seeds(self, group: Group, row: str) -> dict[int, Run]:
-        """A row's runs by seed; a row that is not trained is the same with all seeds and after all steps."""
-        untrained = self.runs.get(group._replace(steps=0), {}).get(row, {})
-        seeds = {seed for runs in self.runs[group].values() for seed in runs}
-        return self.runs[group].get(row) or {seed: run for run in untrained.values() for seed in seeds}
+    def seeds(self, group: Group, row: str) -> dict[int, Trial]:
+        """A row's trials by seed; a row that is not trained is the same with all seeds and after all steps."""
+        untrained = self.trials.get(group._replace(steps=0), {}).get(row, {})
+        seeds = {seed for trials in self.trials[group].values() for seed in trials}
+        return self.trials[group].get(row) or {seed: trial for trial in untrained.values() for seed in seeds}
 
     def counts(self, group: Group, row: str, seeds: Iterable[int], names: Sequence[str]) -> Tensor | None:
-        """(S, P, K, 3, C), None if a run was not scored on one of the data sets."""
+        """(S, P, K, 3, C), None if a trial was not scored on one of the data sets."""
         changed, found = row.partition(", ")[2], []
         wanted = [changed] if changed and names == ["test"] else [f"{changed}{name}" for name in names]
         for seed in seeds:
@@ -101,14 +107,13 @@ class Found:
 
     def rows(self, group: Group) -> Iterator[dict[str, Any]]:
         """Every row: scores seed by seed, its rate, its curve, when that is flat."""
-        for row, runs in self.runs[group].items():
-            results = [self.study.result(run.place) for run in runs.values()]
-            counts = self.counts(group, row, runs, ["test"])
-            assert counts is not None
+        for row, trials in self.trials[group].items():
+            results = [result for trial in trials.values() if (result := self.study.result(trial))]
+            counts: Any = self.counts(group, row, trials, ["test"])
             curves, spectra = [r["curve"] for r in results], [r["spectra"] for r in results if r.get("spectra")]
             curve = {int(step): statistics.mean(each[step] for each in curves) for step in curves[0]}
             yield {
-                **group._asdict(), "row": row, "seeds": [*runs], "rate": results[0]["rate"],
+                **group._asdict(), "row": row, "seeds": [*trials], "rate": results[0]["rate"],
                 "scores": [self.study.summary(each[:, 0]) for each in counts], "curve": curve, "flat": flat(curve),
                 "seconds": [result.get("seconds") for result in results],
                 "spectra": {name: [each[name] for each in spectra] for name in (spectra[0] if spectra else ())},
@@ -128,9 +133,12 @@ class Found:
 def write_report(study: Study) -> str:
     """Writes tables.md and record.json, what the tables and curves are made of, to the study's folder: the tables."""
     found, record = Found(study), {"rows": [], "pairs": []}
-    left = sum(not study.finished(run) for run in study.plan.runs())
+    left = sum(not study.result(trial) for trial in study.plan.trials())
     text = f"Mean ± sd over seeds, in %; differences with 95 % intervals. {left} runs are left.\n"
-    for group in found.runs:
+    if found.unscored:
+        missing = "; ".join(found.unscored)
+        text += f"\nNot scored, as the plan did not ask for it when these runs ended: {missing}.\n"
+    for group in found.trials:
         rows, pairs = [*found.rows(group)], [*found.pairs(group)]
         record = {"rows": record["rows"] + rows, "pairs": record["pairs"] + pairs}
         text += f"\n## {group.clip}, {group.world}, {group.steps} steps\n\n"

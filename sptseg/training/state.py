@@ -9,84 +9,21 @@ import json
 import signal
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from sptseg.checkpoints import completed
 from sptseg.datasets import Sample
-from sptseg.model import SptSeg, fingerprint
 from sptseg.system import write
 
-History = list[dict[str, Any]]
-Settings = dict[str, dict[str, Any]]
-Optimizer = torch.optim.Optimizer
-Scaler = torch.amp.GradScaler | None
 STATE = "state.pt"
 HALFWAY = "halfway.safetensors"  # the inductive checkpoint from which transductive training goes on
 MAY_CHANGE_ON_RESUME = ("workers", "progress", "save_every", "validate_every", "validation_images", "tensorboard")
 SEAL = b"sptseg sha256 "  # the first line of states that an earlier version wrote; the same content follows
-
-
-@dataclass
-class Progress:
-    """How far a run has come: iterations done, and their history."""
-
-    iteration: int = 0
-    history: History = field(default_factory=list)
-
-
-def save_state(
-    folder: Path, model: SptSeg, optimizer: Optimizer, scaler: Scaler, progress: Progress, settings: Settings
-) -> None:
-    """Writes `state.pt`, whole or not at all.
-
-    Raises FloatingPointError, and writes nothing, if a weight is not a number: the last state stays a good one.
-    """
-    state = model.trained_state()
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise FloatingPointError(
-            f"weights are no numbers after iteration {progress.iteration}: {', '.join(broken[:3])}"
-        )
-    content = {
-        "iteration": progress.iteration,
-        "settings": json.dumps(settings),
-        "model": state,
-        "optimizer": optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "history": json.dumps(progress.history),
-    }
-    write_tensors(folder / STATE, content)
-
-
-def load_state(folder: Path, model: SptSeg, optimizer: Optimizer, scaler: Scaler, settings: Settings) -> Progress:
-    """Puts the folder's state into model and optimiser; without any, the run begins.
-
-    Raises ValueError if the state cannot be read, or if it was trained with other settings.
-    """
-    path = folder / STATE
-    if not path.is_file():
-        return Progress()
-    state = read_tensors(path, model.device)
-    before = json.loads(state["settings"])
-    settings = {**settings, "clip": {"fingerprint": fingerprint(model.clip, like=before["clip"]["fingerprint"])}}
-    free = {f"train.{name}" for name in MAY_CHANGE_ON_RESUME}
-    if changed := [name for name in differing(before, settings) if name not in free]:
-        raise ValueError(
-            f"{path} was trained with other settings of {', '.join(changed)}; "
-            f"resume with the same, or choose another output"
-        )
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler is not None:
-        scaler.load_state_dict(state["scaler"])
-    return Progress(state["iteration"], json.loads(state["history"]))
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -123,9 +60,8 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         return {**state, "model": state["model"], "optimizer": state["optimizer"]}
     except Exception as error:  # there is no list of what torch may raise at a file
-        raise ValueError(
-            f"{path} cannot be read: it is damaged, or no state of a run; delete it to begin anew"
-        ) from error
+        said = f"{path} cannot be read: it is damaged, or no state of a run; delete it to begin anew"
+        raise ValueError(said) from error
 
 
 def identity(dataset: Dataset[Sample]) -> dict[str, Any]:
@@ -161,11 +97,3 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def agreed_signal(accelerator: Accelerator, noted: Sequence[int]) -> int:
-    """The highest signal that any process noted, in all processes alike; 0 for none."""
-    if accelerator.num_processes == 1:
-        return max(noted, default=0)
-    every: Any = accelerator.gather(torch.tensor([max(noted, default=0)], device=accelerator.device))
-    return int(every.max())

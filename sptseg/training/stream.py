@@ -22,14 +22,12 @@ def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor
     """
     if len(split.classes) > IGNORE:
         raise ValueError(f"training takes at most {IGNORE} classes; split {split.name!r} has {len(split.classes)}")
+    queries = split.seen if setting == "inductive" else tuple(range(len(split.classes)))
     table = torch.full((256,), IGNORE)
-    if setting == "inductive":
-        table[list(split.seen)] = torch.arange(len(split.seen))
-        return split.seen, table
-    table[: len(split.classes)] = torch.arange(len(split.classes))
+    table[list(queries)] = torch.arange(len(queries))
     if setting == "transductive":
         table[list(split.unseen)] = UNSEEN_PIXEL
-    return tuple(range(len(split.classes))), table
+    return queries, table
 
 
 class Example(NamedTuple):
@@ -48,12 +46,9 @@ class TrainingStream(Dataset[Example]):
     """
 
     def __init__(self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int) -> None:
-        self.dataset = dataset
+        self.dataset, self.table, self.seed = dataset, table, seed
         self.transform = train_transform(augment)
-        self.table = table
-        self.seed = seed
-        self.epoch = -1
-        self.order = torch.empty(0)
+        self.epoch, self.order = -1, torch.empty(0)
 
     def __getitem__(self, position: int) -> Example:
         length = len(self.dataset)  # pyright: ignore[reportArgumentType]
@@ -69,7 +64,7 @@ class TrainingStream(Dataset[Example]):
 
 
 def collate(examples: Sequence[Example]) -> Example:
-    """One batch of examples."""
+    """One batch; not by PyTorch's, which takes shared memory at once, whatever room that has."""
     images, targets, names = zip(*examples, strict=True)
     return Example(torch.stack(images), torch.stack(targets), list(names))
 
@@ -93,13 +88,10 @@ class Positions:
     def __init__(self, iterations: range, batch_size: int, accumulation: int, rank: int, processes: int) -> None:
         parts = processes * accumulation
         if batch_size % parts:
-            raise ValueError(
-                f"batch_size {batch_size} cannot be shared by {processes} processes x {accumulation} micro-batches; "
-                f"choose a multiple of {parts}"
-            )
+            shares = f"{processes} processes x {accumulation} micro-batches"
+            raise ValueError(f"batch_size {batch_size} cannot be shared by {shares}; choose a multiple of {parts}")
         self.iterations, self.batch_size, self.accumulation = iterations, batch_size, accumulation
-        self.rank, self.processes = rank, processes
-        self.micro = batch_size // parts
+        self.rank, self.processes, self.micro = rank, processes, batch_size // parts
 
     def __len__(self) -> int:
         return len(self.iterations) * self.accumulation

@@ -80,12 +80,11 @@ def test_reference_sets_forward_and_backward(narrow: bool, most: float, floor: f
     assert max(errors.values()) < most, max(errors, key=errors.__getitem__)
 
 
-@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (32, 32), (1, 1), (3, 2), (40, 27)])
+@pytest.mark.parametrize("grid", [(5, 7), (32, 32), (1, 1), (40, 27)])
 def test_learned_filters_of_any_grid(grid: ops.Grid) -> None:
     """Made for 8 x 8; on every grid the filtered features and both gradients."""
     features, weight = torch.randn(2, *grid, 3), torch.randn(8, 5, 3, dtype=torch.complex64)
-    cotangent = torch.randn_like(features)
-    found = []
+    cotangent, found = torch.randn_like(features), []
     for device in (DEVICE, "cpu"):
         x, w = (each.to(device).requires_grad_() for each in (features, weight))
         y = ops.fourier_filter(x, ops.resample_filter(w, (8, 8), grid))

@@ -9,7 +9,7 @@ import torch
 from toys import SPLIT, Toys
 
 from sptseg.datasets import Augmentation
-from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading, mixed_seed
+from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading
 
 AUGMENT = Augmentation(crop=16, resize_base=(64, 16))
 
@@ -63,12 +63,6 @@ def test_augmentation_and_order_depend_on_the_seed_and_the_position() -> None:
         assert not any(torch.equal(image, other) for other in images[:i])
 
 
-def test_targets_go_through_the_table() -> None:
-    for setting, values in (("inductive", {0, 1, 2, 255}), ("transductive", {-1, 0, 1, 3, 255})):
-        labels = torch.cat([new_stream(setting=setting)[p][1].flatten() for p in range(12)])
-        assert set(labels.unique().tolist()) == values
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 def test_workers_read_the_same() -> None:
     """Batches (B, ...) of what the stream has at their positions."""
@@ -98,10 +92,3 @@ def test_processes_and_micro_batches_share_every_iteration(processes: int, accum
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size 6 cannot be shared by 2 processes x 2 .*choose a multiple of 4"):
         Positions(range(2), 6, 2, 0, 2)
-
-
-def test_seeds_of_neighbours_differ() -> None:
-    seeds = [mixed_seed(a, b) for a in range(20) for b in range(20)] + [mixed_seed(a) for a in range(20)]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert mixed_seed(1, 2) != mixed_seed(2, 1)

@@ -6,12 +6,8 @@ import copy
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,41 +86,34 @@ def test_pseudo_labels_by_hand() -> None:
     assert labels.tolist() == [[[-1, -1, 2]]]
     ignored = torch.tensor([[[255, -1, -1]]])
     assert pseudo_labels(logits, ignored, [0, 2], torch.tensor([1, 3])).tolist() == [[[255, 1, 3]]]
-
-
-@pytest.mark.parametrize(("seen", "unseen"), [([0, 1], [2]), ([0, 1, 2], [2, 3]), ([0, 1, 2], [4])])
-def test_positions_that_do_not_make_up_the_classes_are_refused(seen: list, unseen: list) -> None:
-    with pytest.raises(ValueError, match="do not make up the 4 classes of the logits; wanted each position once"):
-        pseudo_labels(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long), seen, unseen)
+    for seen, unseen in (([0, 1], [2]), ([0, 1, 2], [2, 3]), ([0, 1, 2], [4])):
+        with pytest.raises(ValueError, match="do not make up the 4 classes of the logits; wanted each position once"):
+            pseudo_labels(logits, labels, seen, unseen)
 
 
 # fit
 
 
-def test_settings_that_do_not_go_are_refused() -> None:
-    for changes, message in (
-        ({"iterations": 0}, "iterations is 0; wanted 1 to 1000000000"),
-        ({"learning_rate": 2.0}, "learning_rate is 2.0; wanted 0 < learning_rate < 1"),
-        ({"setting": "zero-shot"}, "setting is 'zero-shot'; choose inductive, transductive or supervised"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            toy_config(**changes)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"config": toy_config(tensorboard=True)}, "resume and tensorboard need an output folder"),
-        ({"config": toy_config(validate_every=1)}, "validate_every is set but there is no validation data"),
-        ({"config": toy_config(batch_size=5, accumulation=2)}, "batch_size 5 cannot be shared"),
+        ({"config": {"iterations": 0}}, "iterations is 0; wanted 1 to 1000000000"),
+        ({"config": {"learning_rate": 2.0}}, "learning_rate is 2.0; wanted 0 < learning_rate < 1"),
+        (
+            {"config": {"setting": "zero-shot"}},
+            "setting is 'zero-shot'; wanted one of inductive, transductive, supervised",
+        ),
+        ({"config": {"tensorboard": True}}, "resume and tensorboard need an output folder"),
+        ({"config": {"validate_every": 1}}, "validate_every is set but there is no validation data"),
+        ({"config": {"batch_size": 5, "accumulation": 2}}, "batch_size 5 cannot be shared"),
         ({"split": SPLIT.with_unseen([])}, "split 'toys' has no unseen classes; use setting='supervised'"),
         ({"model": toy_model(prompt_tokens=0, spectral_layers=(), decoder="none")}, "nothing to train"),
     ],
 )
 def test_runs_that_do_not_go_are_refused(options: dict, message: str) -> None:
-    options = {"model": toy_model(), "split": SPLIT, "config": toy_config(), **options}
+    options = {"model": toy_model(), "split": SPLIT, "config": {}, **options}
     with pytest.raises(ValueError, match=message):
-        fit(dataset=Toys(), **options)
+        fit(dataset=Toys(), **{**options, "config": toy_config(**options["config"])})
 
 
 def test_training_learns_and_leaves_clip_alone() -> None:
@@ -136,18 +125,6 @@ def test_training_learns_and_leaves_clip_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
     totals = [row["total"] for row in result.history]
     assert np.mean(totals[-5:]) < 0.8 * np.mean(totals[:5])
-
-
-@pytest.mark.parametrize(("loss", "second"), [("spt", "ssim"), ("zegclip", "dice")])
-def test_the_history(loss: str, second: str) -> None:
-    config = toy_config(iterations=3)
-    history = fit(toy_model(loss=loss), Toys(), SPLIT, config).history
-    assert [row["iteration"] for row in history] == [1, 2, 3]
-    for i, row in enumerate(history):
-        assert set(row) == {"iteration", "focal", second, "total", "learning_rate", "images_per_second"}
-        assert row["total"] == pytest.approx(row["focal"] + row[second])
-        assert row["learning_rate"] == learning_rate(config, i)
-        assert row["images_per_second"] > 0
 
 
 def test_the_first_step_by_hand() -> None:
@@ -162,8 +139,10 @@ def test_the_first_step_by_hand() -> None:
     loss = segmentation_loss(expected(images, expected.class_embeddings(["grass", "water", "tree"])), labels)
     loss["total"].backward()
     optimizer.step()
-    history = fit(model, Toys(), SPLIT, config).history
-    assert history[0]["total"] == pytest.approx(loss["total"].item())
+    (row,) = fit(model, Toys(), SPLIT, config).history
+    assert set(row) == {"iteration", "focal", "ssim", "total", "learning_rate", "images_per_second"}
+    assert row["total"] == pytest.approx(loss["total"].item()) == pytest.approx(row["focal"] + row["ssim"])
+    assert row["learning_rate"] == learning_rate(config, 0) and row["images_per_second"] > 0
     for name, value in expected.trained_state().items():
         assert_close(model.trained_state()[name], value, msg=name)
 
@@ -192,17 +171,7 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
     assert not same(models[0].trained_state(), toy_model().trained_state())
 
 
-def test_a_seed_gives_the_same_run_and_another_one_does_not() -> None:
-    """With dropout, whatever the global generator did before."""
-    models = []
-    for seed in (0, 0, 1):
-        torch.randn(len(models) + 1)
-        models.append(fit(toy_model(dropout=0.1), Toys(), SPLIT, toy_config(seed=seed, iterations=3)).model)
-    assert same(models[0].trained_state(), models[1].trained_state())
-    assert not same(models[0].trained_state(), models[2].trained_state())
-
-
-@pytest.mark.parametrize("decoder", ["spectral", "cross_attention", "none"])
+@pytest.mark.parametrize("decoder", ["spectral", "none"])
 def test_half_precision_has_nearly_the_same_loss(decoder: str) -> None:
     configs = [toy_config(iterations=2, precision=precision) for precision in ("no", "bf16")]
     full, half = (fit(toy_model(decoder=decoder), Toys(), SPLIT, config).history for config in configs)
@@ -245,25 +214,17 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded), logits_of(result.model))
 
 
-def test_resuming_without_a_state_starts_and_a_finished_run_stays(tmp_path: Path) -> None:
-    config = toy_config(save_every=2)
-    first = fit(toy_model(), Toys(), SPLIT, config, output=tmp_path, resume=True)
-    assert len(first.history) == 5
-    dataset = Toys()
-    again = fit(toy_model(), dataset, SPLIT, config, output=tmp_path, resume=True)
-    assert dataset.read == []
-    assert same(first.model.trained_state(), again.model.trained_state()) and again.history == first.history
-
-
 def test_what_changes_no_result_may_change_on_resuming(tmp_path: Path) -> None:
-    """And a state that is older than a setting goes on with the setting's default."""
-    fit(toy_model(), Toys(), SPLIT, toy_config(save_every=5), output=tmp_path)
+    """And a state that is older than a setting goes on with the setting's default; a finished run stays as it is."""
+    first = fit(toy_model(), Toys(), SPLIT, toy_config(save_every=5), output=tmp_path, resume=True)
     state = read_tensors(tmp_path / "state.pt")
     asked = json.loads(state["settings"])
     assert asked["model"].pop("readout") == "plain"
     write_tensors(tmp_path / "state.pt", {**state, "settings": json.dumps(asked)})
-    other = toy_config(save_every=1, validate_every=1, validation_images=1)
-    fit(toy_model(), Toys(), SPLIT, other, output=tmp_path, resume=True, validation=Toys())
+    other, dataset = toy_config(save_every=1, validate_every=1, validation_images=1), Toys()
+    again = fit(toy_model(), dataset, SPLIT, other, output=tmp_path, resume=True, validation=Toys())
+    assert dataset.read == [] and again.history == first.history and len(first.history) == 5
+    assert same(first.model.trained_state(), again.model.trained_state())
 
 
 # Validation
@@ -281,17 +242,6 @@ def test_validation_rows(tmp_path: Path) -> None:
     assert [result.history[-1][name] for name in figures] == [getattr(scores, name) for name in figures]
     plain = fit(toy_model(dropout=0.1), Toys(), SPLIT, toy_config(iterations=5))
     assert same(plain.model.trained_state(), result.model.trained_state()), "looking on changes no weight"
-
-
-def test_the_validation_rhythm_is_not_the_historys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long run keeps about 200 rows; validation has its own rhythm."""
-    monkeypatch.setattr(training, "step", lambda *_: {"total": 1.0})
-    example = stream.Example(torch.zeros(1), torch.zeros(1), "name")
-    monkeypatch.setattr(training, "TrainingStream", lambda *_: [example] * 450)
-    config = toy_config(iterations=450, batch_size=1, validate_every=225, validation_images=1)
-    history = fit(toy_model(), Toys(), SPLIT, config, validation=Toys()).history
-    assert [row["iteration"] for row in history if "hiou" in row] == [225, 450]
-    assert [row["iteration"] for row in history] == sorted({*range(2, 451, 2), 225})
 
 
 # evaluate
@@ -325,44 +275,18 @@ def trained() -> SptSeg:
     return fit(model, Toys(), SPLIT, config, augment=PLAIN).model
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize(("batch_size", "offset"), [(16, None), (1, 0.0), (3, 2.0)])
 @pytest.mark.parametrize("sizes", [((32, 32),), ((40, 70), (32, 32), (90, 33), (20, 20))])
-def test_evaluation_equals_a_confusion_of_plain_labels(trained: SptSeg, sizes: tuple, batch_size: int) -> None:
+def test_evaluation_equals_a_confusion_of_plain_labels(
+    trained: SptSeg, sizes: tuple, batch_size: int, offset: float | None
+) -> None:
+    """With the model's own offset of seen classes, none, and one that moves every pixel to unseen classes."""
     dataset = Toys(7, sizes)
-    found = evaluate(trained, dataset, SPLIT, batch_size=batch_size, progress=False)
+    found = evaluate(trained, dataset, SPLIT, batch_size=batch_size, seen_offset=offset, progress=False)
     assert dataset.read == list(range(7))
-    expected = plain_evaluation(trained, dataset, trained.config.seen_offset)
+    expected = plain_evaluation(trained, dataset, trained.config.seen_offset if offset is None else offset)
     assert found.summary() == pytest.approx(expected, abs=1e-3)  # rounding may turn a pixel or two of some thousand
-    assert 0.2 < expected["pixel_accuracy"] < 1
-
-
-def test_the_seen_offset_moves_pixels_to_unseen_classes(trained: SptSeg) -> None:
-    offsets = (0.0, 0.1, 2.0, -2.0)
-    found = {offset: evaluate(trained, Toys(), SPLIT, seen_offset=offset, progress=False) for offset in offsets}
-    for offset in (0.0, 2.0):
-        assert found[offset].summary() == pytest.approx(plain_evaluation(trained, Toys(), offset), abs=1e-3)
-    assert found[2.0].miou_seen == 0 < found[2.0].miou_unseen, "everything is called unseen"
-    assert found[-2.0].miou_unseen == 0 < found[-2.0].miou_seen
-    assert found[0.0].summary() != found[0.1].summary() != found[2.0].summary()
-    assert evaluate(trained, Toys(), SPLIT, progress=False) == found[0.1], "the model's own is the default"
-
-
-def test_a_limit_takes_the_first_pictures(trained: SptSeg) -> None:
-    dataset = Toys(6)
-    first, two, all_two = (
-        evaluate(trained, pictures, SPLIT, limit=limit, progress=False).as_dict()
-        for pictures, limit in ((dataset, 2), (Toys(2), None), (Toys(2), 9))
-    )
-    assert first == two == all_two
-    assert dataset.read == [0, 1]
-
-
-def test_prompts_are_what_clip_is_told(trained: SptSeg) -> None:
-    """Of a class and of its scores, the name stays."""
-    renamed = replace(SPLIT, classes=("grass", "water", "boat", "tree", "home"), prompts=(("home", "house"),))
-    found, expected = (evaluate(trained, Toys(), split, progress=False) for split in (renamed, SPLIT))
-    assert found.summary() == expected.summary()
-    assert "home" in found.iou
+    assert found.miou_seen == 0 if offset == 2.0 else 0.2 < expected["pixel_accuracy"] < 1
 
 
 # Signals
@@ -454,45 +378,20 @@ class Named(Toys):
         self.names = names
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on two named pictures."""
-    folder = tmp_path_factory.mktemp("finished")
-    fit(toy_model(), Named("a", "b"), SPLIT, toy_config(save_every=5), output=folder)
-    return folder
-
-
 @pytest.mark.parametrize(
-    ("train", "model", "unseen", "pictures", "named"),
+    ("train", "model", "pictures", "named"),
     [
-        ({"learning_rate": 2e-3, "seed": 1}, {}, ["boat", "house"], "ab", "train.learning_rate, train.seed"),
-        ({}, {"loss": "zegclip", "decoder_layers": 2}, ["boat", "house"], "ab", "model.decoder_layers, model.loss"),
-        ({}, {}, ["tree", "house"], "ab", "split.unseen"),
-        ({}, {}, ["boat", "house"], "ba", "data.names"),
-        ({}, {}, ["boat", "house"], "abc", "data.pictures, data.names"),
+        ({"learning_rate": 2e-3, "seed": 1}, {}, "ab", "train.learning_rate, train.seed"),
+        ({}, {"loss": "zegclip", "decoder_layers": 2}, "ab", "model.decoder_layers, model.loss"),
+        ({}, {}, "ba", "data.names"),
+        ({}, {}, "abc", "data.pictures, data.names"),
     ],
 )
 def test_resuming_with_other_settings_or_pictures_is_refused(
-    finished: Path, train: dict, model: dict, unseen: list, pictures: str, named: str
+    train: dict, model: dict, pictures: str, named: str, tmp_path: Path
 ) -> None:
-    before, config = (finished / "config.json").read_text(), toy_config(save_every=5, **train)
+    fit(toy_model(), Named("a", "b"), SPLIT, toy_config(save_every=5), output=tmp_path)
+    before, config = (tmp_path / "config.json").read_text(), toy_config(save_every=5, **train)
     with pytest.raises(ValueError, match=f"trained with other settings of {named}; resume with the same, or"):
-        fit(toy_model(**model), Named(*pictures), SPLIT.with_unseen(unseen), config, output=finished, resume=True)
-    assert (finished / "config.json").read_text() == before
-
-
-@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="other C libraries have no mallopt")
-def test_large_blocks_are_kept_for_the_next_use() -> None:
-    """Else the kernel hands out 16384 pages for 64 MiB each time; the fewest of five times count."""
-    program = """
-import resource, torch
-from sptseg.inference.evaluation import new_accelerator
-new_accelerator("no", cpu=True)
-faults = []
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[1:]))
-"""
-    assert int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout) < 1000
+        fit(toy_model(**model), Named(*pictures), SPLIT, config, output=tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_text() == before

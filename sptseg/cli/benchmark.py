@@ -264,11 +264,10 @@ def rate_with_loading(sizes: Sizes, classes: int, device: torch.device) -> float
         for part in ("images", "masks"):
             Path(folder, part).mkdir()
         for seed in range(PICTURES):
-            image, label = (Image.fromarray(each.astype("uint8")) for each in scenes.draw(seed, size=128))
-            image.resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
-            label.resize((500, 375), Image.Resampling.NEAREST).point(lambda value: value % classes).save(
-                f"{folder}/masks/{seed}.png"
-            )
+            image, label = scenes.draw(seed, size=128)
+            mask = Image.fromarray((label % classes).astype("uint8"))
+            Image.fromarray(image).resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
+            mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{folder}/masks/{seed}.png")
         workers = training.PRESETS["voc"].train.workers  # the first steps are left out, in which they start
         config = replace(config, iterations=workers + sizes.steps, workers=workers, progress=False)
         rows = training.fit(new_model(sizes, device), ImageMaskFolder(folder, split), split, config).history

@@ -57,6 +57,8 @@ def evaluate_command(
     """
     if json_file is not None:
         output_place(json_file)
+    if seen_offset is not None and not abs(seen_offset) <= 1:
+        raise ValueError(f"--seen-offset is {seen_offset}; wanted -1 to 1, as scores are 0 to 1")
     if which.model == TRAINING_FREE and data.layout in WORDS and not data.prompts:
         data = replace(data, prompts=WORDS[data.layout])
         print(f"words of the usual recipe: {data.prompts}")

@@ -151,6 +151,8 @@ class Ablate:
         unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
         if unknown:
             raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+        if self.clip and self.clip not in EMBEDDED_CLIPS:
+            raise ValueError(f"--clip is {self.clip}; wanted {' or '.join(EMBEDDED_CLIPS)}, or a --preset with another")
         clip = {"clip": self.clip, "clip_weights": None} if self.clip else {}
         preset = replace(preset, model=replace(preset.model, **clip))
         configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}

@@ -55,8 +55,8 @@ class Scenes(Dataset[Sample]):
         transform: Transform | None = None,
         one_colour: bool = False,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"Scenes: length is {length}; wanted at least 1")
+        if length < 1 or seed < 0:
+            raise ValueError(f"Scenes: length is {length}, seed {seed}; wanted at least 1, and 0")
         if stream not in _STREAMS:
             raise ValueError(f"Scenes: stream is {stream!r}; wanted one of {', '.join(map(repr, _STREAMS))}")
         self.split, self.transform = splits.scenes(), transform

@@ -79,8 +79,9 @@ class Data:
         if isinstance(dataset, ImageMaskFiles):
             dataset.max_pixels = self.max_pixels
             dataset.map_values(self.value_map(split))
-        elif self.values or self.reduce_zero_label:
-            raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
+        elif self.values or self.reduce_zero_label or self.subset or self.layout != "folder":
+            options = "--layout, --subset, --values and --reduce-zero-label"
+            raise ValueError(f"{options} are for masks in files; scenes have none: give --data their folder")
         if self.unseen:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:

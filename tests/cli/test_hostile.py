@@ -9,9 +9,8 @@ import io
 import json
 import pickle
 import struct
-import warnings
 import zlib
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,18 @@ import open_clip
 import pytest
 import torch
 from conftest import refused
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from toys import Intruder, data_folder, noise
 
-from sptseg.checkpoints.checkpoint import config_from_dict, load_model, read_header, save_model
+from sptseg.checkpoints.checkpoint import load_model, read_header, save_model
 from sptseg.cli import which
 from sptseg.cli.commands import main
-from sptseg.datasets import folders, images
+from sptseg.datasets import folders
 from sptseg.inference.evaluation import evaluate
 from sptseg.inference.segmentation import segment
 from sptseg.model.clip import new_tiny_clip
-from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, ModelConfig
+from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training.stream import label_table
 
@@ -60,8 +57,11 @@ MISREAD = """
 """
 TRAIN = "train --output out --images 2 --train.batch-size 1"
 WRONG = {
+    "evaluate --layout voc2012": "are for masks in files; scenes have none: give --data their folder",
+    "evaluate --seed -1": "length is 300, seed -1; wanted at least 1, and 0",
+    "evaluate --seen-offset nan": "--seen-offset is nan; wanted -1 to 1",
+    "ablate --clip ViT-B-16 --seeds 0": "--clip is ViT-B-16; wanted tiny or tiny-plain",
     "evaluate --unseen unicorn": "split 'scenes' has no class unicorn; it has sky, ",
-    "evaluate --prompts unicorn=tree": "prompts for unicorn, no classes of it",
     "evaluate --data gone": "gone does not exist",
     "evaluate --model gone.safetensors": "there is no checkpoint gone.safetensors; wanted embedded, ",
     "evaluate --model embedded --clip tiny": "model embedded has its own CLIP: leave out --clip",
@@ -73,13 +73,10 @@ WRONG = {
     "segment --classes grass": "no picture is named; wanted files or folders",
     "segment notes.txt --classes grass": "notes.txt is not an image that Pillow can read",
     "segment a.png --classes grass,unicorn": "the tiny CLIP does not know 'unicorn'",
-    "segment empty --classes grass": "empty holds no pictures",
     "segment https://x.org/a.jpg --classes grass": "is a web address; sptseg reads files only",
     "segment a.png b.png --classes grass": "2 pictures do not fit into one file segmentation.png",
     "train --output out --start-from gone": "there is no checkpoint gone",
-    "train --output out --image-size -1 -1": "image_size is (-1, -1); wanted 1 to 8192",
     f"{TRAIN} --unseen none": "has no unseen classes; use setting='supervised'",
-    f"{TRAIN} --train.accumulation 3": "batch_size 1 cannot be shared",
     f"{TRAIN} --decoder none --prompt-tokens 0 --spectral-layers": "nothing to train",
     "train --output out --train.setting transductive --start random": "give --start-from an inductive checkpoint",
     "ablate --configurations spt,unicorn": "there is no configuration unicorn; there are dense-clip, ",
@@ -145,13 +142,11 @@ def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
     root = data_folder(tmp_path / "data", {"a": result.labels * 0}, classes, ["c255"])
     Image.fromarray(image).save(root / "images" / "a.png")
     result.save_labels(root / "masks" / "a.png")
-    assert np.array_equal(np.asarray(Image.open(root / "masks" / "a.png")), result.labels)
     data = folders.ImageMaskFolder(root)
     assert data.split.ignore == 65535
     assert evaluate(model, data, data.split, seen_offset=0.0, progress=False).pixel_accuracy == 1.0
     half = result.labels.copy()
-    half[:32] = 65535
-    half[40:, :32] = 255
+    half[:32], half[40:, :32] = 65535, 255
     Image.fromarray(half.astype(np.uint16)).save(root / "masks" / "a.png")
     scores = evaluate(model, data, data.split, seen_offset=0.0, progress=False)
     assert scores.pixel_accuracy == pytest.approx(float((result.labels[32:] == half[32:]).mean()))
@@ -211,21 +206,6 @@ def test_broken_pictures(kind: str, here: Path, model: SptSeg, capsys: pytest.Ca
     (here / "a.png").write_bytes(BROKEN[kind])
     assert "a.png" in refused(capsys, "segment", here / "a.png", "--classes", "grass,water")
     assert not Path("segmentation.png").exists()
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.sampled_from([PNG, JPEG, *(content for _, content, _ in SOUND.values())]), data=st.data())
-def test_changed_bytes_give_a_picture_or_a_sentence(content: bytes, data: st.DataObject, tmp_path: Path) -> None:
-    changed = bytearray(content)
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
-        changed[place] = data.draw(st.integers(0, 255))
-    (tmp_path / "a.png").write_bytes(changed[: data.draw(st.integers(1, len(changed)))])
-    try:
-        with warnings.catch_warnings(action="ignore", category=images.Note):  # a changed byte can make it an animation
-            assert images.open_image(tmp_path / "a.png").mode == "RGB"
-    except ValueError as error:
-        assert str(error).startswith(f"{tmp_path / 'a.png'} ")
 
 
 # Masks
@@ -302,23 +282,3 @@ def test_research_files_that_would_run_code(suffix: str, tmp_path: Path, capsys:
     path.write_bytes(pickle.dumps({"state_dict": Intruder(tmp_path / "intruded")}))
     refused(capsys, "import", path, "--output", tmp_path / "out")
     assert [*tmp_path.iterdir()] == [path], "nothing ran"
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.dictionaries(
-        st.sampled_from([field.name for field in fields(ModelConfig)]),
-        st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-            max_leaves=5,
-        ),
-        min_size=1,
-    )
-)
-def test_any_json_as_a_configuration(values: dict[str, Any]) -> None:
-    """A configuration or one sentence that names a field of it."""
-    try:
-        config_from_dict({**asdict(ModelConfig()), **values})
-    except ValueError as error:
-        assert any(name in str(error) for name in values)

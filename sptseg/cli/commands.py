@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(sys.argv[1:] if arguments is None else arguments)
             if Outlet.failure is not None:
                 raise Outlet.failure
-        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        except (ValueError, OSError, FloatingPointError, OverflowError, MemoryError) as error:
             said = str(error) or "memory ran out"
             print(f"sptseg: {' '.join(said.split())[:2000]}", file=sys.stderr)
             raise SystemExit(2) from error

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from toys import data_folder, same
 
 from sptseg import scenes
-from sptseg.checkpoints.checkpoint import load_model, read_header
+from sptseg.checkpoints.checkpoint import load_model
 from sptseg.cli import commands as cli
 from sptseg.cli.commands import COMMANDS, Which, main
 from sptseg.datasets import Data
@@ -38,10 +38,10 @@ FIGURES = {"pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "iou"}
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options for a tiny CLIP with random weights, in a file."""
+    """Options for a tiny CLIP with random weights, in a file, that knows a Russian word too."""
     file = tmp_path_factory.mktemp("clip") / "tiny.safetensors"
     torch.manual_seed(0)
-    save_tiny_clip(new_tiny_clip(scenes.WORDS), file)
+    save_tiny_clip(new_tiny_clip([*scenes.WORDS, "дом"]), file)
     return ["--clip", "tiny", "--clip-weights", str(file)]
 
 
@@ -86,9 +86,6 @@ def test_groups_name_their_commands_with_a_line_each(
         main([*group.split(), "unknown"])
 
 
-# evaluate
-
-
 def test_evaluate_writes_what_evaluate_returns(
     clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,9 +113,6 @@ def test_evaluate_reads_folders(clip: list[str], labelled: Path, tmp_path: Path)
     assert reports[2]["miou_seen"] == pytest.approx(np.mean(list(reports[0]["iou"].values())))
 
 
-# train
-
-
 def test_train_writes_a_folder_that_evaluate_reads(trained: Path, tmp_path: Path, clip: list[str]) -> None:
     names = {file.name for file in trained.iterdir()}
     assert {"model.safetensors", "history.json", "config.json", "state.pt"} <= names
@@ -139,9 +133,7 @@ def test_presets_are_defaults(clip: list[str], tmp_path: Path) -> None:
     assert (config.prompt_tokens, config.decoder_layers) == (2, 2), "but what is given counts"
 
 
-def test_train_goes_on_and_starts_from_checkpoints(
-    trained: Path, clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_goes_on_and_starts_from_checkpoints(trained: Path, clip: list[str], tmp_path: Path) -> None:
     before = (trained / "model.safetensors").read_bytes()
     main(["train", "--output", str(trained), "--resume", "--images", "4", *clip, *SMALL, *STEPS])
     assert (trained / "model.safetensors").read_bytes() == before, "a finished run has nothing left to do"
@@ -151,10 +143,6 @@ def test_train_goes_on_and_starts_from_checkpoints(
     assert started.config == base.config
     for name, value in base.trained_state().items():
         assert_close(started.trained_state()[name], value, atol=1e-6, rtol=0)
-    capsys.readouterr()
-    options = ["--output", trained, "--resume", "--images", "4", *clip, *SMALL, *STEPS, "--train.seed", "1"]
-    message = refused(capsys, "train", *options)
-    assert "was trained with other settings of train.seed; resume with the same" in message
 
 
 def test_training_never_reads_what_is_scored_by_default() -> None:
@@ -180,9 +168,6 @@ def test_the_command_that_training_prints_can_be_pasted(
     out = tmp_path / f"{name}.png"
     said = refused(capsys, "segment", root / "images", "--classes", "grass", "--out", out)
     assert shlex.split(said.partition("such as ")[2]) == ["--out", str(tmp_path / name)]
-
-
-# ablate
 
 
 def test_ablate_knows_its_runs_by_model_and_data(
@@ -220,9 +205,6 @@ def test_ablate_knows_its_runs_by_model_and_data(
         assert f"holds a run with other settings of {part}; choose another" in refused(capsys, *command, *options)
 
 
-# data
-
-
 def test_data_check_and_show(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["data", "check", str(labelled), "--json", str(tmp_path / "report.json")])
     assert "grass" in capsys.readouterr().out and json.loads((tmp_path / "report.json").read_text())
@@ -231,9 +213,6 @@ def test_data_check_and_show(labelled: Path, tmp_path: Path, capsys: pytest.Capt
     (labelled / "masks" / "a.png").write_bytes(b"junk")
     message = refused(capsys, "data", "check", labelled)
     assert message.startswith("1 files are faulty") and "a.png" in message
-
-
-# segment
 
 
 @pytest.mark.parametrize("full_resolution", [False, True])
@@ -271,22 +250,13 @@ def test_segment_never_overwrites_a_picture(clip: list[str], photos: Path, capsy
     assert (photos / "a.png").read_bytes() == before
 
 
-# What cannot be printed
-
-
-def russian_clip(file: Path) -> list[str]:
-    """Options for a tiny CLIP, with random weights, that knows a Russian word."""
-    save_tiny_clip(new_tiny_clip([*scenes.WORDS, "дом"]), file)
-    return ["--clip", "tiny", "--clip-weights", str(file)]
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_what_an_encoding_lacks_is_printed_as_an_escape_and_written_as_it_is(
-    encoding: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str, clip: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "a.png").rename(photos / "дом.png")
     (photos / "b.jpg").rename(os.fsdecode(os.fsencode(photos) + b"/b\xff.jpg"))  # a name that is no UTF-8
-    options = ["--classes", "grass,дом", *russian_clip(tmp_path / "clip.safetensors")]
+    options = ["--classes", "grass,дом", *clip]
     with (tmp_path / "said.txt").open("w", encoding=encoding) as file, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", file)
         main(["segment", str(photos), "--out", str(tmp_path / "out"), *options])
@@ -317,20 +287,16 @@ def test_work_outlasts_those_who_read_what_is_printed(
     assert json.loads(report.read_text())
 
 
-# import, pretrain
-
-
 def test_import_writes_a_model_and_names_what_it_left_out(
     reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"state_dict": reference.state}, tmp_path / "research.pth")
-    names = ("image_size", "heads", "decoder_heads")
-    sizes = [f"--{name.replace('_', '-')}={reference.config[name]}" for name in names]
+    sizes = [f"--{name}={reference.config[name]}" for name in ("image_size", "heads", "decoder_heads")]
     main(["import", str(tmp_path / "research.pth"), "--output", str(tmp_path / "model.safetensors"), *sizes])
     out = capsys.readouterr().out
     assert reference.imported.report() in out and f"wrote {tmp_path / 'model.safetensors'}" in out
-    assert read_header(tmp_path / "model.safetensors")["about"] == {"imported_from": "research.pth"}
     imported = load_model(tmp_path / "model.safetensors")
+    assert imported.about["imported_from"] == "research.pth"
     assert same(imported.trained_state(), reference.imported.model.trained_state())
 
 
@@ -343,8 +309,13 @@ def test_pretrain_scales_and_passes_its_options_on(monkeypatch: pytest.MonkeyPat
     assert abs(sum(stage.images for stage in config.stages) - 2000) < 300
 
 
-def test_an_interrupt_exits_with_130_and_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    for raised, seen in ((KeyboardInterrupt(), SystemExit), (KeyError("a bug"), KeyError)):
-        monkeypatch.setattr(cli, "pretrain", Mock(side_effect=raised))
-        with pytest.raises(seen, match="130|a bug"):
-            main(["pretrain"])
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(KeyboardInterrupt(), "130"), (MemoryError(), "2"), (OverflowError("port"), "2"), (KeyError("a bug"), "a bug")],
+)
+def test_an_interrupt_exits_with_130_and_a_bug_keeps_its_traceback(
+    raised: BaseException, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "pretrain", Mock(side_effect=raised))
+    with pytest.raises((SystemExit, KeyError), match=seen):
+        main(["pretrain"])

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import refused
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from toys import Intruder, data_folder, noise
 
 from sptseg.checkpoints.checkpoint import load_model, read_header, save_model
@@ -47,8 +47,6 @@ def model(embedded: SptSeg, monkeypatch: pytest.MonkeyPatch) -> SptSeg:
     monkeypatch.setattr(which, "load_model", lambda name, *rest: given.get(name) or load_model(name, *rest))
     return embedded
 
-
-# Arguments
 
 MISREAD = """
     nonsense|-x|data|evaluate --no|evaluate --images x|evaluate --layout foo|train|train --output|import x
@@ -90,12 +88,11 @@ WRONG = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: two pictures, a text, an empty folder; nothing can be downloaded."""
+    """The working folder: two pictures, a text; nothing can be downloaded."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         noise().save(name)
     Path("notes.txt").write_text("neither a picture nor a model")
-    Path("empty").mkdir()
 
     def offline(*_: object, **__: object) -> str:
         raise OSError("no route to host")
@@ -117,9 +114,6 @@ def test_unknown_and_missing_options(line: str, here: Path, capsys: pytest.Captu
         main(line.split())
     said = capsys.readouterr().err
     assert "--help" in said or ("Expected one of" in said and "Traceback" not in said)
-
-
-# Classes
 
 
 @pytest.mark.parametrize(
@@ -154,9 +148,6 @@ def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
         label_table(data.split, "inductive")
 
 
-# Pictures
-
-
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     image.save(buffer := io.BytesIO(), form, **options)
     return buffer.getvalue()
@@ -172,15 +163,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-PNG, JPEG, WEBP = (encoded(noise(), form) for form in ("PNG", "JPEG", "WEBP"))
-TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+PNG, WEBP = encoded(noise(), "PNG"), encoded(noise(), "WEBP")
 FRAMES: dict[str, Any] = {"save_all": True, "append_images": [noise("L")]}
-SOUND: dict[str, tuple[str, bytes, tuple[int, int]]] = {  # file name, content, upright (width, height)
+SOUND = {  # file name, content, (width, height)
     "1 x 1": ("a.png", encoded(noise(size=(1, 1)), "PNG"), (1, 1)),
     "CMYK": ("a.jpg", encoded(noise("CMYK"), "JPEG"), (40, 30)),
     "palette, transparent": ("a.png", encoded(noise("P"), "PNG", transparency=0), (40, 30)),
     "animated WebP": ("a.webp", encoded(noise(), "WEBP", **FRAMES), (40, 30)),
-    "turned by EXIF": ("a.jpg", encoded(noise(), "JPEG", exif=TURNED), (30, 40)),
     "bytes behind the end": ("a.png", PNG + bytes(1000), (40, 30)),
 }
 
@@ -208,9 +197,6 @@ def test_broken_pictures(kind: str, here: Path, model: SptSeg, capsys: pytest.Ca
     assert not Path("segmentation.png").exists()
 
 
-# Masks
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One picture and its mask, three classes."""
@@ -234,43 +220,27 @@ def test_wrong_masks(kind: str, folder: Path, model: SptSeg, capsys: pytest.Capt
     assert len(json.loads(report.read_text())["faults"]) == 1
 
 
-# Checkpoints from strangers
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SPT-SEG of a small size on the embedded CLIP."""
-    config = replace(EMBEDDED_CONFIG, image_size=(32, 32), prompt_tokens=1, decoder_layers=1)
-    return save_model(build_model(config), tmp_path_factory.mktemp("models") / "model.safetensors")
-
-
-CONFIGS: list[dict[str, Any]] = [
-    {"clip": "/etc/passwd"}, {"clip_weights": "http://127.0.0.1/x"}, {"image_size": [10**9, 10**9]},
-    {"prompt_tokens": 10**12}, {"spectral_layers": list(range(2000))}, {"templates": ["{0.__class__}"]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", [*CONFIGS, None, {"format": "../x"}], ids=lambda change: repr(change)[:40])
-def test_hostile_headers(change: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "kind", ["a pickle", "half", "one bit", "other tensors", "huge header", "a path", "huge pictures", "code"]
+)
+def test_checkpoints_of_strangers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused in a moment and in little memory, whatever sizes they name, and no path in them is opened."""
-    header = read_header(checkpoint)
-    header = header | {"config": header["config"] | change} if change in CONFIGS else change
-    path = tmp_path / "model.safetensors"
-    save_file(load_file(checkpoint), path, metadata={"sptseg": json.dumps(header)})
-    assert str(path) in refused(capsys, "evaluate", "--model", path, "--images", "1")
+    config = replace(EMBEDDED_CONFIG, image_size=(32, 32), prompt_tokens=1, decoder_layers=1)
+    path = save_model(build_model(config), tmp_path / "model.safetensors")
+    whole, header, tensors = path.read_bytes(), read_header(path), load_file(path)
 
+    def changed(**options: object) -> bytes:
+        return save(tensors, metadata={"sptseg": json.dumps(header | {"config": header["config"] | options})})
 
-@pytest.mark.parametrize("kind", ["a pickle", "half", "one bit", "other tensors", "2^63 bytes of header"])
-def test_broken_checkpoints(kind: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "model.safetensors"
-    whole, header = checkpoint.read_bytes(), json.dumps(read_header(checkpoint))
     contents = {
         "a pickle": pickle.dumps({"state_dict": {}}), "half": whole[: len(whole) // 2],
-        "one bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "2^63 bytes of header": bytes(7) + b"\x80{",
-        "other tensors": save({"a": torch.ones(3)}, metadata={"sptseg": header}),
+        "one bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "huge header": bytes(7) + b"\x80{",
+        "other tensors": save({"a": torch.ones(3)}, metadata={"sptseg": json.dumps(header)}),
+        "a path": changed(clip="/etc/passwd"), "huge pictures": changed(image_size=[10**9, 10**9]),
+        "code": changed(templates=["{0.__class__}"]),
     }  # fmt: skip
     path.write_bytes(contents[kind])
-    assert str(path) in refused(capsys, "evaluate", "--model", path)
+    assert str(path) in refused(capsys, "evaluate", "--model", path, "--images", "1")
     start = ["--images", "2", "--start-from", path]
     assert str(path) in refused(capsys, "train", "--output", tmp_path / "out", *start)
     assert not (tmp_path / "out").exists()

@@ -86,6 +86,8 @@ class Data:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
+            if not all(words.strip() for _, _, words in pairs):
+                raise ValueError(f"--prompts is {self.prompts!r}; wanted NAME=WORDS, such as car=automobile|van")
             told = {plain(name): words.strip() for name, _, words in pairs}
             split = split.with_prompts({**dict(split.prompts), **told})
         return dataset, split

@@ -60,6 +60,7 @@ WRONG = {
     "evaluate --seen-offset nan": "--seen-offset is nan; wanted -1 to 1",
     "ablate --clip ViT-B-16 --seeds 0": "--clip is ViT-B-16; wanted tiny or tiny-plain",
     "evaluate --unseen unicorn": "split 'scenes' has no class unicorn; it has sky, ",
+    "evaluate --prompts tree": "--prompts is 'tree'; wanted NAME=WORDS",
     "evaluate --data gone": "gone does not exist",
     "evaluate --model gone.safetensors": "there is no checkpoint gone.safetensors; wanted embedded, ",
     "evaluate --model embedded --clip tiny": "model embedded has its own CLIP: leave out --clip",

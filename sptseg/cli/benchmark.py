@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import platform
+import re
 import runpy
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
+import psutil
 import torch
 import torch.nn.functional as F
 import tyro
@@ -25,40 +32,104 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sptseg import scenes, training
-from sptseg.cli.measure import HEADER, Row, Stopwatch, Work, machine, peak_memory
 from sptseg.datasets import ImageMaskFolder, Split
 from sptseg.inference import Precision, at_precision, new_accelerator, window_logits
 from sptseg.model import TINY, ModelConfig, SptSeg, build_model, read_out, readouts, resize_positions
-from sptseg.system import output_place, write
+from sptseg.system import cores, output_place, write
 
 Suite = Literal["inference", "training", "loss"]
+Work = Callable[[], object]
+Row = dict[str, Any]
 PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: a window's side, how many at once, class counts, the large picture's side, batches, turns."""
+    """A window's side, how many windows at once, class counts, batches; steps that are timed with loading."""
 
     clip: str = "ViT-B-16-quickgelu"
     side: int = 512
     windows: int = 1
-    few: int = 20  # VOC
-    many: int = 171  # COCO-Stuff
-    large: int = 2048
+    classes: tuple[int, int] = (20, 171)  # VOC, COCO-Stuff
+    trained: int = 1  # on how many of these counts
     loss_batch: int = 1
-    loss_classes: int = 156
     batch: int = 4
-    trained: tuple[int, ...] = (20,)
     steps: int = 6
-    turns: int = 3
-    pictures: int = 32
 
 
-SIZES = {"cpu": Sizes(), "cuda": Sizes(windows=64, loss_batch=4, batch=16, trained=(20, 171), steps=40)}
-QUICK = Sizes(
-    TINY, side=64, few=3, many=5, large=160, loss_classes=6, batch=2, trained=(3, 5), steps=2, turns=2, pictures=4
-)
-PRESETS = (("voc", "context"), ("coco-stuff",))  # with about so many classes as `trained` says
+SIZES = {"cpu": Sizes(), "cuda": Sizes(windows=64, trained=2, loss_batch=4, batch=16, steps=40)}
+QUICK = Sizes(TINY, side=64, trained=2, batch=2, steps=2)
+PRESETS = (("voc", "context"), ("coco-stuff",))  # with about so many classes as `Sizes.classes` says
+TURNS, LOSS_CLASSES, PICTURES = 3, 156, 32
+
+
+def wall_time(work: Work) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def compare(cases: Mapping[str, tuple[Work, str]], pictures: int) -> Iterator[Row]:
+    """Median seconds of each case, half the spread between quartiles, and the ratio to the case that it names.
+
+    All run in turns, so what disturbs one turn disturbs all alike; once before, unmeasured. Each looks at `pictures`.
+    """
+    for work, _ in cases.values():
+        work()
+    times = [{name: wall_time(work) for name, (work, _) in cases.items()} for _ in range(TURNS)]
+    for name, (_, other) in cases.items():
+        low, middle, high = statistics.quantiles([turn[name] for turn in times], n=4)
+        row: Row = {"case": name, "seconds": middle, "spread": (high - low) / 2, "per_second": pictures / middle}
+        if other != name:
+            row |= {"ratio": statistics.median(turn[name] / turn[other] for turn in times), "against": other}
+        yield row
+
+
+def peak_memory(make: Callable[[], Work], device: torch.device) -> float:
+    """GiB that the work which `make` returns needs at its peak, above what was there before it began.
+
+    A GPU's allocator keeps count. On a CPU it is made and run in a process of its own, so `make` is a module's function
+    with its arguments.
+    """
+    if device.type == "cuda":
+        work = make()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_of_process, make, torch.get_num_threads()).result()
+
+
+def peak_of_process(make: Callable[[], Work], threads: int) -> float:
+    torch.set_num_threads(threads)
+    work, process = make(), psutil.Process()
+    taken = [process.memory_info().rss]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
+        while not running.done():
+            time.sleep(0.003)
+            taken.append(process.memory_info().rss)
+    running.result()
+    return (max(taken) - taken[0]) / 2**30
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    about = Path("/proc/cpuinfo")
+    told = about.read_text() if about.is_file() else ""
+    name = re.search(r"model name\s*: (.+)", told)
+    return {
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
+        **{flag: f" {flag} " in told for flag in ("avx512f", "avx512_bf16", "amx_tile")},
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+    }
 
 
 def plain_twins() -> SimpleNamespace:
@@ -66,10 +137,6 @@ def plain_twins() -> SimpleNamespace:
     if not PLAIN.is_file():
         raise ValueError(f"the plain losses to compare with are missing ({PLAIN}); run the loss suite from a clone")
     return SimpleNamespace(**runpy.run_path(str(PLAIN)))
-
-
-def unit(*size: int) -> Tensor:
-    return F.normalize(torch.randn(*size), dim=-1)
 
 
 def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
@@ -81,13 +148,22 @@ def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
     return model.to(device).eval()
 
 
-def bare_encoder(model: SptSeg, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
-    """open_clip's own image tower, unchanged but for its positions, which it does not resize itself."""
+def new_text(model: SptSeg, classes: int, device: torch.device) -> Tensor:
+    return F.normalize(torch.randn(classes, model.encoder.tower.output_dim)).to(device)
+
+
+def drawn_labels(batch: int, side: int, values: list[int]) -> Tensor:
+    """Label maps (B, S, S) of 16 x 16 blocks, in which every value occurs."""
+    cells = torch.tensor(values)[torch.arange(256) % len(values)].view(1, 1, 16, 16)
+    return F.interpolate(cells.float(), size=(side, side), mode="nearest")[0].long().repeat(batch, 1, 1)
+
+
+def bare_encoder(model: SptSeg, images: Tensor) -> Work:
+    """The forward pass of open_clip's own image tower, but for its positions, which it does not resize itself."""
     visual: Any = deepcopy(model.encoder.visual)
-    grid = model.encoder.grid_of(torch.empty(1, 3, sizes.side, sizes.side))
-    positions = resize_positions(visual.positional_embedding, visual.grid_size, grid)
+    positions = resize_positions(visual.positional_embedding, visual.grid_size, model.encoder.grid_of(images))
     visual.positional_embedding = nn.Parameter(positions, requires_grad=False)
-    return visual.to(dtype)
+    return torch.inference_mode()(partial(visual.to(images.dtype), images))
 
 
 def to_labels(model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
@@ -95,53 +171,36 @@ def to_labels(model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
     return [logits.labels(size) for logits in window_logits(model, images, text, window_batch=max(4, len(images)))]
 
 
-@torch.inference_mode()
-def plain_labels(plain: SimpleNamespace, model: SptSeg, images: Tensor, text: Tensor) -> list[Tensor]:
-    """A few windows at a time: all maps of 64 would fill a GPU."""
-    return [plain.labels(model, part, text) for part in images.split(8)]
-
-
-def large_picture(sizes: Sizes, device: torch.device) -> Work:
+def large_picture(sizes: Sizes, side: int, device: torch.device) -> Work:
     model = new_model(sizes, device)
-    text = unit(sizes.many, model.encoder.tower.output_dim).to(device)
-    return partial(to_labels, model, torch.randn(1, 3, sizes.large, sizes.large), text)
+    return partial(to_labels, model, torch.randn(1, 3, side, side), new_text(model, sizes.classes[-1], device))
 
 
-def inference(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
+def inference(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """A window to labels (on a GPU 64), few classes and many; read-outs; float32, bf16; memory of a large picture."""
-    device = watch.device
     images = torch.randn(sizes.windows, 3, sizes.side, sizes.side, device=device)
     model = new_model(sizes, device).requires_grad_(False)
-    text = {count: unit(count, model.encoder.tower.output_dim).to(device) for count in (sizes.few, sizes.many)}
-    cases: dict[str, Work] = {}
-    against = {"bare encoder, bf16": "bare encoder, float32"}
-    widths: dict[Precision, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16}
-    for precision, dtype in widths.items():
-        width = str(dtype).removeprefix("torch.").replace("bfloat", "bf")
-        narrow, bare = at_precision(model, precision), bare_encoder(model, sizes, dtype)
-        cases[f"bare encoder, {width}"] = torch.inference_mode()(lambda bare=bare, dtype=dtype: bare(images.to(dtype)))
+    text = {count: new_text(model, count, device) for count in sizes.classes}
+    cases: dict[str, tuple[Work, str]] = {}
+    precisions: dict[Precision, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16}
+    for precision, dtype in precisions.items():
+        width = "float32" if precision == "no" else precision
+        narrow, bare = at_precision(model, precision), f"bare encoder, {width}"
+        cases[bare] = bare_encoder(model, images.to(dtype)), "bare encoder, float32"
         for count, embeddings in text.items():
-            cases[name := f"{count} classes, {width}"] = partial(to_labels, narrow, images, embeddings)
-            against[name] = f"bare encoder, {width}"
+            cases[f"{count} classes, {width}"] = partial(to_labels, narrow, images, embeddings), bare
         for name in readouts.OPTIONS:
             read = torch.inference_mode()(partial(read_out, narrow.encoder.visual, images, name))
-            cases[f"read-out {name}, {width}"] = read
-            if name != "plain":
-                against[f"read-out {name}, {width}"] = f"read-out plain, {width}"
-    for count, embeddings in text.items() if PLAIN.is_file() else ():
-        plain = partial(plain_labels, plain_twins(), model, images, embeddings)
-        cases[name := f"plain PyTorch, {count} classes, float32"] = plain
-        against[name] = "bare encoder, float32"
-    for row in watch.compare("inference", cases, against):
-        yield row.with_rate("windows_per_second", len(images))
-    name = f"{sizes.many} classes, picture of {sizes.large} x {sizes.large}, float32, above the weights"
-    yield Row("inference", name, peak_gib=peak_memory(large_picture, sizes, device, device=device))
-
-
-def drawn_labels(batch: int, side: int, values: list[int]) -> Tensor:
-    """Label maps (B, S, S) of 16 x 16 blocks, in which every value occurs."""
-    cells = torch.tensor(values).repeat(-(-256 // len(values)))[:256].view(1, 1, 16, 16)
-    return F.interpolate(cells.float(), size=(side, side), mode="nearest")[0].long().repeat(batch, 1, 1)
+            cases[f"read-out {name}, {width}"] = read, f"read-out plain, {width}"
+    if PLAIN.is_file():
+        plain, parts = plain_twins(), images.split(8)  # a few windows at a time: all maps of 64 would fill a GPU
+        for count, embeddings in text.items():
+            work = partial(lambda text: [plain.labels(model, part, text) for part in parts], embeddings)
+            cases[f"plain PyTorch, {count} classes, float32"] = work, "bare encoder, float32"
+    yield from compare(cases, len(images))
+    side = 4 * sizes.side
+    name = f"{sizes.classes[-1]} classes, picture of {side} x {side}, float32, above the weights"
+    yield {"case": name, "peak_gib": peak_memory(partial(large_picture, sizes, side, device), device)}
 
 
 def loss_and_gradient(who: str, sizes: Sizes, present: int, device: torch.device) -> Work:
@@ -149,95 +208,101 @@ def loss_and_gradient(who: str, sizes: Sizes, present: int, device: torch.device
     segmentation_loss = training.segmentation_loss if who == "our" else plain_twins().segmentation_loss
     torch.manual_seed(0)
     tokens = sizes.side // 16
-    logits = 2 * torch.randn(sizes.loss_batch, sizes.loss_classes, tokens, tokens, device=device)  # (B, C, h, w)
+    logits = 2 * torch.randn(sizes.loss_batch, LOSS_CLASSES, tokens, tokens, device=device)  # (B, C, h, w)
     logits.requires_grad_()
-    values = [i * sizes.loss_classes // present for i in range(present)]
+    values = [i * LOSS_CLASSES // present for i in range(present)]
     labels = drawn_labels(sizes.loss_batch, sizes.side, values).to(device)
     return lambda: torch.autograd.grad(segmentation_loss(logits, labels, "spt")["total"], logits)
 
 
-def loss(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
+def loss(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Loss and gradient against the plain twin: time and peak memory."""
-    for present in (min(8, sizes.loss_classes // 2), sizes.loss_classes):
-        case, what = (sizes, present, watch.device), f"loss, {sizes.loss_classes} classes, {present} present"
-        works = {f"{who} {what}": loss_and_gradient(who, *case) for who in ("our", "plain")}
-        ours, plain = (peak_memory(loss_and_gradient, who, *case, device=watch.device) for who in ("our", "plain"))
-        one, other = watch.compare("loss", works, {f"our {what}": f"plain {what}"})
-        yield replace(one, peak_gib=ours, extra={"memory_ratio": ours / plain})
-        yield replace(other, peak_gib=plain)
+    for present in (8, LOSS_CLASSES):
+        what = f"loss, {LOSS_CLASSES} classes, {present} present"
+        makes = {f"{who} {what}": partial(loss_and_gradient, who, sizes, present, device) for who in ("our", "plain")}
+        ours, plain = (peak_memory(make, device) for make in makes.values())
+        cases = {name: (make(), f"plain {what}") for name, make in makes.items()}
+        our_row, plain_row = compare(cases, sizes.loss_batch)
+        yield our_row | {"peak_gib": ours, "memory_ratio": ours / plain}
+        yield plain_row | {"peak_gib": plain}
 
 
-class Trainer:
-    """A model, an optimiser and a batch, ready for steps in the supervised setting."""
-
-    def __init__(self, sizes: Sizes, classes: int, device: torch.device) -> None:
-        self.precision: Precision = "bf16" if device.type == "cuda" else "no"
-        self.config = training.TrainConfig(setting="supervised", batch_size=sizes.batch, precision=self.precision)
-        names = [f"{colour} {name}" for colour in scenes.COLOURS for name in scenes.CLASSES]  # the tiny CLIP knows them
-        self.split = Split.from_names("benchmark", names[:classes])
-        self.accelerator = new_accelerator(self.precision, cpu=device.type == "cpu")
-        self.model = new_model(sizes, device).train()
-        self.trainee = training.Trainee(self.model, unit(classes, self.model.encoder.tower.output_dim).to(device))
-        self.optimizer = torch.optim.AdamW(training.parameter_groups(self.model, 0.01), lr=1e-4, fused=True)
-        self.images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device)
-        self.labels = drawn_labels(sizes.batch, sizes.side, list(range(min(8, classes)))).to(device)
-
-    def step(self) -> None:
-        batch = [(self.images, self.labels)]
-        training.step(self.accelerator, self.trainee, self.optimizer, batch, self.split, self.config)
-
-    def plain_step(self, plain: SimpleNamespace) -> None:
-        """The same in plain PyTorch, float32."""
-        self.optimizer.zero_grad()
-        logits = plain.mask_logits(self.model, self.images, self.trainee.text)
-        plain.segmentation_loss(logits, self.labels, "spt")["total"].backward()
-        self.optimizer.step()
-
-    def rate_with_loading(self, sizes: Sizes) -> float:
-        """Images a second in `fit`, which reads JPEG files of VOC's size, 500 x 375."""
-        with TemporaryDirectory() as folder:
-            for part in ("images", "masks"):
-                Path(folder, part).mkdir()
-            for seed in range(sizes.pictures):
-                image, label = scenes.draw(seed, size=128)
-                mask = Image.fromarray((label % len(self.split.classes)).astype("uint8"))
-                Image.fromarray(image).resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
-                mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{folder}/masks/{seed}.png")
-            workers = training.PRESETS["voc"].train.workers  # the first steps are left out, in which they start
-            config = replace(self.config, iterations=workers + sizes.steps, workers=workers, progress=False)
-            rows = training.fit(self.model, ImageMaskFolder(folder, self.split), self.split, config).history
-        return sizes.steps / sum(1 / row["images_per_second"] for row in rows[-sizes.steps :])
+def supervised(sizes: Sizes, classes: int, device: torch.device) -> tuple[training.TrainConfig, Split]:
+    """The setting that all steps are timed in, with names that the tiny CLIP knows."""
+    precision: Precision = "bf16" if device.type == "cuda" else "no"
+    config = training.TrainConfig(setting="supervised", batch_size=sizes.batch, precision=precision)
+    names = [f"{colour} {name}" for colour in scenes.COLOURS for name in scenes.CLASSES]
+    return config, Split.from_names("benchmark", names[:classes])
 
 
-def training_step(sizes: Sizes, classes: int, device: torch.device) -> Work:
-    return Trainer(sizes, classes, device).step
+def training_step(who: str, sizes: Sizes, classes: int, device: torch.device) -> Work:
+    """A step of the optimiser, ours or plain PyTorch's in float32, on a batch of noise."""
+    config, split = supervised(sizes, classes, device)
+    model = new_model(sizes, device).train()
+    text = new_text(model, classes, device)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, 0.01), lr=1e-4, fused=True)
+    images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device)
+    labels = drawn_labels(sizes.batch, sizes.side, list(range(8))).to(device)
+    if who == "our":
+        trainee, batches = training.Trainee(model, text), [(images, labels)]
+        accelerator = new_accelerator(config.precision, cpu=device.type == "cpu")
+        return lambda: training.step(accelerator, trainee, optimizer, batches, split, config)
+    plain = plain_twins()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        plain.segmentation_loss(plain.mask_logits(model, images, text), labels, "spt")["total"].backward()
+        optimizer.step()
+
+    return step
 
 
-def training_steps(sizes: Sizes, watch: Stopwatch) -> Iterator[Row]:
+def rate_with_loading(sizes: Sizes, classes: int, device: torch.device) -> float:
+    """Images a second in `fit`, which reads JPEG files of VOC's size, 500 x 375."""
+    config, split = supervised(sizes, classes, device)
+    with TemporaryDirectory() as folder:
+        for part in ("images", "masks"):
+            Path(folder, part).mkdir()
+        for seed in range(PICTURES):
+            image, label = scenes.draw(seed, size=128)
+            mask = Image.fromarray((label % classes).astype("uint8"))
+            Image.fromarray(image).resize((500, 375)).save(f"{folder}/images/{seed}.jpg")
+            mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{folder}/masks/{seed}.png")
+        workers = training.PRESETS["voc"].train.workers  # the first steps are left out, in which they start
+        config = replace(config, iterations=workers + sizes.steps, workers=workers, progress=False)
+        rows = training.fit(new_model(sizes, device), ImageMaskFolder(folder, split), split, config).history
+    return sizes.steps / sum(1 / row["images_per_second"] for row in rows[-sizes.steps :])
+
+
+def training_steps(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """A step of the optimiser against the bare encoder's forward pass; with loading, and what whole runs would take."""
-    device = watch.device
-    trainers = {f"step, batch {sizes.batch}, {n} classes": Trainer(sizes, n, device) for n in sizes.trained}
-    first, *_ = trainers.values()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bare, name = bare_encoder(first.model, sizes, dtype), f"bare encoder, forward, batch {sizes.batch}"
-    cases: dict[str, Work] = {name: torch.inference_mode()(lambda: bare(first.images.to(dtype)))}
-    cases |= {case: trainer.step for case, trainer in trainers.items()}
+    counts, dtype = sizes.classes[: sizes.trained], torch.bfloat16 if device.type == "cuda" else torch.float32
+    images = torch.randn(sizes.batch, 3, sizes.side, sizes.side, device=device, dtype=dtype)
+    bare = f"bare encoder, forward, batch {sizes.batch}"
+    makes = {f"step, batch {sizes.batch}, {n} classes": partial(training_step, "our", sizes, n, device) for n in counts}
+    cases = {bare: (bare_encoder(new_model(sizes, device), images), bare)}
+    cases |= {name: (make(), bare) for name, make in makes.items()}
     if PLAIN.is_file() and device.type == "cpu":
-        cases["plain PyTorch, " + next(iter(trainers))] = partial(first.plain_step, plain_twins())
-    for row in watch.compare("training", cases, dict.fromkeys([*cases][1:], name)):
-        if trainer := trainers.get(row.case):
-            peak = peak_memory(training_step, sizes, len(trainer.split.classes), device, device=device)
-            row = replace(row.with_rate("images_per_second", sizes.batch), peak_gib=peak)
-        yield row
-    for trainer, presets in zip(trainers.values(), PRESETS, strict=False):
-        rate = trainer.rate_with_loading(sizes)
+        cases[f"plain PyTorch, {next(iter(makes))}"] = training_step("plain", sizes, counts[0], device), bare
+    for row in compare(cases, sizes.batch):
+        make = makes.get(row["case"])
+        yield row | ({"peak_gib": peak_memory(make, device)} if make else {})
+    for count, presets in zip(counts, PRESETS, strict=False):
+        rate = rate_with_loading(sizes, count, device)
         runs = {preset: training.PRESETS[preset].train for preset in presets}
-        hours = {f"hours_{preset}": each.iterations * each.batch_size / rate / 3600 for preset, each in runs.items()}
-        name = "steps, loading included" + (f", {len(trainer.split.classes)} classes" if trainer is not first else "")
-        yield Row("training", name, extra={"images_per_second": rate, **hours})
+        hours = {f"hours_{name}": run.iterations * run.batch_size / rate / 3600 for name, run in runs.items()}
+        yield {"case": f"steps, loading included, {count} classes", "per_second": rate, **hours}
 
 
 SUITES = {"inference": inference, "training": training_steps, "loss": loss}
+
+
+def line(row: Row) -> str:
+    """A row of a table in Markdown: suite, case and what was measured."""
+    suite, case, *_ = row.values()
+    figures = {name.replace("_", " "): value for name, value in row.items() if name not in ("suite", "case")}
+    told = [f"{name} {value if name == 'against' else f'{value:.3g}'}" for name, value in figures.items()]
+    return f"| {suite} | {case} | {', '.join(told)} |"
 
 
 def benchmark(
@@ -266,10 +331,10 @@ def benchmark(
     sizes = replace(sizes, loss_batch=loss_batch or sizes.loss_batch)
     torch.set_num_threads(threads or torch.get_num_threads())
     about, rows = machine(device), []
-    print(", ".join(f"{name} {value}" for name, value in about.items()), HEADER, sep="\n")
+    print(", ".join(f"{name} {value}" for name, value in about.items()), "| suite | case | |\n|---|---|---|", sep="\n")
     for suite in suites or get_args(Suite):
-        for row in SUITES[suite](sizes, Stopwatch(device, sizes.turns)):
-            rows.append(asdict(row))
-            print(row.line(), flush=True)
+        for row in SUITES[suite](sizes, device):
+            rows.append({"suite": suite, **row})
+            print(line(rows[-1]), flush=True)
     if json_file is not None:
         write(json_file, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")

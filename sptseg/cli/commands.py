@@ -13,14 +13,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TextIO
+from typing import Annotated, Any, ClassVar, TextIO, Union
 
 import pandas as pd
 import torch
 import tyro
 
 from sptseg.checkpoints import import_research, save_model
-from sptseg.cli import benchmark
+from sptseg.cli.benchmark import benchmark
 from sptseg.cli.demo import demo
 from sptseg.cli.train import Ablate, Train, with_preset
 from sptseg.cli.which import TRAINING_FREE, Which
@@ -31,6 +31,8 @@ from sptseg.model import EMBEDDED_CLIPS, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
 from sptseg.training import PretrainConfig, beside_published, pretrain, retrieval
 
+JsonFile = Annotated[Path | None, tyro.conf.arg(name="json")]
+
 
 def evaluate_command(
     data: Annotated[Data, tyro.conf.arg(name="")],
@@ -38,7 +40,7 @@ def evaluate_command(
     seen_offset: float | None = None,
     limit: int | None = None,
     workers: int = 2,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Scores of a model on a data set: pixel accuracy, mIoU of seen and unseen classes, their harmonic mean.
 
@@ -55,6 +57,8 @@ def evaluate_command(
     """
     if json_file is not None:
         output_place(json_file)
+    if seen_offset is not None and not abs(seen_offset) <= 1:
+        raise ValueError(f"--seen-offset is {seen_offset}; wanted -1 to 1, as scores are 0 to 1")
     if which.model == TRAINING_FREE and data.layout in WORDS and not data.prompts:
         data = replace(data, prompts=WORDS[data.layout])
         print(f"words of the usual recipe: {data.prompts}")
@@ -64,23 +68,21 @@ def evaluate_command(
     across = bool(shown) and {*shown, *new} != set(split.classes)
     seen_offset = 0.0 if across and seen_offset is None else seen_offset
     scores = evaluate(model, dataset, split, seen_offset=seen_offset, limit=limit, workers=workers)
-    report, lines = scores.as_dict(), [scores.table()]
+    report = scores.as_dict()
+    print(scores.table())
     if across or set(shown) & set(split.names(split.unseen)):
         found = report["training"] = {"split": model.about["split"], **by_training(scores, shown)}
         miou = {key: "-" if value is None else f"{value:.1%}" for key, value in found.items() if "miou" in key}
-        lines.append(
+        print(
             f"trained on {found['split']}: mIoU {miou['miou']} of all classes, {miou['miou_shown']} of the "
             f"{len(found['shown'])} whose names training showed masks of, {miou['miou_new']} of the others"
         )
-    if limit is None:
-        lines += beside_published(model.config, data.layout, by_training(scores, ())["miou"])
+    for line in beside_published(model.config, data.layout, by_training(scores, ())["miou"]) if limit is None else ():
+        print(line)
     if model.config.clip in EMBEDDED_CLIPS and data.data != "scenes":
-        lines.append(
-            "The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work."
-        )
+        print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
     if json_file is not None and is_main_process():
         write(json_file, json.dumps(report, indent=1) + "\n")
-    print("\n".join(lines))
 
 
 def segment_command(
@@ -165,7 +167,7 @@ def check_command(
     root: tyro.conf.Positional[str],
     data: Annotated[Data, tyro.conf.arg(name="")],
     limit: int | None = None,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Counts the pictures, sizes and classes of a data set, and names its faulty files.
 
@@ -178,9 +180,9 @@ def check_command(
     if json_file is not None:
         output_place(json_file)
     report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
+    print(report.table())
     if json_file is not None:
         write(json_file, json.dumps(report.as_dict(), indent=1) + "\n")
-    print(report.table())
     if report.faults:
         raise ValueError(f"{len(report.faults)} files are faulty: {report.faults[0]}")
 
@@ -246,22 +248,22 @@ def import_command(
     print(f"{imported.report()}\nwrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "demo": demo,
     "data check": check_command,
     "data show": show_command,
     "data where": where,
     "evaluate": evaluate_command,
     "segment": segment_command,
-    "benchmark": benchmark.benchmark,
+    "benchmark": benchmark,
     "explore": explore,
     "pretrain": pretrain_command,
     "import": import_command,
     "notebooks run": notebooks.run_notebooks,
     "notebooks check": notebooks.check_notebooks,
+    "train": Train,
+    "ablate": Ablate,
 }
-
-
 IN_SEVERAL_PROCESSES = ("train", "ablate", "evaluate")  # what torchrun and accelerate launch may start
 
 
@@ -307,25 +309,36 @@ def notes_told_once() -> Iterator[None]:
         yield
 
 
+def run(given: Sequence[str]) -> None:
+    """Runs the command that is named; of a group of commands, or of all, says which there are."""
+    for name, command in COMMANDS.items():
+        words = name.split()
+        if list(given[: len(words)]) == words:
+            if processes() > 1 and name not in IN_SEVERAL_PROCESSES:
+                raise ValueError(f"sptseg {name} works in one process; start it without torchrun or accelerate launch")
+            if command in (Train, Ablate):
+                return with_preset(name, given[1:]).run()
+            return tyro.cli(command, args=given[len(words) :], prog=f"sptseg {name}")
+    group = f"{given[0]} " if given and any(name.startswith(f"{given[0]} ") for name in COMMANDS) else ""
+    listed = {name.removeprefix(group): command for name, command in COMMANDS.items() if name.startswith(group)}
+    kinds = [
+        Annotated[Any, tyro.conf.subcommand(name, description=command.__doc__.partition("\n")[0], constructor=command)]
+        for name, command in listed.items()
+    ]
+    named: Any = Union[tuple(kinds)]  # noqa: UP007
+    about = "Every command explains itself with --help."
+    tyro.cli(named, args=given[bool(group) :], prog=f"sptseg {group}".strip(), description=about)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Bad input ends with one sentence on standard error and exit code 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] in (["data"], ["notebooks"]):
-        given[:2] = [" ".join(given[:2])]  # "data check" is one name to tyro
     Outlet.failure = None
     with redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)), one_voice(), notes_told_once():
         try:
-            if processes() > 1 and given[:1] and given[0] not in IN_SEVERAL_PROCESSES:
-                one = "works in one process; start it without torchrun or accelerate launch"
-                raise ValueError(f"sptseg {given[0]} {one}")
-            if given[:1] in (["train"], ["ablate"]):
-                with_preset(given[0], given[1:]).run()
-            else:
-                listed = {**COMMANDS, "train": Train, "ablate": Ablate}
-                tyro.extras.subcommand_cli_from_dict(listed, args=given, prog="sptseg", description=__doc__)
+            run(sys.argv[1:] if arguments is None else arguments)
             if Outlet.failure is not None:
                 raise Outlet.failure
-        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        except (ValueError, OSError, FloatingPointError, OverflowError, MemoryError) as error:
             said = str(error) or "memory ran out"
             print(f"sptseg: {' '.join(said.split())[:2000]}", file=sys.stderr)
             raise SystemExit(2) from error

@@ -7,12 +7,12 @@ import json
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,23 +43,22 @@ COMMANDS = (
 )
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG file, what it shows, and what is said below it."""
 
     png: bytes
     alt: str
     caption: str = ""
 
-    @classmethod
-    def of(cls, figure: plots.Figure, alt: str, caption: str = "") -> Picture:
-        return cls(plots.png_bytes(figure, dpi=150), alt, caption)
-
     def html(self) -> str:
         """The picture on the page, which needs no other file."""
         data = base64.b64encode(self.png).decode()
         below = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(self.alt)}"/>{below}</figure>'
+
+
+def drawn(figure: plots.Figure, alt: str, caption: str = "") -> Picture:
+    return Picture(plots.png_bytes(figure, dpi=150), alt, caption)
 
 
 def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, iterations: int = 60) -> Path:
@@ -90,14 +89,15 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
     for name, each in pictures.items():
         write(folder / f"{name}.png", each.png)
     texts = {"seed": seed, "scenes": scenes, "iterations": iterations, "seconds": round(time.perf_counter() - started)}
-    honesty, table = HONESTY.format(**texts), markdown_table(scores)
-    print(f"\n{table}\n\n{honesty}\n")
-    write(folder / "table.md", f"{table}\n\n{honesty}\n")
+    honesty, rows = HONESTY.format(**texts), rows_of(scores)
+    said = f"{table(('model (%)', *FIGURES.values()), *rows)}\n\n{honesty}\n"
+    print(f"\n{said}")
+    write(folder / "table.md", said)
     results = {**texts, "scores": {name: of.as_dict() for name, of in scores.items()}, "history": history}
     write(folder / "results.json", json.dumps(results, indent=1) + "\n")
     place = shlex.quote((folder / "picture.png").as_posix())
     texts |= {"honesty": honesty, "commands": "\n".join(COMMANDS).format(picture=place, next_seed=seed + 1)}
-    page = write(folder / "index.html", render_page(pictures, scores, data, texts))
+    page = write(folder / "index.html", render_page(pictures, rows, data, texts))
     print(f"Open {page.resolve().as_uri()} in a browser")
     return page
 
@@ -112,13 +112,13 @@ def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:
         figure = plots.show_segmentation(image, labels, classes, palette, unseen, truth, title)
         found = f"truth: {shares(truth, classes, unseen)}; prediction: {shares(labels, classes, unseen)}"
         right = f"{(labels == truth).mean():.1%} of the pixels right"
-        made[f"scene-{i + 1}"] = Picture.of(figure, f"{title}, {found}", right)
+        made[f"scene-{i + 1}"] = drawn(figure, f"{title}, {found}", right)
 
     image, _ = scenes.draw(FREE_SEED)
     free, marked = segment(model, image, FREE_CLASSES), [name for name in FREE_CLASSES if name.endswith(unseen)]
     found = shares(free.labels, FREE_CLASSES, marked)
     figure = plots.show_segmentation(image, free.labels, FREE_CLASSES, free.palette, marked)
-    made["free-phrases"] = Picture.of(figure, f"A scene and its mask by free phrases: {found}")
+    made["free-phrases"] = drawn(figure, f"A scene and its mask by free phrases: {found}")
     return {**made, "picture": Picture(png(enlarge(image, 2)), "A drawn scene with a boat beside a tree")}
 
 
@@ -138,13 +138,13 @@ def charts(scores: Mapping[str, Scores], history: list[dict[str, Any]], data: Sc
     losses, unseen = [row["total"] for row in history], data.split.names(data.split.unseen)
     falls = f"Training curves over {len(losses)} steps: the loss goes from {losses[0]:.2f} to {losses[-1]:.2f}"
     below = "Loss and learning rate at every step; validation on a few other scenes, hence rough."
-    curves = Picture.of(training_curves(history), falls, below)
+    curves = drawn(training_curves(history), falls, below)
     first, *others = scores
     title = f"IoU per class: {len(data)} scenes, seed {data.seed}"
     bars = class_iou_bars(scores[first].iou, unseen, title, first, {name: scores[name].iou for name in others})
     found = ", ".join(f"{plots.marked(name, unseen)} {percent(iou)}" for name, iou in scores[first].iou.items())
     below = f"Bars: {first}. Markers: {', '.join(others)}. With so few scenes, a class may hang on a single picture."
-    return {"training": curves, "class-iou": Picture.of(bars, f"IoU of {first} per class: {found}", below)}
+    return {"training": curves, "class-iou": drawn(bars, f"IoU of {first} per class: {found}", below)}
 
 
 def shares(labels: np.ndarray, names: tuple[str, ...], unseen: list[str] | tuple[str, ...]) -> str:
@@ -157,21 +157,14 @@ def percent(value: float) -> str:
     return "–" if value != value else f"{100 * value:.1f}"
 
 
-def markdown_table(scores: Mapping[str, Scores]) -> str:
-    """The summary figures of all models in percent."""
-    rows = ([name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items())
-    return table(["model (%)", *FIGURES.values()], *rows)
+def rows_of(scores: Mapping[str, Scores]) -> list[list[str]]:
+    """Name and summary figures of all models, in percent."""
+    return [[name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items()]
 
 
-def render_page(
-    pictures: Mapping[str, Picture], scores: Mapping[str, Scores], data: Scenes, texts: Mapping[str, Any]
-) -> str:
+def render_page(pictures: Mapping[str, Picture], rows: list[list[str]], data: Scenes, texts: Mapping[str, Any]) -> str:
     """The page as HTML that needs no other file and asks for nothing over the network."""
-    _, _, *lines = (line.strip("| ").split(" | ") for line in markdown_table(scores).splitlines())
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{each}</td>" for each in figures)}</tr>\n'
-        for name, *figures in lines
-    )
+    cells = (f'<th scope="row">{name}</th><td>{"</td><td>".join(figures)}</td>' for name, *figures in rows)
     gallery = [each.html() for name, each in pictures.items() if name.startswith("scene-")]
     counts = {"classes": len(data.split.classes), "unseen": len(data.split.unseen), "seen": len(data.split.seen)}
     return Template(files("sptseg.cli").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
@@ -179,5 +172,5 @@ def render_page(
         **{name.replace("-", "_") + "_picture": each.html() for name, each in pictures.items()},
         **{**counts, "gallery": "\n".join(gallery), "gallery_count": len(gallery), "batch": BATCH, "absent": ABSENT},
         head="".join(f'<th scope="col">{name}</th>' for name in ("model", *FIGURES.values())),
-        body=body,
+        body="".join(f"<tr>{row}</tr>\n" for row in cells),
     )

@@ -147,13 +147,14 @@ class Ablate:
             return self.study(self.plan)
         preset = PRESETS[self.preset]
         default = CONFIGURATIONS if preset.data == SCENES_TO_TRAIN else training.LADDER
-        chosen = names(self.configurations) or list(default)
-        unknown = [name for name in chosen if name.partition("@")[0] not in CONFIGURATIONS]
-        if unknown:
+        chosen = {name: name.partition("@")[0] for name in names(self.configurations) or default}
+        if unknown := set(chosen.values()) - set(CONFIGURATIONS):
             raise ValueError(f"there is no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
-        clip = {"clip": self.clip, "clip_weights": None} if self.clip else {}
-        preset = replace(preset, model=replace(preset.model, **clip))
-        configurations = {name: preset.with_method(CONFIGURATIONS[name.partition("@")[0]]).model for name in chosen}
+        if self.clip and self.clip not in EMBEDDED_CLIPS:
+            raise ValueError(f"--clip is {self.clip}; wanted {' or '.join(EMBEDDED_CLIPS)}, or a --preset with another")
+        if self.clip:
+            preset = replace(preset, model=replace(preset.model, clip=self.clip, clip_weights=None))
+        configurations = {name: preset.with_method(CONFIGURATIONS[own]).model for name, own in chosen.items()}
         dataset, _ = self.data.load("training")
         scored, split = self.validation.load("evaluation")
         print(training.ablate(configurations, dataset, scored, split, self.train, self.seeds, self.output))

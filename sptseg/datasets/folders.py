@@ -57,8 +57,8 @@ class Scenes(Dataset[Sample]):
         size: int = 128,
         one_colour: bool = False,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"Scenes: length is {length}; wanted at least 1")
+        if length < 1 or seed < 0:
+            raise ValueError(f"Scenes: length is {length}, seed {seed}; wanted at least 1, and 0")
         self.split, self.one_colour, self.size = splits.scenes(), one_colour, size
         self.seed = _STREAMS.index(stream), seed
         kind = f"{stream}-one-colour" if one_colour else stream

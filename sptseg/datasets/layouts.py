@@ -267,8 +267,9 @@ class Data:
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
-            if self.values or self.reduce_zero_label:
-                raise ValueError("--values and --reduce-zero-label are for masks in files; scenes have none")
+            if self.values or self.reduce_zero_label or self.subset or self.layout != "folder":
+                options = "--layout, --subset, --values and --reduce-zero-label"
+                raise ValueError(f"{options} are for masks in files; scenes have none: give --data their folder")
             dataset = Scenes(self.images, self.seed, stream)
         else:
             subset = self.resolved(stream).subset
@@ -283,6 +284,8 @@ class Data:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
+            if not all(words.strip() for _, _, words in pairs):
+                raise ValueError(f"--prompts is {self.prompts!r}; wanted NAME=WORDS, such as car=automobile|van")
             told = {plain(name): words.strip() for name, _, words in pairs}
             split = split.with_prompts({**dict(split.prompts), **told})
         return dataset, split

@@ -109,6 +109,7 @@ class Trainer:
         if config.setting != "supervised" and not split.unseen:
             raise ValueError(
                 f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen"
+                " (commands: --train.setting supervised, or --unseen)"
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("this model has nothing to train, as dense CLIP; give it prompts or a decoder")

@@ -9,9 +9,8 @@ import io
 import json
 import pickle
 import struct
-import warnings
 import zlib
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,18 @@ import open_clip
 import pytest
 import torch
 from conftest import refused
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from toys import Intruder, data_folder, noise
 
-from sptseg.checkpoints.checkpoint import config_from_dict, load_model, read_header, save_model
+from sptseg.checkpoints.checkpoint import load_model, read_header, save_model
 from sptseg.cli import which
 from sptseg.cli.commands import main
-from sptseg.datasets import folders, images
+from sptseg.datasets import folders
 from sptseg.inference.evaluation import evaluate
 from sptseg.inference.segmentation import segment
 from sptseg.model.clip import new_tiny_clip
-from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG, ModelConfig
+from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training.stream import label_table
 
@@ -51,8 +48,6 @@ def model(embedded: SptSeg, monkeypatch: pytest.MonkeyPatch) -> SptSeg:
     return embedded
 
 
-# Arguments
-
 MISREAD = """
     nonsense|-x|data|evaluate --no|evaluate --images x|evaluate --layout foo|train|train --output|import x
     train --output out --preset foo|train --output out --train.iterations -9
@@ -60,8 +55,12 @@ MISREAD = """
 """
 TRAIN = "train --output out --images 2 --train.batch-size 1"
 WRONG = {
+    "evaluate --layout voc2012": "are for masks in files; scenes have none: give --data their folder",
+    "evaluate --seed -1": "length is 300, seed -1; wanted at least 1, and 0",
+    "evaluate --seen-offset nan": "--seen-offset is nan; wanted -1 to 1",
+    "ablate --clip ViT-B-16 --seeds 0": "--clip is ViT-B-16; wanted tiny or tiny-plain",
     "evaluate --unseen unicorn": "split 'scenes' has no class unicorn; it has sky, ",
-    "evaluate --prompts unicorn=tree": "prompts for unicorn, no classes of it",
+    "evaluate --prompts tree": "--prompts is 'tree'; wanted NAME=WORDS",
     "evaluate --data gone": "gone does not exist",
     "evaluate --model gone.safetensors": "there is no checkpoint gone.safetensors; wanted embedded, ",
     "evaluate --model embedded --clip tiny": "model embedded has its own CLIP: leave out --clip",
@@ -73,13 +72,10 @@ WRONG = {
     "segment --classes grass": "no picture is named; wanted files or folders",
     "segment notes.txt --classes grass": "notes.txt is not an image that Pillow can read",
     "segment a.png --classes grass,unicorn": "the tiny CLIP does not know 'unicorn'",
-    "segment empty --classes grass": "empty holds no pictures",
     "segment https://x.org/a.jpg --classes grass": "is a web address; sptseg reads files only",
     "segment a.png b.png --classes grass": "2 pictures do not fit into one file segmentation.png",
     "train --output out --start-from gone": "there is no checkpoint gone",
-    "train --output out --image-size -1 -1": "image_size is (-1, -1); wanted 1 to 8192",
     f"{TRAIN} --unseen none": "has no unseen classes; use setting='supervised'",
-    f"{TRAIN} --train.accumulation 3": "batch_size 1 cannot be shared",
     f"{TRAIN} --decoder none --prompt-tokens 0 --spectral-layers": "nothing to train",
     "train --output out --train.setting transductive --start random": "give --start-from an inductive checkpoint",
     "ablate --configurations spt,unicorn": "there is no configuration unicorn; there are dense-clip, ",
@@ -93,12 +89,11 @@ WRONG = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: two pictures, a text, an empty folder; nothing can be downloaded."""
+    """The working folder: two pictures, a text; nothing can be downloaded."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         noise().save(name)
     Path("notes.txt").write_text("neither a picture nor a model")
-    Path("empty").mkdir()
 
     def offline(*_: object, **__: object) -> str:
         raise OSError("no route to host")
@@ -122,9 +117,6 @@ def test_unknown_and_missing_options(line: str, here: Path, capsys: pytest.Captu
     assert "--help" in said or ("Expected one of" in said and "Traceback" not in said)
 
 
-# Classes
-
-
 @pytest.mark.parametrize(
     "classes", [" , ,", "grass, grass ,water", "🌳", "\0", "a" * 100_000], ids=lambda text: repr(text[:12])
 )
@@ -145,21 +137,16 @@ def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
     root = data_folder(tmp_path / "data", {"a": result.labels * 0}, classes, ["c255"])
     Image.fromarray(image).save(root / "images" / "a.png")
     result.save_labels(root / "masks" / "a.png")
-    assert np.array_equal(np.asarray(Image.open(root / "masks" / "a.png")), result.labels)
     data = folders.ImageMaskFolder(root)
     assert data.split.ignore == 65535
     assert evaluate(model, data, data.split, seen_offset=0.0, progress=False).pixel_accuracy == 1.0
     half = result.labels.copy()
-    half[:32] = 65535
-    half[40:, :32] = 255
+    half[:32], half[40:, :32] = 65535, 255
     Image.fromarray(half.astype(np.uint16)).save(root / "masks" / "a.png")
     scores = evaluate(model, data, data.split, seen_offset=0.0, progress=False)
     assert scores.pixel_accuracy == pytest.approx(float((result.labels[32:] == half[32:]).mean()))
     with pytest.raises(ValueError, match="training takes at most 255 classes; split .* has 847"):
         label_table(data.split, "inductive")
-
-
-# Pictures
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -177,15 +164,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-PNG, JPEG, WEBP = (encoded(noise(), form) for form in ("PNG", "JPEG", "WEBP"))
-TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+PNG, WEBP = encoded(noise(), "PNG"), encoded(noise(), "WEBP")
 FRAMES: dict[str, Any] = {"save_all": True, "append_images": [noise("L")]}
-SOUND: dict[str, tuple[str, bytes, tuple[int, int]]] = {  # file name, content, upright (width, height)
+SOUND = {  # file name, content, (width, height)
     "1 x 1": ("a.png", encoded(noise(size=(1, 1)), "PNG"), (1, 1)),
     "CMYK": ("a.jpg", encoded(noise("CMYK"), "JPEG"), (40, 30)),
     "palette, transparent": ("a.png", encoded(noise("P"), "PNG", transparency=0), (40, 30)),
     "animated WebP": ("a.webp", encoded(noise(), "WEBP", **FRAMES), (40, 30)),
-    "turned by EXIF": ("a.jpg", encoded(noise(), "JPEG", exif=TURNED), (30, 40)),
     "bytes behind the end": ("a.png", PNG + bytes(1000), (40, 30)),
 }
 
@@ -213,24 +198,6 @@ def test_broken_pictures(kind: str, here: Path, model: SptSeg, capsys: pytest.Ca
     assert not Path("segmentation.png").exists()
 
 
-@pytest.mark.slow
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.sampled_from([PNG, JPEG, *(content for _, content, _ in SOUND.values())]), data=st.data())
-def test_changed_bytes_give_a_picture_or_a_sentence(content: bytes, data: st.DataObject, tmp_path: Path) -> None:
-    changed = bytearray(content)
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
-        changed[place] = data.draw(st.integers(0, 255))
-    (tmp_path / "a.png").write_bytes(changed[: data.draw(st.integers(1, len(changed)))])
-    try:
-        with warnings.catch_warnings(action="ignore", category=images.Note):  # a changed byte can make it an animation
-            assert images.open_image(tmp_path / "a.png").mode == "RGB"
-    except ValueError as error:
-        assert str(error).startswith(f"{tmp_path / 'a.png'} ")
-
-
-# Masks
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One picture and its mask, three classes."""
@@ -254,43 +221,27 @@ def test_wrong_masks(kind: str, folder: Path, model: SptSeg, capsys: pytest.Capt
     assert len(json.loads(report.read_text())["faults"]) == 1
 
 
-# Checkpoints from strangers
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SPT-SEG of a small size on the embedded CLIP."""
-    config = replace(EMBEDDED_CONFIG, image_size=(32, 32), prompt_tokens=1, decoder_layers=1)
-    return save_model(build_model(config), tmp_path_factory.mktemp("models") / "model.safetensors")
-
-
-CONFIGS: list[dict[str, Any]] = [
-    {"clip": "/etc/passwd"}, {"clip_weights": "http://127.0.0.1/x"}, {"image_size": [10**9, 10**9]},
-    {"prompt_tokens": 10**12}, {"spectral_layers": list(range(2000))}, {"templates": ["{0.__class__}"]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", [*CONFIGS, None, {"format": "../x"}], ids=lambda change: repr(change)[:40])
-def test_hostile_headers(change: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "kind", ["a pickle", "half", "one bit", "other tensors", "huge header", "a path", "huge pictures", "code"]
+)
+def test_checkpoints_of_strangers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused in a moment and in little memory, whatever sizes they name, and no path in them is opened."""
-    header = read_header(checkpoint)
-    header = header | {"config": header["config"] | change} if change in CONFIGS else change
-    path = tmp_path / "model.safetensors"
-    save_file(load_file(checkpoint), path, metadata={"sptseg": json.dumps(header)})
-    assert str(path) in refused(capsys, "evaluate", "--model", path, "--images", "1")
+    config = replace(EMBEDDED_CONFIG, image_size=(32, 32), prompt_tokens=1, decoder_layers=1)
+    path = save_model(build_model(config), tmp_path / "model.safetensors")
+    whole, header, tensors = path.read_bytes(), read_header(path), load_file(path)
 
+    def changed(**options: object) -> bytes:
+        return save(tensors, metadata={"sptseg": json.dumps(header | {"config": header["config"] | options})})
 
-@pytest.mark.parametrize("kind", ["a pickle", "half", "one bit", "other tensors", "2^63 bytes of header"])
-def test_broken_checkpoints(kind: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "model.safetensors"
-    whole, header = checkpoint.read_bytes(), json.dumps(read_header(checkpoint))
     contents = {
         "a pickle": pickle.dumps({"state_dict": {}}), "half": whole[: len(whole) // 2],
-        "one bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "2^63 bytes of header": bytes(7) + b"\x80{",
-        "other tensors": save({"a": torch.ones(3)}, metadata={"sptseg": header}),
+        "one bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "huge header": bytes(7) + b"\x80{",
+        "other tensors": save({"a": torch.ones(3)}, metadata={"sptseg": json.dumps(header)}),
+        "a path": changed(clip="/etc/passwd"), "huge pictures": changed(image_size=[10**9, 10**9]),
+        "code": changed(templates=["{0.__class__}"]),
     }  # fmt: skip
     path.write_bytes(contents[kind])
-    assert str(path) in refused(capsys, "evaluate", "--model", path)
+    assert str(path) in refused(capsys, "evaluate", "--model", path, "--images", "1")
     start = ["--images", "2", "--start-from", path]
     assert str(path) in refused(capsys, "train", "--output", tmp_path / "out", *start)
     assert not (tmp_path / "out").exists()
@@ -302,23 +253,3 @@ def test_research_files_that_would_run_code(suffix: str, tmp_path: Path, capsys:
     path.write_bytes(pickle.dumps({"state_dict": Intruder(tmp_path / "intruded")}))
     refused(capsys, "import", path, "--output", tmp_path / "out")
     assert [*tmp_path.iterdir()] == [path], "nothing ran"
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.dictionaries(
-        st.sampled_from([field.name for field in fields(ModelConfig)]),
-        st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-            max_leaves=5,
-        ),
-        min_size=1,
-    )
-)
-def test_any_json_as_a_configuration(values: dict[str, Any]) -> None:
-    """A configuration or one sentence that names a field of it."""
-    try:
-        config_from_dict({**asdict(ModelConfig()), **values})
-    except ValueError as error:
-        assert any(name in str(error) for name in values)

@@ -35,15 +35,9 @@ def ranges_of(lines: list[str]) -> Ranges:
 EVERYTHING = ranges_of([*PROJECT["dependencies"], "sptseg[all]"])
 
 
-def test_all_means_every_extra() -> None:
-    lines = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
-    assert ranges_of([*PROJECT["dependencies"], *lines]) == EVERYTHING
-
-
-# environment.yml
-
-
 def test_environment_holds_the_same_packages_and_ranges() -> None:
+    extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+    assert ranges_of([*PROJECT["dependencies"], *extras]) == EVERYTHING, "all means every extra"
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert set(environment) == {"name", "channels", "dependencies"}
     assert environment["channels"] == ["conda-forge"]
@@ -63,9 +57,6 @@ def test_environment_holds_the_same_packages_and_ranges() -> None:
     assert set(options[1][5:].rstrip("]").split(",")) <= set(PROJECT["optional-dependencies"])
 
 
-# constraints.txt
-
-
 def test_constraints_are_names_and_versions_that_every_range_admits() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {name: version for name, _, version in (line.partition("==") for line in lines)}
@@ -82,17 +73,9 @@ def test_no_address_decides_where_packages_come_from(file: str) -> None:
     assert not re.search(r"https?\b|://|index-url|find-links|trusted-host", text)
 
 
-# README, version and wheel
-
-
-def test_readme_names_the_two_commands_and_the_extras_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert "make demo" in readme and "make test" in readme
-    named = [extra for group in re.findall(r"(?:\.|sptseg)\[([a-z,]+)\]", readme) for extra in group.split(",")]
-    assert set(named) <= set(PROJECT["optional-dependencies"])
-
-
-def test_package_and_project_have_one_version() -> None:
+def test_readme_names_extras_that_exist_and_there_is_one_version() -> None:
+    named = re.findall(r"(?:\.|sptseg)\[([a-z,]+)\]", (ROOT / "README.md").read_text())
+    assert {extra for group in named for extra in group.split(",")} <= set(PROJECT["optional-dependencies"])
     source = (ROOT / "sptseg" / "__init__.py").read_text()
     assert re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE) == [PROJECT["version"]]
 

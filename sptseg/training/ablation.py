@@ -356,16 +356,17 @@ class Study:
         timer = threading.Timer(rest, os.kill, (os.getpid(), signal.SIGTERM))
         timer.start()
         try:
-            while todo := [trial for trial in todo if not self.result(trial)]:
+            while (todo := [trial for trial in todo if not self.result(trial)]) and time.monotonic() < until:
                 if not any(self.tried(trial, say) for trial in todo):
                     time.sleep(0.5)
         except SystemExit:
             if time.monotonic() < until:
                 raise
-            say(f"{len(todo)} runs are left, the first {todo[0].place}: the same command goes on")
         finally:
             timer.cancel()
             signal.signal(signal.SIGTERM, before)
+        if todo:
+            say(f"{len(todo)} runs are left, the first {todo[0].place}: the same command goes on")
         return not todo
 
     def tried(self, trial: Trial, say: Callable[[str], object]) -> bool:

@@ -53,7 +53,7 @@ def test_the_class_table_starts_with_the_class_hurt_most() -> None:
     sure, unsure, none = Change(-0.4, -0.5, -0.3), Change(-0.1, -0.2, 0.1), Change(np.nan, np.nan, np.nan)
     figure = charts.class_band_table({"tree": [unsure, none], "car": [sure, unsure]}, ["low", "high"], ["car"], "Title")
     (ax,) = figure.axes
-    assert words(ax.get_yticklabels()) == ["car*", "tree"] and words(ax.texts) == ["-40", "(-10)", "(-10)", ""]
+    assert words(ax.get_yticklabels()) == ["car*", "tree"] and words(ax.texts) == ["-40", "(-10)", "(-10)"]
 
 
 def test_filter_curves_draw_means_and_percentiles() -> None:

@@ -80,7 +80,6 @@ WRONG = {
     "train --output out --train.setting transductive --start random": "give --start-from an inductive checkpoint",
     "ablate --configurations spt,unicorn": "there is no configuration unicorn; there are dense-clip, ",
     "ablate --train.setting supervised": "the setting supervised goes behind a configuration's name",
-    "pretrain --output out --images 10": "pictures are too few to pre-train on",
     "import gone.pth --output out": "there is no checkpoint file gone.pth",
     "demo --scenes 0": "scenes is 0; wanted at least 1",
     "benchmark loss --quick --threads 0": "threads is 0",

@@ -164,7 +164,7 @@ def decode(decoder: Decoder, patches: Tensor, image: Tensor, text: Tensor) -> Te
         logits = queries @ y.mT
         if layer.update is not None:
             queries = updated(layer.update, queries, linear(layer.update_projection, logits.softmax(dim=-1) @ y))
-    if decoder.log_scale is not None:
+    if decoder.log_scale is not None and decoder.threshold is not None:
         logits = decoder.log_scale.exp() * (logits * decoder.unit - decoder.threshold)
     return logits.unflatten(2, grid)
 

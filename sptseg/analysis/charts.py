@@ -103,11 +103,12 @@ def class_band_table(
     worst = min(-1.0, float(np.nanmin(values)))
     figure = plots.Plot(2.2 + 0.95 * len(bands), 1.2 + 0.215 * len(ordered), title)
     ax = figure.subplots()
-    texts = [[f"({v:+z.0f})" if c.low <= 0 <= c.high else f"{v:+z.0f}" for c, v in zip(changes[name], row, strict=True)]
-             for name, row in zip(ordered, values, strict=True)]  # fmt: skip
+    cells = [each for name in ordered for each in changes[name]]
+    points = [f"{100 * each.change:+z.0f}" for each in cells]
+    texts = [f"({text})" if each.low <= 0 <= each.high else text for each, text in zip(cells, points, strict=True)]
     seaborn.heatmap(
         values, vmin=worst, vmax=0, cmap="cividis", cbar=False, ax=ax,
-        annot=np.array(texts), fmt="", annot_kws={"size": 8.5},
+        annot=np.reshape(texts, values.shape), fmt="", annot_kws={"size": 8.5},
         xticklabels=list(bands), yticklabels=[plots.marked(name, unseen) for name in ordered],
     )  # fmt: skip
     for text, value in zip(ax.texts, values[~np.isnan(values)], strict=True):

@@ -77,8 +77,9 @@ def evaluate_command(
             f"trained on {found['split']}: mIoU {miou['miou']} of all classes, {miou['miou_shown']} of the "
             f"{len(found['shown'])} whose names training showed masks of, {miou['miou_new']} of the others"
         )
-    for line in beside_published(model.config, data.layout, by_training(scores, ())["miou"]) if limit is None else ():
-        print(line)
+    if limit is None:
+        for line in beside_published(model.config, data.layout, by_training(scores, ())["miou"]):
+            print(line)
     if model.config.clip in EMBEDDED_CLIPS and data.data != "scenes":
         print("The tiny CLIP never saw a photograph: on these pictures, unseen classes are not expected to work.")
     if json_file is not None and is_main_process():

@@ -266,10 +266,10 @@ class Study:
 
     def result(self, trial: Trial) -> dict[str, Any] | None:
         """What a finished trial found. Raises ValueError if another plan asked for it, or it is of another CLIP."""
-        found = self.results.get(trial.place) or earlier(self.folder / trial.place / RESULT, self.asked(trial))
-        if found:
-            self.results[trial.place] = found
-        return found
+        file = self.folder / trial.place / RESULT
+        if trial.place not in self.results and file.is_file():
+            self.results[trial.place] = earlier(file, self.asked(trial)) or {}
+        return self.results.get(trial.place)
 
     def rate(self, trial: Trial) -> float | None:
         """The row's rate: the trial's own, or that of the best choosing one, None while one of them is missing."""

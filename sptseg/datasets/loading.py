@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from sptseg.system import cores
+
 SHARED_MEMORY = "/dev/shm"  # where Linux has it; plain containers give it 64 MB, less than one batch
 
 
@@ -65,14 +67,15 @@ def read_batches(
 ) -> Iterator[Any]:
     """`collate` of the items at each entry of `positions`, in order, read ahead by `workers` processes.
 
-    Each reads two entries ahead, or more, if all together are to read `ahead`. Raises what reading raised. Run it
-    within `system.ended_helpers`.
+    Of processes there are no more than cores. Each reads two entries ahead, or more, if all together are to read
+    `ahead`. Raises what reading raised. Run it within `system.ended_helpers`.
     """
     if not 0 <= workers <= 1024:
         raise ValueError(f"workers is {workers}; wanted 0 to 1024")
     if workers and room() < 2**20:  # not enough for the processes' locks
         warnings.warn(f"{SHARED_MEMORY} has no room for {workers} workers; reading in this process", stacklevel=2)
         workers = 0
+    workers = min(workers, cores())
     options = {"num_workers": workers, "worker_init_fn": own_process_group, "pin_memory": pin_memory}
     options["prefetch_factor"] = max(2, ahead // workers) if workers else None
     try:

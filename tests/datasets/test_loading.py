@@ -23,7 +23,6 @@ from sptseg.datasets.loading import handed_over, read_batches
 from sptseg.inference.evaluation import evaluate
 from sptseg.training.loop import fit
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 Pair = namedtuple("Pair", "image names")
 
 
@@ -49,7 +48,7 @@ def test_processes_hand_over_the_same_batches(room: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(loading, "room", lambda: room)
     monkeypatch.setattr(torch, "from_numpy", lambda array: kinds.append(1) or torch.as_tensor(array))
     positions = [[2, 0], [1], [5, 4, 3]]
-    here, there = (list(read_batches(Toys(6, ((256, 256),)), positions, collate, workers, False)) for workers in (0, 2))
+    here, there = (list(read_batches(Toys(6, ((512, 512),)), positions, collate, workers, False)) for workers in (0, 2))
     for one, other in zip(here, there, strict=True):
         assert type(other) is Pair and torch.equal(one.image, other.image) and one.names == other.names
         assert other.image.dtype == torch.uint8
@@ -74,6 +73,12 @@ def test_without_shared_memory_this_process_reads(monkeypatch: pytest.MonkeyPatc
     assert toys.read == [2, 0]
     monkeypatch.setattr(sys, "platform", "darwin")
     assert loading.room() == sys.maxsize, "others set no such limit"
+
+
+def test_one_core_gets_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which PyTorch would warn."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert len(list(read_batches(Toys(), [[2, 0]], collate, 2, False))) == 1
 
 
 class Faulty(Toys):

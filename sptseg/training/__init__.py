@@ -11,5 +11,5 @@ from sptseg.training.presets import (
     CONFIGURATIONS, LADDER, PRESETS, PresetName, beside_published, in_setting, training_free,
 )
 from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
-from sptseg.training.report import interval, write_report
+from sptseg.training.report import interval, study_record, write_report
 from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table, loading

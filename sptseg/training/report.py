@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sptseg.datasets import STRENGTHS, Split
 from sptseg.inference import FIGURES, ratios_of_tallies, table
+from sptseg.model import data_file
 from sptseg.system import write
 from sptseg.training.ablation import COUNTS, SPOILT, Study, Trial, mean_and_deviation
 
@@ -112,12 +113,19 @@ class Found:
             counts: Any = self.counts(group, row, trials, ["test"])
             curves, spectra = [r["curve"] for r in results], [r["spectra"] for r in results if r.get("spectra")]
             curve = {int(step): statistics.mean(each[step] for each in curves) for step in curves[0]}
+            spoilt = {kind: self.counts(group, row, trials, names) for kind, names in SETS.items() if kind != "test"}
             yield {
                 **group._asdict(), "row": row, "seeds": [*trials], "rate": results[0]["rate"],
                 "scores": [self.study.summary(each[:, 0]) for each in counts], "curve": curve, "flat": flat(curve),
                 "seconds": [result.get("seconds") for result in results],
                 "spectra": {name: [each[name] for each in spectra] for name in (spectra[0] if spectra else ())},
+                "spoilt": {kind: self.means(each) for kind, each in spoilt.items() if each is not None},
             }  # fmt: skip
+
+    def means(self, counts: Tensor) -> dict[str, float]:
+        """The `FIGURES` of counts (S, P, K, 3, C), means over seeds and data sets."""
+        ratios = ratios_of_tallies(counts.sum(1), self.study.split)[..., : len(FIGURES)]
+        return dict(zip(FIGURES, ratios.mean((0, 1)).tolist(), strict=True))
 
     def pairs(self, group: Group) -> Iterator[dict[str, Any]]:
         """Every pair of the plan that has both rows, on plain and on spoilt pictures, on the seeds that both have."""
@@ -128,6 +136,16 @@ class Found:
                 if mine is not None and theirs is not None:
                     about = {"question": question, "row": row, "other": other, "pictures": pictures, "seeds": seeds}
                     yield {**group._asdict(), **about, **interval(mine, theirs, self.study.split)}
+
+
+def study_record() -> dict[str, list[dict[str, Any]]]:
+    """The embedded record of the study: "rows" and "pairs" as `write_report` writes them, each with the "machine" that
+    it is of. The H100's, which have more seeds, come last."""
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "pairs": []}
+    for machine, name in (("CPU", "study_record_cpu.json"), ("H100", "study_record.json")):
+        for kind, values in json.loads(data_file(name).read_text()).items():
+            found[kind] += [{**each, "machine": machine} for each in values]
+    return found
 
 
 def write_report(study: Study) -> str:

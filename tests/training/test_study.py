@@ -78,6 +78,7 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     row = next(row for row in record["rows"] if row["row"] == "with")
     assert row["rate"] == max(chosen, key=lambda rate: chosen[rate]["scores"]["hiou"])
     assert row["seeds"] == [0, 1] and [*row["curve"]] == ["2", "3"] and len(row["spectra"]["gain_low"]) == 2
+    assert set(row["spoilt"]) == {"blur", "noise", "jpeg", "contrast", "colour", "all spoilt"}
     pair = {pair["pictures"]: pair for pair in record["pairs"] if pair["other"] == "read"}
     assert set(pair) == {"test", "blur", "noise", "jpeg", "contrast", "colour", "all spoilt"}
     mine, other = (
@@ -85,6 +86,8 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
         for name in ("with", "read")
     )
     assert pair["test"]["miou_seen"][0] == pytest.approx(mine - other)
+    other = next(row for row in record["rows"] if row["row"] == "read")["spoilt"]["jpeg"]["miou_seen"]
+    assert pair["jpeg"]["miou_seen"][0] == pytest.approx(row["spoilt"]["jpeg"]["miou_seen"] - other)
 
     steps, original = iter(range(99)), loop.step
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sptseg.datasets import STRENGTHS, Split
+from sptseg.datasets import STRENGTHS, Split, listed
 from sptseg.inference import FIGURES, ratios_of_tallies, table
 from sptseg.model import data_file
 from sptseg.system import write
@@ -154,8 +154,7 @@ def write_report(study: Study) -> str:
     left = sum(not study.result(trial) for trial in study.plan.trials())
     text = f"Mean ± sd over seeds, in %; differences with 95 % intervals. {left} runs are left.\n"
     if found.unscored:
-        missing = "; ".join(found.unscored)
-        text += f"\nNot scored, as the plan did not ask for it when these runs ended: {missing}.\n"
+        text += f"\nNot scored, as the plan did not ask for it when these runs ended: {listed(found.unscored)}.\n"
     for group in found.trials:
         rows, pairs = [*found.rows(group)], [*found.pairs(group)]
         record = {"rows": record["rows"] + rows, "pairs": record["pairs"] + pairs}

@@ -10,17 +10,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from pycocotools import mask
 from torchvision import tv_tensors
 
 from sptseg.datasets import BACKGROUND, Colour, Note, as_array, ignored_label, plain, plots, splits, test_transform
-from sptseg.inference.windows import Box, WindowLogits, augmentation, window_logits
+from sptseg.inference.windows import WindowLogits, augmentation, window_logits
 from sptseg.model import Clip, SptSeg, WordTokenizer, synonyms
 from sptseg.system import write
 
@@ -195,27 +196,6 @@ def segment(
     return Segmentation(pixels, labels.cpu().numpy(), classes, colours, logits, background)
 
 
-def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """A mask, bool (H, W), in COCO's compressed run-length encoding: {"size": [H, W], "counts": text}.
-
-    Lengths of runs down the columns, of False first; from the fourth on less the one two before. Each as digits of five
-    bits, the lowest first, two's complement, plus 32 if more follow, plus 48. Source: pycocotools, maskApi.c.
-    """
-    flat = np.pad(mask.ravel(order="F"), 1, constant_values=False)
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    lengths = np.diff(ends, prepend=0, append=mask.size)
-    lengths = lengths[: -1 if mask[-1, -1] else None]  # there is no last run of no pixels
-    lengths[3:] -= lengths[1:-2].copy()
-    text = bytearray()
-    for value in lengths.tolist():
-        more = True
-        while more:
-            digit, value = value & 31, value >> 5
-            more = value != (-1 if digit & 16 else 0)
-            text.append(digit + 32 * more + 48)
-    return {"size": list(mask.shape), "counts": text.decode()}
-
-
 class CocoMasks:
     """One annotation for each class in each picture; category i + 1 is class i, and what has no class has none."""
 
@@ -229,13 +209,12 @@ class CocoMasks:
         height, width = labels.shape
         images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
         for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=len(categories))[: len(categories)]).tolist():
-            mask = labels == label
-            left, top, right, bottom = cast(Box, Image.fromarray(mask).getbbox())
+            runs: Any = mask.encode(np.asfortranarray(labels == label))
             annotations.append(
                 {
                     "id": len(annotations) + 1, "image_id": len(images), "category_id": label + 1, "iscrowd": 0,
-                    "segmentation": run_lengths(mask), "area": int(mask.sum()),
-                    "bbox": [left, top, right - left, bottom - top],
+                    "segmentation": runs | {"counts": runs["counts"].decode()}, "area": int(mask.area(runs)),
+                    "bbox": [*map(int, mask.toBbox(runs))],
                 }
             )  # fmt: skip
 

@@ -220,10 +220,6 @@ DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {  # of a root and a subse
     "context-cascade": partial(context, unseen="cascade"), "ade20k": ade20k,
     "ade20k-847": ade20k_847, "cityscapes": cityscapes,
 }  # fmt: skip
-SUBSETS = {  # for training, for evaluation; others have train and val
-    "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
-    "ade20k-847": ("training", "validation"),
-}  # fmt: skip
 # What SCLIP's evaluation, and those after it, tell CLIP of classes, by layout, as `Data.prompts`; where VOC's list has
 # words of its own, other data sets' (cls_*.txt of github.com/wangf3014/SCLIP) have the names without their blanks.
 WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
@@ -262,7 +258,8 @@ class Data:
 
     def resolved(self, stream: Stream) -> Data:
         """The same with the subset named."""
-        return replace(self, subset=self.subset or SUBSETS.get(self.layout, ("train", "val"))[stream == "evaluation"])
+        usual = FACTS.get(self.layout, {}).get("subsets", ("", ""))
+        return replace(self, subset=self.subset or usual[-1 if stream == "evaluation" else -2])
 
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""

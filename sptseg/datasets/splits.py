@@ -18,6 +18,7 @@ from sptseg.scenes import CLASSES
 IGNORE = 255
 WIDE_IGNORE = 65535
 FACTS = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text("utf-8"))  # which says what it holds
+FACTS |= {f"context-{choice}": FACTS["context"] | FACTS["context"][choice] for choice in ("otseg", "cascade")}
 
 Colour = tuple[int, int, int]
 
@@ -133,32 +134,26 @@ def scenes() -> Split:
 
 def published(name: str) -> Split:
     """The split of a data set in data_sets.toml, in its own colours if it has any."""
-    data_set, _, choice = name.partition(".")
-    facts = FACTS[data_set] | FACTS[data_set].get(choice, {})
-    split = Split.from_names(
-        name.replace(".", "-"), names(facts["classes"]), names(facts.get("unseen", "")), facts["source"]
-    )
-    return replace(split, palette=colours(facts["palette"])) if "palette" in facts else split
+    told = FACTS[name]
+    split = Split.from_names(name, names(told["classes"]), names(told.get("unseen", "")), told["source"])
+    return replace(split, palette=colours(told["palette"])) if "palette" in told else split
 
 
 def context(unseen: Literal["otseg", "cascade"] = "otseg") -> Split:
     """PASCAL Context without background: 59 classes, 49 seen, by OTSeg's or by Cascade-CLIP's choice."""
     if unseen not in ("otseg", "cascade"):
         raise ValueError(f"context: unseen is {unseen!r}; wanted one of 'otseg', 'cascade'")
-    return published(f"context.{unseen}")
+    return published(f"context-{unseen}")
 
 
 voc2012 = partial(published, "voc2012")  # PASCAL VOC 2012 without background: 20 classes, 15 seen; the devkit's colours
 coco_stuff = partial(published, "coco-stuff")  # COCO-Stuff 164k: 171 classes, 156 seen
-ade20k = partial(
-    published, "ade20k"
-)  # its scene parsing benchmark: 150 classes, none of them unseen, as in the next two
+ade20k = partial(published, "ade20k")  # its scene parsing benchmark: 150 classes, all seen, as in the next two
 ade20k_847 = partial(published, "ade20k-847")
 cityscapes = partial(published, "cityscapes")  # the 19 classes of its benchmark, in its colours
 camvid = partial(published, "camvid")  # in the SegNet tutorial's form: 11 classes, 3 unseen (our choice)
 
-BY_NAME: dict[str, Callable[[], Split]] = {
-    "scenes": scenes, "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,
-    "context-cascade": partial(context, "cascade"), "ade20k": ade20k, "ade20k-847": ade20k_847,
-    "cityscapes": cityscapes, "camvid": camvid,
-}  # fmt: skip
+PUBLISHED = (
+    "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes", "camvid",
+)  # fmt: skip
+BY_NAME: dict[str, Callable[[], Split]] = {"scenes": scenes} | {name: partial(published, name) for name in PUBLISHED}

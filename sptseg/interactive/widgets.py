@@ -22,7 +22,7 @@ import torch
 from ipywidgets import Layout
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
 from sptseg.analysis import filter_response, prompt_states, spectral_prompt_of
@@ -115,37 +115,14 @@ def with_amplitudes_of(other: Tensor, maps: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.polar(amplitudes.abs(), phases.angle()), s=maps.shape[1:3], dim=(1, 2))
 
 
-class _Visitor(nn.Module):
-    """Stands in for an encoder's spectral prompt: acts as it does where it does, and lets `visit` see every block."""
-
-    def __init__(self, encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.prompt, self.layers, self.visit = encoder.spectral_prompt, encoder.spectral_layers, visit
-        self.block = 0
-
-    def filter(self, grid: Grid) -> Tensor | None:  # asked for once, before the first block
-        self.block = 0
-        return None if self.prompt is None else self.prompt.filter(grid)
-
-    def forward(self, patches: Tensor, class_token: Tensor, weight: Tensor) -> Tensor:
-        block, self.block = self.block, self.block + 1
-        if self.prompt is not None and block in self.layers:
-            patches = self.prompt(patches, class_token, weight)
-        return self.visit(block, patches)
-
-
 @contextmanager
 def visited(encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D), if its tower
-    has a class token and is not read by GEM."""
-    kept = encoder.spectral_prompt, encoder.spectral_layers
-    stand_in: nn.Module = _Visitor(encoder, visit)
-    encoder.spectral_layers = frozenset(range(len(encoder.tower.blocks)))
+    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D), but by GEM."""
+    encoder.visit = visit
     try:
-        encoder.spectral_prompt = stand_in  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
-        encoder.spectral_prompt, encoder.spectral_layers = kept
+        encoder.visit = None
 
 
 @contextmanager
@@ -171,8 +148,8 @@ class FrequencyExplorer(MaskExplorer):
 
     def controls(self) -> list[list[Any]]:
         self.tokens: dict[int, dict[int, Tensor]] = {}  # of a picture's first window before each block, (1, H, W, D)
-        tower, readout = self.model.encoder.tower, self.model.encoder.readout
-        blocks = range(len(tower.blocks) if tower.class_token is not None and readout != "gem" else 0)
+        encoder = self.model.encoder
+        blocks = range(0 if encoder.readout == "gem" else len(encoder.tower.blocks))
         places = {"the picture": PICTURE} | {f"tokens before block {i}": i for i in blocks}
         self.place = parts.dropdown(places, "Filter", "What is filtered")
         self.band = ipywidgets.FloatRangeSlider(

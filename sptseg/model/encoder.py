@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -67,6 +67,7 @@ class PromptedEncoder(nn.Module):
         if spectral_layers and self.tower.class_token is None:
             raise ValueError(f"spectral_layers is {spectral_layers}; this CLIP has no class token: wanted ()")
         self.checkpointing = False  # gradient checkpointing: blocks run again in the backward pass, nothing is kept
+        self.visit: Callable[[int, Tensor], Tensor] | None = None  # sees or changes block i's patch tokens (B, H, W, D)
         self.readout: ReadOut = config.readout
         self.bicubic = config.bicubic
         self.prompt_depth = prompt_depth
@@ -123,6 +124,8 @@ class PromptedEncoder(nn.Module):
             if self.spectral_prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
                 patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
+            if (visit := self.visit) is not None:
+                patches = visit(i, patches.unflatten(1, grid)).flatten(1, 2)
             context, among = None, []
             if projected is not None and i <= self.prompt_depth:
                 context = self.prompt_dropout(projected[i].expand(len(patches), -1, -1)).to(patches.dtype)

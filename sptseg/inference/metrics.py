@@ -111,23 +111,33 @@ def scores(confusion: Tensor, split: Split) -> Scores:
 def bootstrap(
     counts: Tensor, figures: Callable[[Tensor], Tensor], *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Tensor:
-    """Lower and upper ends (2, F) of confidence intervals of figures, by bootstrap over pictures.
+    """Figures and the ends of their confidence intervals (3, F), see `with_ends`, by bootstrap over pictures.
 
-    counts (P, ...), one a picture, since the pixels of one go wrong together; `figures` makes F figures (draws, F) of
-    pooled counts (draws, ...), of which the middle `level` (0..1) is kept. A draw whose figure is nan does not count.
+    counts (P, ...), one a picture, since the pixels of one go wrong together; `figures` makes F figures (D, F) of
+    pooled counts (D, ...).
     """
-    pictures = len(counts)
-    equal = torch.full((draws, pictures), 1 / pictures)
-    drawn = torch.multinomial(equal, pictures, replacement=True, generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(draws, pictures).scatter_add_(1, drawn, torch.ones(drawn.shape)).double()
-    pooled = (weights @ counts.flatten(1).double()).unflatten(1, counts.shape[1:])
+    pooled = drawn(len(counts), draws, seed) @ counts.flatten(1).double()
+    return with_ends(figures(pooled.unflatten(1, counts.shape[1:])), level)
+
+
+def drawn(count: int, draws: int, seed: int) -> Tensor:
+    """How often each of `count` is drawn in as many draws with replacement: (1 + draws, count); first each once."""
+    equal, generator = torch.full((draws, count), 1 / count), torch.Generator().manual_seed(seed)
+    picked = torch.multinomial(equal, count, replacement=True, generator=generator)
+    often = torch.zeros(draws, count).scatter_add_(1, picked, torch.ones(picked.shape))
+    return torch.cat([torch.ones(1, count), often]).double()
+
+
+def with_ends(values: Tensor, level: float = 0.95) -> Tensor:
+    """The first of values (1 + draws, F) with the lower and upper end of the middle `level` (0..1) of the others, of
+    which nan does not count: (3, F)."""
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    return figures(pooled).nanquantile(ends, dim=0)
+    return torch.cat([values[:1], values[1:].nanquantile(ends, dim=0)])
 
 
 def score_interval(confusions: Tensor, split: Split, **options: Any) -> tuple[Scores, Scores]:
     """Lower and upper ends of all scores of pictures' confusions (P, C, C); options as for `bootstrap`."""
-    low, high = bootstrap(tallies(confusions), lambda pooled: ratios_of_tallies(pooled, split), **options)
+    _, low, high = bootstrap(tallies(confusions), lambda pooled: ratios_of_tallies(pooled, split), **options)
     return Scores.of(low, split), Scores.of(high, split)
 
 
@@ -156,7 +166,7 @@ def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options:
     def change(pooled: Tensor) -> Tensor:  # (..., 2, 3, k) -> (..., 1)
         return _iou(pooled).masked_fill(pooled[..., 1, :] == 0, torch.nan).nanmean(-1).diff(dim=-1)
 
-    return Change(*torch.cat([change(both.sum(0)), bootstrap(both, change, **options)[:, 0]]).tolist())
+    return Change(*bootstrap(both, change, **options)[:, 0].tolist())
 
 
 class SegmentationMetrics:

@@ -117,7 +117,7 @@ def with_amplitudes_of(other: Tensor, maps: Tensor) -> Tensor:
 
 @contextmanager
 def visited(encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D), but by GEM."""
+    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D)."""
     encoder.visit = visit
     try:
         yield

@@ -118,13 +118,14 @@ class PromptedEncoder(nn.Module):
         x, rotation = self.embed(images), parts.rotation(grid)
         first = x.shape[1] - math.prod(grid)
         class_token, patches = x[:, :first], x[:, first:]
-        weight = self.spectral_prompt.filter(grid) if self.spectral_prompt is not None else None
+        prompt, visit = self.spectral_prompt, self.visit
+        weight = None if prompt is None else prompt.filter(grid)
         projected = None if self.prompts is None else self.prompt_projection(self.prompts)  # (1 + depth, K, D)
         for i, block in enumerate(parts.blocks):
-            if self.spectral_prompt is not None and i in self.spectral_layers:
+            if prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
-                patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
-            if (visit := self.visit) is not None:
+                patches = prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
+            if visit is not None:
                 patches = visit(i, patches.unflatten(1, grid)).flatten(1, 2)
             context, among = None, []
             if projected is not None and i <= self.prompt_depth:

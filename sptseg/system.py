@@ -8,15 +8,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
 
 def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
@@ -71,6 +68,12 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     return path
 
 
+def bytes_of(save: Callable[[io.BytesIO], object]) -> bytes:
+    """What a function writes into the file that it is given."""
+    save(buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,17 +110,13 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does. Where the
-    system has no such locks (Windows), every process is told that it holds the file."""
+    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(file, timeout=-1 if wait else 0)
+    with ExitStack() as held:
+        with suppress(Timeout):
+            held.enter_context(lock)
+        yield lock.is_locked
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -22,7 +23,7 @@ from sptseg import scenes
 from sptseg.datasets import splits
 from sptseg.datasets.images import StrPath, by_name, images_by_name, listed, open_image, open_mask
 from sptseg.datasets.splits import Split, composed
-from sptseg.system import claimed, write
+from sptseg.system import bytes_of, claimed, write
 
 _STREAMS = ("evaluation", "training")
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
@@ -185,9 +186,8 @@ def corrupt(image: np.ndarray, kind: Corruption, strength: int, seed: int | Sequ
     if kind == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
     if kind == "jpeg":
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=int(amount))
-        return np.asarray(Image.open(buffer))
+        jpeg = bytes_of(partial(Image.fromarray(image).save, format="JPEG", quality=int(amount)))
+        return np.asarray(Image.open(io.BytesIO(jpeg)))
     if kind == "noise":
         values += np.float32(amount) * rng.standard_normal(image.shape, np.float32)
     elif kind == "contrast":
@@ -223,9 +223,7 @@ class Pool(Dataset[Sample]):
             if not file.is_file():
                 samples = (dataset[i] for i in range(len(self.names)))
                 pixels = [np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples]
-                buffer = io.BytesIO()
-                np.save(buffer, np.stack(pixels))
-                write(file, buffer.getvalue())
+                write(file, bytes_of(partial(np.save, arr=np.stack(pixels))))
         self.pixels = np.load(file, mmap_mode="r")
         if len(self.pixels) != len(self.names):
             raise ValueError(f"{file} holds {len(self.pixels)} pictures; wanted {len(self.names)}: delete it")

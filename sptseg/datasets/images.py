@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 from sptseg.datasets.splits import composed
+from sptseg.system import bytes_of
 
 Array = np.ndarray
 StrPath = str | PathLike[str]
@@ -206,9 +207,7 @@ def luminance(image: Array) -> Array:
 
 def png(array: Array) -> bytes:
     """A grey (H,W) or colour (H,W,3) picture, uint8, as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="png", compress_level=1)
-    return buffer.getvalue()
+    return bytes_of(partial(Image.fromarray(array).save, format="png", compress_level=1))
 
 
 def enlarge(array: Array, factor: int) -> Array:

@@ -5,9 +5,9 @@ Figures are matplotlib objects of their own (no pyplot, no global state); nothin
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from textwrap import fill
@@ -24,7 +24,7 @@ from matplotlib.patheffects import withStroke
 
 from sptseg.datasets.images import reduce
 from sptseg.datasets.splits import IGNORE, Colour, ignored_label
-from sptseg.system import output_place, write
+from sptseg.system import bytes_of, output_place, write
 
 Array = np.ndarray
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito
@@ -60,9 +60,7 @@ class Plot(Figure):
 
 def png_bytes(figure: Figure, dpi: float | None = None) -> bytes:
     """The figure as a PNG file, at its own resolution or `dpi`; the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    return bytes_of(partial(figure.savefig, format="png", dpi=dpi or figure.dpi, metadata={"Software": None}))
 
 
 def picture_place(path: str | PathLike[str]) -> Path:
@@ -75,9 +73,7 @@ def picture_place(path: str | PathLike[str]) -> Path:
 
 def save_figure(figure: Figure, path: str | PathLike[str], **options: Any) -> None:
     """Writes a figure whole or not at all, in the format of the path's suffix; PNG without one."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix[1:] or "png", **options)
-    write(path, buffer.getvalue())
+    write(path, bytes_of(partial(figure.savefig, format=Path(path).suffix[1:] or "png", **options)))
 
 
 def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 255, 255)) -> Array:

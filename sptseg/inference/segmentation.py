@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from sptseg.datasets import BACKGROUND, Colour, Note, as_array, ignored_label, plain, plots, splits, test_transform
 from sptseg.inference.windows import WindowLogits, augmentation, window_logits
 from sptseg.model import Clip, SptSeg, WordTokenizer, synonyms
-from sptseg.system import write
+from sptseg.system import bytes_of, write
 
 WHITE: Colour = (255, 255, 255)
 NONE = "none"  # the name of what is none of the classes
@@ -124,15 +124,13 @@ class Segmentation:
 
     def save_labels(self, path: str | PathLike[str]) -> None:
         """Writes the labels as a PNG: 8 bits with the palette, or 16 bits where there are more than 255 classes."""
-        buffer = io.BytesIO()
         if self.none > 255:
             picture = Image.fromarray(self.labels.astype(np.uint16))
         else:
             picture = Image.fromarray(self.labels.astype(np.uint8), mode="P")
             colours = [*self.palette, *[WHITE] * (256 - len(self.palette))]
             picture.putpalette([value for colour in colours for value in colour])
-        picture.save(buffer, "png")
-        write(path, buffer.getvalue())
+        write(path, bytes_of(partial(picture.save, format="png")))
 
     def save_scores(self, path: str | PathLike[str]) -> None:
         """Writes an .npz: "scores" (C, h, w), the means in each patch that the model saw, of the C "names"."""
@@ -141,9 +139,8 @@ class Segmentation:
         h, w = (math.ceil(side * tokens / window) for side, window, tokens in sides)
         maps = (logits.best(logits.size, classes=[i])[0].cpu() for i in range(count))
         scores = torch.stack([F.adaptive_avg_pool2d(each[None], (h, w))[0] for each in maps]).numpy()
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, scores=scores, names=np.array([*self.named.values()])[:count])
-        write(path, buffer.getvalue())
+        names = np.array([*self.named.values()])[:count]
+        write(path, bytes_of(partial(np.savez_compressed, scores=scores, names=names)))
 
 
 def segment(

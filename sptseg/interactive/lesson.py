@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sptseg.analysis import error_counts, error_shares
 from sptseg.datasets import plots, png_bytes
 from sptseg.inference import segment
 from sptseg.model import SptSeg
-from sptseg.system import write
+from sptseg.system import bytes_of, write
 
 DPI = 144  # of what is shown 96 to the inch, so that it is sharp on fine screens too
 WIDEST = 920  # pixels at 96 to the inch: a notebook's column
@@ -33,10 +34,8 @@ def show(figure: Figure, sentence: str) -> None:
     """Displays a figure, of 256 colours to keep a notebook small, with a sentence under it and as alternative text."""
     full = Image.open(io.BytesIO(png_bytes(figure, DPI))).convert("RGB")
     small = full.quantize(256, Image.Quantize.FASTOCTREE)  # the default method loses rare colours: those of legends
-    buffer = io.BytesIO()
-    small.save(buffer, format="png", optimize=True)
-    width = min(round(96 * figure.get_figwidth()), WIDEST)
-    display(Picture(buffer.getvalue(), format="png", alt=sentence, width=width))
+    png, width = bytes_of(partial(small.save, format="png", optimize=True)), round(96 * figure.get_figwidth())
+    display(Picture(png, format="png", alt=sentence, width=min(width, WIDEST)))
     say(f"*{sentence}*")
 
 

@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
-from io import BytesIO
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from sptseg.inference import (
     tallies,
 )  # fmt: skip
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
-from sptseg.system import claimed, is_main_process, write
+from sptseg.system import bytes_of, claimed, is_main_process, write
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import CONFIGURATIONS, in_setting
@@ -306,8 +305,7 @@ class Study:
             if self.measure and not choosing:
                 result["spectra"] = self.measure(model, validation)
             arrays: Any = {name: each.numpy().astype(np.uint16) for name, each in counts.items()}
-            np.savez_compressed(buffer := BytesIO(), **arrays)
-            write(place / COUNTS, buffer.getvalue())
+            write(place / COUNTS, bytes_of(partial(np.savez_compressed, **arrays)))
             result["scores"] = self.summary(counts["test"])
             said = f"hIoU {mean_and_deviation([result['scores']['hiou']])}"
         except FloatingPointError as error:

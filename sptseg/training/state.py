@@ -10,6 +10,7 @@ import signal
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 
 from sptseg.checkpoints import completed
 from sptseg.datasets import Sample
-from sptseg.system import write
+from sptseg.system import bytes_of, write
 
 STATE = "state.pt"
 HALFWAY = "halfway.safetensors"  # the inductive checkpoint from which transductive training goes on
@@ -46,9 +47,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:
     """Writes a state of tensors, numbers and texts, nested in lists and dictionaries, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    write(path, bytes_of(partial(torch.save, state)))
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

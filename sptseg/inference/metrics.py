@@ -23,6 +23,10 @@ def table(*rows: Iterable[object]) -> str:
     return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *lines])
 
 
+def percent(share: float | None) -> str:
+    return "–" if share is None or share != share else f"{100 * share:.1f}"
+
+
 @dataclass(frozen=True)
 class Scores:
     """Ratios of one confusion matrix, all in 0..1; nan where no class of the kind occurs.
@@ -51,9 +55,13 @@ class Scores:
         """The summary, and "iou", each class's, JSON-ready."""
         return {**self.summary(), "iou": {name: None if v != v else v for name, v in self.iou.items()}}
 
+    def cells(self) -> list[str]:
+        """The four summary figures in percent."""
+        return [*map(percent, self.summary().values())]
+
     def table(self) -> str:
-        """The four summary figures in percent, as one Markdown table."""
-        return table(FIGURES.values(), [" - " if v is None else f"{100 * v:.1f}" for v in self.summary().values()])
+        """The same as one Markdown table."""
+        return table(FIGURES.values(), self.cells())
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Tensor:

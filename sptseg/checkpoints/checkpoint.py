@@ -44,8 +44,11 @@ About = Mapping[str, Any]  # JSON values
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     """A validated `ModelConfig` from JSON values. A field that is younger than the file takes its default."""
-    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return ModelConfig(**{**values, **lists})
+    return ModelConfig(**with_tuples(values))
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,16 +20,7 @@ import tyro
 from torch.utils.data import Dataset
 
 from sptseg.datasets import splits
-from sptseg.datasets.folders import (
-    ImageMaskFiles,
-    ImageMaskFolder,
-    Sample,
-    Scenes,
-    by_suffix,
-    lines,
-    paired,
-    require,
-)  # fmt: skip
+from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
 from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
 

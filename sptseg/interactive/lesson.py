@@ -22,7 +22,7 @@ from PIL import Image
 
 from sptseg.analysis import error_counts, error_shares
 from sptseg.datasets import plots, png_bytes
-from sptseg.inference import segment
+from sptseg.inference import segment, table
 from sptseg.model import SptSeg
 from sptseg.system import bytes_of, write
 
@@ -161,5 +161,4 @@ def write_metrics(output_dir: str | Path, metrics: Mapping[str, float]) -> None:
         raise ValueError(f"the metric {wrong[0]} is {metrics[wrong[0]]}; wanted a finite number: leave out what is not")
     values = {name: round(float(value), 6) for name, value in metrics.items()}
     write(Path(output_dir) / "metrics.json", json.dumps(values, indent=1) + "\n")
-    rows = [f"| {name} | {value:.4g} |" for name, value in values.items()]
-    say("\n".join(["| figure | value |", "|---|---|", *rows]))
+    say(table(("figure", "value"), *((name, f"{value:.4g}") for name, value in values.items())))

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import tyro
 from PIL import Image
 
+from sptseg.inference import table
 from sptseg.system import cores, output_place, write
 
 Notebook = dict[str, Any]  # as JSON
@@ -200,13 +201,10 @@ def run_all(
 def tell(outcomes: Sequence[Outcome]) -> None:
     """Prints a Markdown table, and under it what went wrong; then the exit code is 1."""
     outcomes = sorted(outcomes, key=lambda o: o.name)
-    rows = [
-        f"| {o.name} | {o.seconds:.0f} | {o.held or len(o.figures)} | "
-        f"{'failed' if o.error else 'drifted' if o.drift else 'ok'} |"
-        for o in outcomes
-    ]
+    verdict = lambda o: "failed" if o.error else "drifted" if o.drift else "ok"  # noqa: E731
+    rows = ((o.name, f"{o.seconds:.0f}", o.held or len(o.figures), verdict(o)) for o in outcomes)
     wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
-    print("| notebook | seconds | figures | verdict |", "|---|---|---|---|", *rows, *wrong, sep="\n")
+    print(table(("notebook", "seconds", "figures", "verdict"), *rows), *wrong, sep="\n")
     if wrong:
         raise SystemExit(1)
 

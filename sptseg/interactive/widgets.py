@@ -10,10 +10,12 @@ without a browser. Pictures are the bytes of image widgets and are renewed in pl
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -35,21 +37,8 @@ from sptseg.model import Grid, PromptedEncoder, SpectralPrompt, ops
 Array = np.ndarray
 HIGHEST = 0.71  # cycles per sample: just above sqrt(0.5), the corner of the spectrum
 PICTURE = -1  # what is filtered: the picture, or the tokens before one of the blocks 0, 1, ...
-BAND_PRESETS: dict[str, tuple[float, float, float, float, str]] = {  # low, high, factors inside and outside, what for
-    "everything": (0.0, HIGHEST, 1, 0, "All as it is"),
-    "blur": (0.0, 0.04, 1, 0, "Only slow changes: light and large shapes"),
-    "middle band": (0.04, 0.14, 1, 0, "Only textures and the parts of things"),
-    "edges": (0.14, HIGHEST, 1, 0, "Only fine detail"),
-    "no middle band": (0.04, 0.14, 0, 1, "Large shapes and fine detail without what lies between"),
-    "detail doubled": (0.14, HIGHEST, 2, 1, "Fine detail made stronger, nothing taken away"),
-}
-FILTER_PRESETS: dict[str, tuple[float, float, str]] = {  # factors of F below and above the radius, what for
-    "as learned": (1, 1, "F as it was trained"),
-    "zero": (0, 0, "Nothing is added to the tokens"),
-    "times 10": (10, 10, "All of F made stronger"),
-    "only below": (1, 0, "F without its fine waves"),
-    "only above": (0, 1, "F without its coarse waves"),
-}
+PRESETS = tomllib.loads(Path(__file__).with_name("widgets.toml").read_text("utf-8"))  # what buttons set
+BAND_PRESETS, FILTER_PRESETS = ({name: tuple(each) for name, each in kind.items()} for kind in PRESETS.values())
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,9 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import load_model
+from sptseg.checkpoints import load_model, with_tuples
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes, Split
-from sptseg.inference import (
-    FIGURES,
-    Scores,
-    confusion_matrices,
-    evaluate,
-    metrics,
-    new_accelerator,
-    ratios_of_tallies,
-    tallies,
-)  # fmt: skip
+from sptseg.inference import FIGURES, Scores, confusion_matrices, evaluate, metrics, new_accelerator
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
 from sptseg.system import bytes_of, claimed, is_main_process, write
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
@@ -235,10 +226,6 @@ class Plan:
         return [trial for trial in found.values() if (trial.part.clip, trial.row) in mine]
 
 
-def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
 @cache
 def clip_and_fingerprint(name: str) -> tuple[Clip, str]:
     clip, split = load_clip(name), Scenes(1).split
@@ -329,13 +316,13 @@ class Study:
         if after.without_spectral_prompts:
             model.encoder.spectral_layers = frozenset()
         pictures = self.pool(trial.world, scenes, name if name in SPOILT else "")
-        found = tallies(confusion_matrices(model, pictures, self.split, seen_offset=after.seen_offset))
+        found = metrics.tallies(confusion_matrices(model, pictures, self.split, seen_offset=after.seen_offset))
         model.encoder.spectral_layers = layers
         return found
 
     def summary(self, counts: Tensor) -> dict[str, Any]:
         """The figures of counts (P, 3, C) by name, and "iou", each class's."""
-        return Scores.of(ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
+        return Scores.of(metrics.ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
 
     def asked(self, trial: Trial) -> dict[str, Any]:
         """What a finished trial must have been asked for, to be the same."""

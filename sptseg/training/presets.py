@@ -12,19 +12,12 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from sptseg import scenes
 from sptseg.datasets import FACTS, SCENES_TO_TRAIN, Data
 from sptseg.inference import table
-from sptseg.model import (
-    DENSE_CLIP,
-    EMBEDDED_CLIPS,
-    EMBEDDED_CONFIG,
-    SPT_RELEASED,
-    ZEGCLIP,
-    ModelConfig,
-    ReadOut,
-    default_readout,
-)  # fmt: skip
+from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, readouts
 from sptseg.system import cores
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.stream import Setting
+
+ReadOut = readouts.ReadOut
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ def training_free(
     50 times, windows of 448 (Cityscapes 224) every 224 pixels of a short side of 448. The tiny CLIPs have their own
     window, statistics and templates. `readout`: by default `default_readout`.
     """
-    readout = readout or default_readout(clip)
+    readout = readout or readouts.default_readout(clip)
     config = replace(
         DENSE_CLIP, clip=clip, clip_weights=clip_weights, readout=readout, image_size=(224, 224), window_stride=0.5,
         short_side=FACTS.get(layout, {}).get("short_side", 336), bicubic=True, softmax_scale=40.0,

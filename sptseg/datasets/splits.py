@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sptseg.scenes import CLASSES
+from sptseg.scenes import CLASSES, UNSEEN
 
 IGNORE = 255
 WIDE_IGNORE = 65535
@@ -128,8 +128,7 @@ def spread_palette(n: int) -> tuple[Colour, ...]:
 
 def scenes() -> Split:
     """The picture-book world of `sptseg.scenes`: 41 classes, 14 stuff and 27 things, 10 of them unseen."""
-    unseen = ("water", "brick wall", "wheat field", "moon", "castle", "tree", "flower", "apple", "car", "fish")
-    return Split.from_names("scenes", CLASSES, unseen, "drawn by sptseg.scenes")
+    return Split.from_names("scenes", CLASSES, UNSEEN, "drawn by sptseg.scenes")
 
 
 def published(name: str) -> Split:

@@ -14,13 +14,13 @@ import numpy as np
 
 from sptseg.scenes.drawings import THINGS
 from sptseg.scenes.pen import COLOURS, Pen
-from sptseg.scenes.textures import STUFF, VARIANTS, between, gray_tiles, piece, rough_paper, tiles
+from sptseg.scenes.textures import STUFF, VARIANTS, WORLD, between, gray_tiles, piece, rough_paper, tiles
 
 Array = np.ndarray
 Generator = np.random.Generator
 Words = dict[str, tuple[str, ...]]  # the adjectives that are true of what is in view, by its name
 Kind = Literal["scene", "closeup", "thumbnail"]
-CLASSES = (*STUFF, *THINGS)
+CLASSES, UNSEEN = (*STUFF, *THINGS), WORLD["unseen"]
 INDEX = {name: i for i, name in enumerate(CLASSES)}
 TEMPLATES = ("{}", "a photo of a {}", "a picture of {}", "this is {}", "there is a {}", "a picture with the {}")
 TEXTS = (*CLASSES, *TEMPLATES, *COLOURS, "a an and big bright dark small")

@@ -87,5 +87,5 @@ def test_wheel_carries_the_embedded_files_and_nothing_else(tmp_path: Path) -> No
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sptseg").rglob("*.py")}
     embedded = {path for pattern in ("*.safetensors", "*.json", "README.md") for path in (ROOT / "data").glob(pattern)}
     read = "cli/demo.html", "datasets/data_sets.toml", "checkpoints/card.txt", "checkpoints/research.toml"
-    texts = {f"sptseg/{path}" for path in ("py.typed", "interactive/widgets.toml", *read)}
+    texts = {f"sptseg/{path}" for path in ("py.typed", "interactive/widgets.toml", "scenes/world.toml", *read)}
     assert inside == modules | texts | {f"sptseg/data/{path.name}" for path in embedded}

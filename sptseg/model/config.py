@@ -11,9 +11,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from sptseg.model.clip import TEMPLATES, TINY
 from sptseg.model.readouts import ReadOut
 
-DecoderKind = Literal["spectral", "cross_attention"]
-DecoderStart = Literal["random", "dense_clip"]
-Norms = Literal["layer", "rms"]
 Branches = Literal["high_low", "high", "low", "full"]
 LossKind = Literal["spt", "zegclip"]
 PROTOCOL_STRIDE = 426 / 512  # of the window
@@ -96,15 +93,15 @@ class ModelConfig:
     spectral_trained: bool = True
     class_embedding_twice: bool = True
     readout: ReadOut = "plain"
-    decoder: DecoderKind | Literal["none"] = "spectral"
+    decoder: Literal["spectral", "cross_attention", "none"] = "spectral"
     decoder_layers: int = 3
     decoder_heads: int = 8
     decoder_window: int = 3
     selection: bool = True
     branches: Branches = "high_low"
-    start: DecoderStart = "random"
+    start: Literal["random", "dense_clip"] = "random"
     residual: bool | None = None
-    norms: Norms | None = None
+    norms: Literal["layer", "rms"] | None = None
     logit_scale: bool | None = None
     dropout: float = 0.1
     loss: LossKind = "spt"

@@ -6,7 +6,7 @@ Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -43,23 +43,19 @@ def attend_by(pairs: Sequence[tuple[Tensor, Tensor]], value: Tensor, bias: Tenso
     """
     keys, scale = value.shape[-2], value.shape[-1] ** -0.5
     if not on_x86(value) or (keys > 1200 and torch.is_grad_enabled()):
-        return total([F.scaled_dot_product_attention(q, k, value, bias) for q, k in pairs])
+        return reduce(torch.add, (F.scaled_dot_product_attention(q, k, value, bias) for q, k in pairs))
 
     def weights(logits: Tensor) -> Tensor:
         return (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
 
     if keys < 512:
-        return total([weights((q * scale) @ k.mT) for q, k in pairs]) @ value
+        return reduce(torch.add, (weights((q * scale) @ k.mT) for q, k in pairs)) @ value
     queries, by_head = pairs[0][0], [part.flatten(0, -3).unbind(0) for q, k in pairs for part in (q * scale, k)]
     mixed = []
     for v, *head in zip(value.mT.flatten(0, -3).unbind(0), *by_head, strict=True):
-        summed = total([weights(linear(q, k)) for q, k in zip(head[::2], head[1::2], strict=True)])
+        summed = reduce(torch.add, (weights(linear(q, k)) for q, k in zip(head[::2], head[1::2], strict=True)))
         mixed.append(linear(summed, v))
     return torch.stack(mixed).view_as(queries)
-
-
-def total(parts: Sequence[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
 
 
 def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:

@@ -12,14 +12,10 @@ from functools import reduce
 
 import numpy as np
 
-from sptseg.scenes.textures import rgb
+from sptseg.scenes.textures import WORLD, rgb
 
 Array = np.ndarray
-COLOURS = {
-    "red": rgb("d8433b"), "blue": rgb("3f78c9"), "yellow": rgb("f5cf45"), "green": rgb("4fa04f"),
-    "orange": rgb("ef8a2e"), "purple": rgb("8a56b0"), "pink": rgb("f09ab5"), "white": rgb("f5f1e8"),
-    "black": rgb("35333b"), "brown": rgb("94613c"), "gray": rgb("9a9ca3"),
-}  # fmt: skip
+COLOURS = {name: rgb(code) for name, code in WORLD["colours"].items()}
 WHITE, BLACK, BROWN, GRAY, YELLOW = (COLOURS[name] for name in ("white", "black", "brown", "gray", "yellow"))
 
 

@@ -1,7 +1,5 @@
 """What is asked of the operating system: files written whole or not at all, other processes, the cores to be used."""
 
-from __future__ import annotations
-
 import io
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Figures of the analyses: spectra, models without a band or a part, the learned filter, failures, training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal

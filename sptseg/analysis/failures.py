@@ -3,11 +3,10 @@
 Nothing is drawn here; `charts` draws. All functions take 8-bit labels, 255 is ignored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -63,13 +62,13 @@ class Predictions:
     split: Split
     seen_offset: float
 
-    def at(self, seen_offset: float) -> Predictions:
+    def at(self, seen_offset: float) -> Self:
         """The same with another offset: what `evaluate(..., seen_offset=...)` would predict, without the model, but for
         scores that differ in the last bit of float32."""
         pictures = tuple(replace(picture, predicted=picture.at(seen_offset)) for picture in self.pictures)
-        return Predictions(pictures, self.split, seen_offset)
+        return replace(self, pictures=pictures, seen_offset=seen_offset)
 
-    def only(self, positions: Iterable[int]) -> Predictions:
+    def only(self, positions: Iterable[int]) -> Self:
         """Some of the pictures."""
         return replace(self, pictures=tuple(self.pictures[i] for i in positions))
 

@@ -4,13 +4,11 @@ Frequencies are in cycles per sample (pixel or token): 0.5 is the finest stripe,
 scaled so that white noise of variance v has power v at every frequency, whatever the size and the window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
@@ -44,14 +42,14 @@ class RadialPower:
     power: Array
     count: Array
 
-    def mean(self) -> RadialPower:
+    def mean(self) -> Self:
         """Averaged over all maps: power (R,)."""
-        return RadialPower(self.frequency, self.power.reshape(-1, len(self.frequency)).mean(0), self.count)
+        return replace(self, power=self.power.reshape(-1, len(self.frequency)).mean(0))
 
-    def relative(self) -> RadialPower:
+    def relative(self) -> Self:
         """Averaged over all maps, as a multiple of the power that white noise of the same variance would have."""
         mean = self.mean()
-        return RadialPower(self.frequency, mean.power * self.count.sum() / (mean.power @ self.count), self.count)
+        return replace(self, power=mean.power * self.count.sum() / (mean.power @ self.count))
 
     def share(self, low: float, high: float) -> float:
         """Share of the variance at low <= frequency < high, 0..1, over all maps."""

@@ -4,8 +4,6 @@ They may come from strangers: nothing is executed, no path opened, and a configu
 anything of that size is made.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

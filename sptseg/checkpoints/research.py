@@ -1,7 +1,5 @@
 """Checkpoints of SPT-SEG's and ZegCLIP's research code; the CLIP models that come inside them."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

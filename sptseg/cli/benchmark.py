@@ -4,8 +4,6 @@ Absolute times differ from machine to machine and from minute to minute; so all 
 process, and ratios are medians over the turns. Peak memory is that above what a case begins with.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """The command line of sptseg. Options come from the dataclasses; every command explains itself with --help."""
 
-from __future__ import annotations
-
 import io
 import json
 import shlex

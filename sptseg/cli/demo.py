@@ -1,7 +1,5 @@
 """The job of `make demo`: segment, train and score in the picture-book world, and put it all on one page."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shlex
@@ -12,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -46,7 +44,7 @@ class Picture(NamedTuple):
     caption: str = ""
 
     @classmethod
-    def of(cls, figure: plots.Figure, alt: str, caption: str = "") -> Picture:
+    def of(cls, figure: plots.Figure, alt: str, caption: str = "") -> Self:
         return cls(plots.png_bytes(figure, dpi=150), alt, caption)
 
     def html(self) -> str:

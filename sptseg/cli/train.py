@@ -1,7 +1,5 @@
 """Training on the command line, one model or many: options that start from a preset."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

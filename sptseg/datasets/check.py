@@ -1,7 +1,5 @@
 """Is a data set whole, do its label values mean what its split says? `check_dataset` counts, `show_samples` shows."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import defaultdict

@@ -4,8 +4,6 @@ An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str
 `split.classes`, `split.ignore` (255) is ignored.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

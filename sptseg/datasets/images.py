@@ -1,7 +1,5 @@
 """Single pictures: found in folders, read from files, as arrays, to PNG bytes."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import struct

@@ -4,8 +4,6 @@
 comes from.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import tyro
@@ -247,7 +245,7 @@ class Data:
     reduce_zero_label: bool = False
     max_pixels: int | None = None
 
-    def resolved(self, stream: Stream) -> Data:
+    def resolved(self, stream: Stream) -> Self:
         """The same with the subset named."""
         usual = FACTS.get(self.layout, {}).get("subsets", ("", ""))
         return replace(self, subset=self.subset or usual[-1 if stream == "evaluation" else -2])

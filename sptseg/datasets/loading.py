@@ -1,7 +1,5 @@
 """Data sets read ahead by processes of their own: whatever room there is, and no fault of theirs goes unseen."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

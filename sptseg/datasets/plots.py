@@ -3,8 +3,6 @@
 Figures are matplotlib objects of their own (no pyplot, no global state); nothing is told by colour alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial

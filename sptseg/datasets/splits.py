@@ -1,7 +1,5 @@
 """Class names, palettes and seen/unseen splits, as frozen dataclasses; public data sets' stand in data_sets.toml."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import tomllib
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from sptseg.scenes import CLASSES, UNSEEN
 
@@ -85,11 +83,11 @@ class Split:
                 raise ValueError(f"split {self.name!r}: {what}")
 
     @classmethod
-    def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Split:
+    def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Self:
         """A split with unseen classes given by name, coloured by `spread_palette`."""
         return cls(name, tuple(classes), (), spread_palette(len(classes)), source).with_unseen(unseen)
 
-    def with_prompts(self, prompts: Mapping[str, str]) -> Split:
+    def with_prompts(self, prompts: Mapping[str, str]) -> Self:
         """The same classes, some told to CLIP in other words: {"tv monitor": "television|screen"}."""
         return replace(self, prompts=tuple(prompts.items()))
 
@@ -112,7 +110,7 @@ class Split:
         """The names of some label values, in the order given."""
         return tuple(self.classes[i] for i in labels)
 
-    def with_unseen(self, names: Sequence[str]) -> Split:
+    def with_unseen(self, names: Sequence[str]) -> Self:
         """The same classes with other unseen ones, given by name."""
         wanted = {plain(name) for name in names}
         unknown = sorted(wanted.difference(self.classes))

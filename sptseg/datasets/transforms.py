@@ -3,8 +3,6 @@
 All randomness comes from torch's global generator, so that a data loader's worker seeds govern it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Scores of a model over a data set, on one process or many."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable, Collection, Generator, Sequence

@@ -1,10 +1,8 @@
 """Segmentation scores: counting (a confusion matrix that adds up over processes) apart from the ratios taken of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as processes
@@ -42,7 +40,7 @@ class Scores:
     iou: dict[str, float]
 
     @classmethod
-    def of(cls, values: Tensor, split: Split) -> Scores:
+    def of(cls, values: Tensor, split: Split) -> Self:
         """The ratios (4 + C,) that `ratios_of_tallies` gives, by name."""
         summary, iou = values[: len(SUMMARY)].tolist(), values[len(SUMMARY) :].tolist()
         return cls(*summary, iou=dict(zip(split.classes, iou, strict=True)))

@@ -1,7 +1,5 @@
 """From a model and a picture of any size to labels: what CLIP is told, `segment`, and masks as files."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

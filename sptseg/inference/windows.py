@@ -1,7 +1,5 @@
 """Pictures of any size through a model in sliding windows, and the logits put together again."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Sequence
 from copy import deepcopy

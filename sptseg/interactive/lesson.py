@@ -1,7 +1,5 @@
 """What the notebooks' cells share: figures with a sentence to them, computed prose, checks of answers, metrics."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Masks before and after a change that is made by hand, and the first such change: branches of the decoder."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

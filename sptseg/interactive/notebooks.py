@@ -4,8 +4,6 @@ A notebook has one cell tagged `parameters`, and its last cell writes its figure
 both the executed notebook and these figures. Recorded ones lie in `tests/baselines/`, beside the notebooks' folder.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import hashlib

@@ -1,7 +1,5 @@
 """What the widgets are made of: pictures and tables that are renewed in place, and arrays made ready for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from textwrap import fill

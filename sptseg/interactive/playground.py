@@ -1,7 +1,5 @@
 """Class names, losses and failures, looked into by hand. Core ipywidgets only."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

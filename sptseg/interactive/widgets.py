@@ -8,8 +8,6 @@ A control first renews the pictures (`update`), and the masks follow after a pau
 without a browser. Pictures are the bytes of image widgets and are renewed in place, so nothing flickers.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

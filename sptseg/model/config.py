@@ -1,7 +1,5 @@
 """`ModelConfig`: everything that defines a model, and the configurations that have a name."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Symbols: B batch, N = H * W tokens, E embedding width, C classes, h heads of width d = E / h.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace

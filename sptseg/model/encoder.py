@@ -1,11 +1,10 @@
 """The prompted image encoder: open_clip's own image tower, frozen, with deep prompts and spectral prompts."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +86,7 @@ class PromptedEncoder(nn.Module):
             self.spectral_prompt.requires_grad_(config.spectral_trained)
         self.prompt_norm = nn.LayerNorm(width, eps=1e-6)
 
-    def train(self, mode: bool = True) -> PromptedEncoder:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.visual.eval()  # frozen parts never train, whatever the mode
         return self

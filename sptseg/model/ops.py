@@ -3,8 +3,6 @@
 Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 

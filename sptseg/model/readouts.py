@@ -7,8 +7,6 @@ Symbols: B pictures, N = H * W patches, D width of the tower, h heads of width d
 scaled product of a with itself, a aᵀ / sqrt(d). "Bare": the block's residual and its MLP are left out.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, Literal
 

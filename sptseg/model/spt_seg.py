@@ -1,8 +1,6 @@
 """`ModelConfig`, `SptSeg`, `build_model`: parts in, model out. What is trained is chosen by module, never by name."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +51,7 @@ class SptSeg(nn.Module):
         """The trained parts only: everything but CLIP."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.visual.")}
 
-    def to(self, *args, **kwargs) -> SptSeg:
+    def to(self, *args, **kwargs) -> Self:
         self.clip.model.to(*args, **kwargs)  # the text tower comes along
         return super().to(*args, **kwargs)
 

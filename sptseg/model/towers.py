@@ -10,8 +10,6 @@ pool has 256 queries and other norms), ViTamin's (its blocks follow convolutions
 Symbols: B pictures, N = H * W patches, P = 0 or 1 class token, D width, h heads of width d, E embedding width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast

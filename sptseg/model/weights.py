@@ -1,7 +1,5 @@
 """CLIP weights in the forms that people have them in. They are read as tensors; no code of a file runs."""
 
-from __future__ import annotations
-
 import io
 import math
 import pickle

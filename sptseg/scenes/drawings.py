@@ -1,7 +1,5 @@
 """How each thing of the picture-book world is drawn: one small painter per class, in painter's order."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,11 +4,10 @@ Pixels only ever meet + - * / sqrt, abs, min, max, floor, comparisons and table 
 the same seed gives the same picture on every machine.
 """
 
-from __future__ import annotations
-
 import math
 from copy import copy
 from functools import reduce
+from typing import Self
 
 import numpy as np
 
@@ -46,23 +45,23 @@ class Pen:
         self.alpha = np.zeros(self.x.shape, np.float32)
         self.line = max(1.2, 0.055 * radius)
 
-    def at(self, x: Array, y: Array) -> Pen:
+    def at(self, x: Array, y: Array) -> Self:
         """The same canvas in other coordinates: folded, shifted or turned."""
         other = copy(self)
         other.x, other.y = x, y
         return other
 
-    def fold(self) -> Pen:
+    def fold(self) -> Self:
         """Paint the right half, get both."""
         return self.at(np.abs(self.x), self.y)
 
-    def turned(self, cx: float, cy: float, angle: float) -> Pen:
+    def turned(self, cx: float, cy: float, angle: float) -> Self:
         """Coordinates around (cx, cy), turned."""
         cos, sin = math.cos(angle), math.sin(angle)
         x, y = self.x - cx, self.y - cy
         return self.at(x * cos + y * sin, y * cos - x * sin)
 
-    def spokes(self) -> Pen:
+    def spokes(self) -> Self:
         """Eightfold symmetry around the origin: paint along +x, get eight."""
         x, y = np.abs(self.x), np.abs(self.y)
         x, y = np.maximum(x, y), np.minimum(x, y)

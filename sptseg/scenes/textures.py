@@ -4,8 +4,6 @@ A tile says how bright each pixel is and how much of a second colour it takes; s
 them. As in `drawings`, only operations that IEEE 754 makes exact: the same pictures on every machine.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Callable, Sequence

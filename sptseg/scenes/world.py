@@ -3,8 +3,6 @@
 >>> image, label = draw(seed=7)  # uint8 (128,128,3) and uint8 (128,128)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """What `sptseg ablate` runs: several configurations over several seeds, trained for equal steps and scored on the same
 pictures; or a study from one file: which rows, how their rates are chosen, which trials, in order of priority."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -14,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -186,7 +184,7 @@ class Plan:
     after: dict[str, After] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path) -> Plan:
+    def read(cls, file: Path) -> Self:
         """From JSON; a row is {"base": one of `CONFIGURATIONS`, and fields of ModelConfig}. Raises ValueError."""
         try:
             given = json.loads(file.read_text(), object_hook=with_tuples)

@@ -1,7 +1,5 @@
 """Settings of a training run, and what follows from them: its augmentation and its learning rate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from sptseg.datasets import Augmentation

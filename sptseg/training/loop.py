@@ -1,7 +1,5 @@
 """Training on Hugging Face accelerate: one process, many GPUs, many machines, the same code."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

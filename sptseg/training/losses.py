@@ -7,8 +7,6 @@ Values and exact gradients are computed together, a few maps at a time: no map o
 no graph is kept. `tests/plain.py` holds the straightforward twin.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple

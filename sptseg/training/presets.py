@@ -2,10 +2,8 @@
 the literature's protocol (ZegCLIP's configuration files, as SPT-SEG published none); the configurations that are
 compared; and the usual recipe for a CLIP that nothing was trained on, with what papers report of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -28,7 +26,7 @@ class Preset:
     model: ModelConfig
     train: TrainConfig
 
-    def with_method(self, method: ModelConfig) -> Preset:
+    def with_method(self, method: ModelConfig) -> Self:
         """Another method, such as `ZEGCLIP`, on this preset's CLIP, picture size, prompt tokens and templates."""
         kept = "clip", "clip_weights", "image_size", "templates", "normalization"
         tokens = self.model.prompt_tokens if method.prompt_tokens else 0

@@ -5,8 +5,6 @@ choose among the nouns of its own caption, every noun of the caption must win so
 must stand by what it says in a small window.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing
@@ -16,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -70,11 +68,11 @@ class PretrainConfig:
     device: str = "cpu"
 
     @classmethod
-    def plain(cls, seed: int = 0) -> PretrainConfig:
+    def plain(cls, seed: int = 0) -> Self:
         """CLIP's own contrast alone; without the stage of local views, which only patches need."""
         return cls(seed, cls.stages[:3], dense_losses=False)
 
-    def scaled(self, images: int) -> PretrainConfig:
+    def scaled(self, images: int) -> Self:
         """The same stages with about so many pictures in all, at least a batch each."""
         share = images / sum(stage.images for stage in self.stages)
         stages = tuple(replace(stage, images=max(stage.batch, round(stage.images * share))) for stage in self.stages)

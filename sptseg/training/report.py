@@ -1,7 +1,5 @@
 """What a study found: means over seeds, differences of rows with intervals, curves, as tables and as one record."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The state of a training run: all that `fit` needs to go on with the same bits after a kill."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """What a training run reads, in which order: a setting's targets; a seeded, endless stream of augmented pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -69,11 +67,6 @@ def collate(examples: Sequence[Example]) -> Example:
     return Example(torch.stack(images), torch.stack(targets), list(names))
 
 
-def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Example]:
-    """The batches of a training stream, read ahead by `workers` processes."""
-    return read_batches(stream, positions, collate, workers, pin_memory)
-
-
 def mixed_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers."""
     state = 0
@@ -101,3 +94,8 @@ class Positions:
             for part in range(self.accumulation):
                 start = iteration * self.batch_size + (part * self.processes + self.rank) * self.micro
                 yield list(range(start, start + self.micro))
+
+
+def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Example]:
+    """The batches of a training stream, read ahead by `workers` processes."""
+    return read_batches(stream, positions, collate, workers, pin_memory)

@@ -39,10 +39,8 @@ def is_device(path: Path) -> bool:
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder.
-
-    A process killed at any moment leaves the old file or the new one; OSError, in one sentence, leaves the old one.
-    """
+    """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder. A
+    process killed at any moment leaves the old file or the new one; OSError, in one sentence, leaves the old one."""
     path, data = Path(path), content.encode(errors="backslashreplace") if isinstance(content, str) else content
     part: Path | None = None
     try:

@@ -61,8 +61,7 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
         output: a folder, made if need be, for index.html, PNGs, table.md and results.json.
         seed: of the scenes and of the training.
         scenes: how many scenes are scored; the first six are shown.
-        iterations: training steps of 16 pictures.
-    """
+        iterations: training steps of 16 pictures."""
     for name, value in {"scenes": scenes, "iterations": iterations}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")

@@ -1,8 +1,7 @@
 """Data sets of images and label masks: scenes that are drawn, files, and others kept in one file, or spoilt on purpose.
 
 An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str}; label values index the data set's
-`split.classes`, `split.ignore` (255) is ignored.
-"""
+`split.classes`, `split.ignore` (255) is ignored."""
 
 import io
 import re
@@ -44,9 +43,7 @@ class Sample(TypedDict):
 
 class Scenes(Dataset[Sample]):
     """`length` scenes of `sptseg.scenes`, size x size; evaluation and training streams never share a picture.
-
-    `one_colour`: the same scenes, but all stuff is gray and differs in texture only.
-    """
+    `one_colour`: the same scenes, but all stuff is gray and differs in texture only."""
 
     def __init__(
         self,
@@ -82,8 +79,7 @@ class ImageMaskFiles(Dataset[Sample]):
     """Images and index masks file by file: (image, mask) paths by name; `labels[v]` is the label of mask value v.
 
     Values without one raise ValueError when a mask is read. `found` names the layout, `read` opens masks, `max_pixels`
-    is the limit of `open_image`, `mapped` what `map_values` was given.
-    """
+    is the limit of `open_image`, `mapped` what `map_values` was given."""
 
     max_pixels: int | None = None
     mapped: tuple[str, ...] = ()
@@ -157,8 +153,7 @@ class ImageMaskFolder(ImageMaskFiles):
     split: the classes; None reads them from `root`/classes.txt (see `folder_split`).
     names: only these images (names without suffix), in this order; None: all, sorted.
     value_map: label of a mask value; values not named stay as they are.
-    Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read.
-    """
+    Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read."""
 
     def __init__(
         self,
@@ -239,8 +234,7 @@ def folder_split(root: StrPath) -> Split:
     """The split that `root`/classes.txt names, one class a line, line n for label value n-1; "0: sky" too if all count.
 
     Unseen are the classes in `root`/unseen.txt; without that file all are seen. Raises ValueError for a line that would
-    shift those after it.
-    """
+    shift those after it."""
     root = Path(root)
     (path,) = require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
     classes = all_lines(path)
@@ -260,10 +254,8 @@ def folder_split(root: StrPath) -> Split:
 
 
 def require(root: Path, parts: Mapping[str, str]) -> list[Path]:
-    """Paths of files and folders (ending in /) below a root, of "a/ or b/" the first that is there.
-
-    Raises FileNotFoundError that says which are missing, and what for.
-    """
+    """Paths of files and folders (ending in /) below a root, of "a/ or b/" the first that is there. Raises
+    FileNotFoundError that says which are missing, and what for."""
     found = {part: [root / place for place in part.split(" or ") if (root / place).exists()] for part in parts}
     missing = [f"{part} ({meaning})" for part, meaning in parts.items() if not found[part]]
     if missing:

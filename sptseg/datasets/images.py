@@ -33,10 +33,8 @@ class Note(UserWarning):
 
 
 def images_by_name(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder, sorted, by name without suffix: all that Pillow reads, but no hidden files.
-
-    What is left out is said (`Note`). Raises ValueError for two of one name, FileNotFoundError if there is none.
-    """
+    """The pictures in a folder, sorted, by name without suffix: all that Pillow reads, but no hidden files. What is
+    left out is said (`Note`). Raises ValueError for two of one name, FileNotFoundError if there is none."""
     Image.init()
     read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN} - NOT_READ}
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -75,8 +73,7 @@ def open_image(path: StrPath, max_pixels: int | None = None) -> Image.Image:
 
     Of several frames the first is taken, and of 16 bits those that the file names or its highest value needs; a `Note`
     says so. Pictures of more than `max_pixels` (None: PIL.Image.MAX_IMAGE_PIXELS) are refused.
-    Raises FileNotFoundError, or Unreadable for what is no picture, is damaged or is dangerously large.
-    """
+    Raises FileNotFoundError, or Unreadable for what is no picture, is damaged or is dangerously large."""
     return _rgb(_load(path, max_pixels, eight_bits=True))
 
 

@@ -64,8 +64,7 @@ def read_batches(
     """`collate` of the items at each entry of `positions`, in order, read ahead by `workers` processes.
 
     Each reads two entries ahead, or more, if all together are to read `ahead`. Raises what reading raised. Run it
-    within `system.ended_helpers`.
-    """
+    within `system.ended_helpers`."""
     if not 0 <= workers <= 1024:
         raise ValueError(f"workers is {workers}; wanted 0 to 1024")
     if workers and room() < 2**20:  # not enough for the processes' locks

@@ -1,7 +1,6 @@
 """Arrays to pictures: label colours, overlays, legends, bars, curves; PNG bytes of either.
 
-Figures are matplotlib objects of their own (no pyplot, no global state); nothing is told by colour alone.
-"""
+Figures are matplotlib objects of their own (no pyplot, no global state); nothing is told by colour alone."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -116,9 +115,7 @@ def present(labels: Array, *others: Array | None, ignore: int = IGNORE) -> list[
 
 def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> Iterator[tuple[str, float, float]]:
     """Where names fit inside their regions, one place per class at most: (name, x, y), shares of width and height.
-
-    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high.
-    """
+    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high."""
     rows, columns = labels.shape
     for label in present(labels, ignore=ignored_label(len(names))):
         mask = labels == label
@@ -174,10 +171,8 @@ def gallery(
     unseen: Collection[str] = (),
     title: str | None = None,
 ) -> Figure:
-    """Pictures in rows of at most four, reduced to PICTURE_SIDE pixels, and a legend of the classes in them.
-
-    A cell is a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None.
-    """
+    """Pictures in rows of at most four, reduced to PICTURE_SIDE pixels, and a legend of the classes in them. A cell is
+    a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None."""
     across, ignore = min(4, len(cells)), ignored_label(len(names))
     rows = math.ceil(len(cells) / across)
     found = present(np.array([ignore]), *(labels for *_, labels in reversed(cells)), ignore=ignore)

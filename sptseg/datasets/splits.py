@@ -54,8 +54,7 @@ class Split:
 
     `classes[i]` is the name of label value `i`; `unseen` holds label values, ascending; `ignore` is 255, or 65535.
     `prompts` holds (name, words) pairs: what CLIP is told where it is not the name. Names are made `plain`. A class of
-    several words, "car|automobile", goes by the first. Raises ValueError for no or blank names, and two of one.
-    """
+    several words, "car|automobile", goes by the first. Raises ValueError for no or blank names, and two of one."""
 
     name: str
     classes: tuple[str, ...]

@@ -30,8 +30,7 @@ class Scores:
     """Ratios of one confusion matrix, all in 0..1; nan where no class of the kind occurs.
 
     pixel_accuracy is over all labelled pixels; the mIoUs are means over the classes that occur, in label or prediction;
-    hIoU = 2 S U / (S + U). `iou` holds each class's, by name.
-    """
+    hIoU = 2 S U / (S + U). `iou` holds each class's, by name."""
 
     pixel_accuracy: float
     miou_seen: float
@@ -120,8 +119,7 @@ def bootstrap(
     """Figures and the ends of their confidence intervals (3, F), see `with_ends`, by bootstrap over pictures.
 
     counts (P, ...), one a picture, since the pixels of one go wrong together; `figures` makes F figures (D, F) of
-    pooled counts (D, ...).
-    """
+    pooled counts (D, ...)."""
     pooled = drawn(len(counts), draws, seed) @ counts.flatten(1).double()
     return with_ends(figures(pooled.unflatten(1, counts.shape[1:])), level)
 
@@ -163,8 +161,7 @@ def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options:
     """Mean IoU over `classes` after less before, from confusions (P, C, C) of the same pictures.
 
     Classes count where the pictures really show them; nan if they show none. The interval is that of `bootstrap` (and
-    its options): how much other pictures of the kind would move the figure, nothing of other trainings.
-    """
+    its options): how much other pictures of the kind would move the figure, nothing of other trainings."""
     if before.shape != after.shape:
         raise ValueError(f"confusions {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures")
     both = tallies(torch.stack([before, after], dim=1).double())[..., list(classes)]  # (P, 2, 3, k)

@@ -29,10 +29,8 @@ Background = Sequence[str] | str | float | None
 
 
 def told(texts: Sequence[str], background: Sequence[str] = ()) -> tuple[list[str], list[int]]:
-    """The words for CLIP, class by class, and the class of each; the background's are of the class after the last.
-
-    A class's score is the highest of its words' (SCLIP, Wang et al., ECCV 2024).
-    """
+    """The words for CLIP, class by class, and the class of each; the background's are of the class after the last. A
+    class's score is the highest of its words' (SCLIP, Wang et al., ECCV 2024)."""
     classes = [*map(synonyms, texts), list(background)]
     return [word for words in classes for word in words], [i for i, words in enumerate(classes) for _ in words]
 
@@ -41,8 +39,7 @@ def resolved(background: Background, clip: Clip, texts: Sequence[str]) -> tuple[
     """The background's words, without those that are a class's, or the least score that a class must reach.
 
     `background`: words, in a list or a text with commas; "usual" for `BACKGROUND`, or for a CLIP of few words the
-    classes of the drawn world that it knows; or the score, 0..1.
-    """
+    classes of the drawn world that it knows; or the score, 0..1."""
     if isinstance(background, str):
         if re.fullmatch(r"[-+]?\d*\.?\d+", background):
             background = float(background)
@@ -69,8 +66,7 @@ class Segmentation:
     """A picture, the class of each of its pixels, and what it takes to look at them.
 
     image (H, W, 3) uint8; labels (H, W) int64, positions in `classes`, and `none` where no class is. `background`: the
-    words for everything else, or the score that a class had to reach; None: every pixel has a class.
-    """
+    words for everything else, or the score that a class had to reach; None: every pixel has a class."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -162,8 +158,7 @@ def segment(
         full_resolution: look at the picture pixel by pixel in many windows, instead of resizing its short side to the
             model's window as in the protocol: finer, slower, and with less context. Labels have the picture's size in
             either case; a picture smaller than the window is enlarged.
-        palette: a colour per class.
-    """
+        palette: a colour per class."""
     if isinstance(classes, str):
         raise ValueError(f"classes is the text {classes!r}; wanted a list of names, such as ['tree', 'car']")
     texts = tuple(map(plain, classes))

@@ -63,8 +63,7 @@ def check(answer: Any, expected: str, hint: str, *given: Any) -> None:
     """Tells whether an answer is right, numbers and arrays to one percent, without a word of the right one.
 
     `expected` is its `seal`, or names one of the `ANSWERS`, which is computed from what is `given`. An answer that is
-    still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown.
-    """
+    still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown."""
     if any(each is ... or each is None for each in (answer if isinstance(answer, list) else [answer])):
         say("Not yet: replace the `...` above and run the cell again.")
     elif _equal(answer, ANSWERS[expected](*given)) if given else expected in _seals(answer):
@@ -96,10 +95,8 @@ def _equal(answer: Any, expected: Any) -> bool:
 
 
 def model_picture(model: SptSeg, classes: int, title: str) -> Figure:
-    """The whole of an SPT-SEG, from a picture and `classes` names to mask logits, with every tensor's shape.
-
-    Gray is frozen, orange is learned, white is computed. Of many blocks the first two and the last are drawn.
-    """
+    """The whole of an SPT-SEG, from a picture and `classes` names to mask logits, with every tensor's shape. Gray is
+    frozen, orange is learned, white is computed. Of many blocks the first two and the last are drawn."""
     encoder, (height, width) = model.encoder, model.config.image_size
     prompt, decoder, blocks = encoder.spectral_prompt, model.decoder, len(encoder.tower.blocks)
     if prompt is None or encoder.prompts is None or decoder is None:

@@ -5,8 +5,7 @@
 >>> explorer.figure()  # the same state as a still picture, for where no kernel runs
 
 A control first renews the pictures (`update`), and the masks follow after a pause (`predict`); both can be called
-without a browser. Pictures are the bytes of image widgets and are renewed in place, so nothing flickers.
-"""
+without a browser. Pictures are the bytes of image widgets and are renewed in place, so nothing flickers."""
 
 import tomllib
 from collections.abc import Callable, Iterator
@@ -45,8 +44,7 @@ class Gain:
 
     The band: low <= radius < high in cycles per sample, over `edge` cycles a raised cosine instead of a step; waves
     whose direction is within `width` / 2 degrees of `direction` (0: they change across, 90: down), 180 for all. The
-    mean (frequency 0) stays.
-    """
+    mean (frequency 0) stays."""
 
     low: float = 0.0
     high: float = HIGHEST
@@ -128,8 +126,7 @@ class FrequencyExplorer(MaskExplorer):
 
     Waves in the band are multiplied by one factor, all others by another. As a control, noise of the same energy takes
     the filter's place; and a picture can be given the amplitudes of another one, and keep its phases. Tokens are
-    filtered as the block gets them: after a spectral prompt.
-    """
+    filtered as the block gets them: after a spectral prompt."""
 
     titles = ("before", "spectrum", "after")
 

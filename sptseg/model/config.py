@@ -78,8 +78,7 @@ class ModelConfig:
         window_stride: from one window to the next, as a share of it.
         bicubic: whether position embeddings are resized bicubically, as published with read-outs, or bilinearly.
         softmax_scale: dense CLIP only: the logits are this many times the cosine of patch and text, and scores their
-            softmax over all names, after windows were averaged. None: CLIP's own scale, a softmax at each token.
-    """
+            softmax over all names, after windows were averaged. None: CLIP's own scale, a softmax at each token."""
 
     clip: str = TINY
     clip_weights: str | None = None

@@ -23,8 +23,7 @@ class SpectralPrompt(nn.Module):
 
     F is learned, complex, one per channel, shared by all layers that use it. Source: paper, section "Spectral Prompt
     Tuning" (the gate by the class token is in the released code). `weight` holds F as real numbers (H, W//2+1, D, 2)
-    for its own grid; on others F is resampled (ours). Outside `band`, low <= r < high in cycles per token, F is 0.
-    """
+    for its own grid; on others F is resampled (ours). Outside `band`, low <= r < high in cycles per token, F is 0."""
 
     def __init__(self, grid: Grid, width: int, band: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__()
@@ -48,8 +47,7 @@ class PromptedEncoder(nn.Module):
     Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`.
     `visual`, open_clip's image tower of width D (see `towers`), is frozen and stays in evaluation mode. With
     `config.class_embedding_twice` token 0 is class embedding + (class embedding + its position), as in the released
-    code; otherwise CLIP's own class token, if it has one.
-    """
+    code; otherwise CLIP's own class token, if it has one."""
 
     prompts: nn.Parameter | None
     spectral_prompt: SpectralPrompt | None
@@ -111,8 +109,7 @@ class PromptedEncoder(nn.Module):
         """Tokens after every block: (B, P + K + N, D) while the block has prompts, else (B, P + N, D).
 
         Nothing reads what a block makes of its prompts: without `of_prompts` it makes keys and values of them only, and
-        the tokens are always (B, P + N, D), after the last block as `read_block` gives them.
-        """
+        the tokens are always (B, P + N, D), after the last block as `read_block` gives them."""
         grid, parts = self.grid_of(images), self.tower
         x, rotation = self.embed(images), parts.rotation(grid)
         first = x.shape[1] - math.prod(grid)

@@ -19,8 +19,7 @@ class SptSeg(nn.Module):
 
     `clip` gives text embeddings; it is no part of the trained model. Without a decoder the logits are dense CLIP's:
     those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine times CLIP's logit scale;
-    with `config.softmax_scale` that many times the cosine.
-    """
+    with `config.softmax_scale` that many times the cosine."""
 
     def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """A pen that paints things shape over shape, each shape a signed distance, and the colours that captions name.
 
 Pixels only ever meet + - * / sqrt, abs, min, max, floor, comparisons and table look-ups, which IEEE 754 makes exact:
-the same seed gives the same picture on every machine.
-"""
+the same seed gives the same picture on every machine."""
 
 import math
 from copy import copy

@@ -1,8 +1,7 @@
 """How each stuff of the picture-book world is drawn: tiles of texture, each kind with a frequency content of its own.
 
 A tile says how bright each pixel is and how much of a second colour it takes; scenes cut pieces out of tiles and colour
-them. As in `drawings`, only operations that IEEE 754 makes exact: the same pictures on every machine.
-"""
+them. As in `drawings`, only operations that IEEE 754 makes exact: the same pictures on every machine."""
 
 import math
 import tomllib

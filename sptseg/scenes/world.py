@@ -57,8 +57,7 @@ def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene", on
 
     `kind` "closeup": one thing that fills the picture; "thumbnail": one thing on one stuff, or now and then only stuff,
     as large in pixels as in a scene of 128, for a small `size`. `one_colour`: all stuff is gray, of one mean and
-    contrast, and differs in texture only; all else is as without.
-    """
+    contrast, and differs in texture only; all else is as without."""
     if size < 32:
         raise ValueError(f"size is {size}; wanted 32 pixels or more")
     rng = np.random.default_rng(seed)

@@ -53,8 +53,7 @@ def run_one(
     """Trains and scores one configuration with one seed; a stopped run goes on, a finished one is read from `folder`.
 
     The name may end in @supervised or @transductive (`in_setting`); the latter goes on from the half-way checkpoint of
-    the run without that ending, which is made if need be.
-    """
+    the run without that ending, which is made if need be."""
     base, _, setting = name.partition("@")
     file, start = folder / f"{name}-seed{train.seed}" / RESULT, None
     if setting == "transductive":
@@ -91,10 +90,8 @@ def ablate(
     seeds: Sequence[int],
     folder: Path,
 ) -> str:
-    """Runs every configuration with every seed (those without training once) and returns the table as Markdown.
-
-    Results go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`.
-    """
+    """Runs every configuration with every seed (those without training once) and returns the table as Markdown. Results
+    go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`."""
     if train.setting != "inductive":
         raise ValueError(f"the setting {train.setting} goes behind a configuration's name, such as spt@{train.setting}")
     results: list[dict[str, Any]] = []

@@ -38,8 +38,7 @@ def in_setting(model: ModelConfig, train: TrainConfig, setting: Setting) -> tupl
     """Inductive options in another setting, in which the scores of seen classes are not lowered.
 
     Transductive training takes the second half of the iterations: it goes on from the checkpoint that inductive
-    training leaves after the first, `halfway.safetensors` (ZegCLIP: VOC 10k + 10k, COCO-Stuff 40k + 40k).
-    """
+    training leaves after the first, `halfway.safetensors` (ZegCLIP: VOC 10k + 10k, COCO-Stuff 40k + 40k)."""
     if setting == "inductive":
         return model, train
     iterations = train.iterations // 2 if setting == "transductive" else train.iterations
@@ -116,8 +115,7 @@ def training_free(
     80 templates, softmax of 40 times the cosine over all names, CLIP's image statistics, bicubic positions; windows of
     224 every 112 pixels of pictures with a short side of 336 (Cityscapes 560, COCO-Stuff 448). ClearCLIP, as released:
     50 times, windows of 448 (Cityscapes 224) every 224 pixels of a short side of 448. The tiny CLIPs have their own
-    window, statistics and templates. `readout`: by default `default_readout`.
-    """
+    window, statistics and templates. `readout`: by default `default_readout`."""
     readout = readout or readouts.default_readout(clip)
     config = replace(
         DENSE_CLIP, clip=clip, clip_weights=clip_weights, readout=readout, image_size=(224, 224), window_stride=0.5,

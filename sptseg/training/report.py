@@ -28,10 +28,8 @@ class Group(NamedTuple):
 
 
 def flat(curve: Mapping[int, float]) -> int | None:
-    """The first step at which a curve is flat, None if it never is.
-
-    Flat: the best value of the last 500 steps is less than 0.5 points (0.005) above the best before them.
-    """
+    """The first step at which a curve is flat, None if it never is. Flat: the best value of the last 500 steps is less
+    than 0.5 points (0.005) above the best before them."""
     for step in sorted(curve):
         before = [value for at, value in curve.items() if at <= step - FLAT_STEPS]
         last = [value for at, value in curve.items() if step - FLAT_STEPS < at <= step]
@@ -45,8 +43,7 @@ def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> di
     the gap, mIoU of seen less that of unseen classes.
 
     Counts (S, P, K, 3, C), see `tallies`. Seeds and pictures are drawn with replacement, the same ones for both rows; a
-    seed's figures are those of its pooled pictures, means over the K data sets.
-    """
+    seed's figures are those of its pooled pictures, means over the K data sets."""
     seeds, pictures = metrics.drawn(len(mine), draws, 0), metrics.drawn(mine.shape[1], draws, 1)
 
     def figures(counts: Tensor) -> Tensor:  # (S, P, K, 3, C) -> (1 + draws, S, 5)
@@ -60,9 +57,7 @@ def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> di
 
 class Found:
     """The finished trials of a study, by group, row and seed; a row "ROW, NAME" is ROW with a change after training.
-
-    `unscored`: what the plan asks of them and did not yet when they ended.
-    """
+    `unscored`: what the plan asks of them and did not yet when they ended."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.trials, self.unscored = study, {}, []

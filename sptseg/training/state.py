@@ -29,8 +29,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings, such as "train.seed", in which an earlier run differs from one of now.
 
     What the model's settings and the data's identity had not yet when that ran is no difference; nor is where CLIP's
-    weights lie, as the fingerprint tells them.
-    """
+    weights lie, as the fingerprint tells them."""
     before, found = {**before, "model": completed(before["model"])}, []
     for part, values in json.loads(json.dumps(now)).items():
         old = before.get(part)

@@ -14,10 +14,8 @@ UNSEEN_PIXEL = -1
 
 
 def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor]:
-    """Which classes are queries, and a table (256,) from label values to training targets.
-
-    Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is.
-    """
+    """Which classes are queries, and a table (256,) from label values to training targets. Inductive: seen classes,
+    unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is."""
     if len(split.classes) > IGNORE:
         raise ValueError(f"training takes at most {IGNORE} classes; split {split.name!r} has {len(split.classes)}")
     queries = split.seen if setting == "inductive" else tuple(range(len(split.classes)))
@@ -40,8 +38,7 @@ class TrainingStream(Dataset[Example]):
     """An endless, seeded sequence of augmented pictures and targets: position p is the same whatever came before.
 
     Every epoch is a new permutation; the augmentation's randomness depends on seed and position alone. So a run goes on
-    exactly where it stopped, and does not depend on the number of workers or processes.
-    """
+    exactly where it stopped, and does not depend on the number of workers or processes."""
 
     def __init__(self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int) -> None:
         self.dataset, self.table, self.seed = dataset, table, seed

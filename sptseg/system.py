@@ -1,22 +1,17 @@
 """What is asked of the operating system: files written whole or not at all, other processes, the cores to be used."""
 
-from __future__ import annotations
-
 import io
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
 
 def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
@@ -44,10 +39,8 @@ def is_device(path: Path) -> bool:
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder.
-
-    A process killed at any moment leaves the old file or the new one; OSError, in one sentence, leaves the old one.
-    """
+    """Writes a file, texts in UTF-8: beside its place and through to the disk, then renamed. Makes its folder. A
+    process killed at any moment leaves the old file or the new one; OSError, in one sentence, leaves the old one."""
     path, data = Path(path), content.encode(errors="backslashreplace") if isinstance(content, str) else content
     part: Path | None = None
     try:
@@ -69,6 +62,12 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
         if part is not None:
             part.unlink(missing_ok=True)
     return path
+
+
+def bytes_of(save: Callable[[io.BytesIO], object]) -> bytes:
+    """What a function writes into the file that it is given."""
+    save(buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def cores() -> int:
@@ -107,17 +106,13 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does. Where the
-    system has no such locks (Windows), every process is told that it holds the file."""
+    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(file, timeout=-1 if wait else 0)
+    with ExitStack() as held:
+        with suppress(Timeout):
+            held.enter_context(lock)
+        yield lock.is_locked
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Figures of the analyses: spectra, models without a band or a part, the learned filter, failures, training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -92,10 +90,8 @@ def changes_by_group(rows: Sequence[str], groups: Mapping[str, Sequence[Change]]
 def class_band_table(
     changes: Mapping[str, Sequence[Change]], bands: Sequence[str], unseen: Collection[str], title: str
 ) -> Figure:
-    """A table of IoU changes in percentage points, a row per class, the one hurt most first, a column per band.
-
-    Dark is a loss; figures whose interval contains 0 are in brackets; a class that does not occur has empty cells.
-    """
+    """A table of IoU changes in percentage points, a row per class, the one hurt most first, a column per band. Dark is
+    a loss; figures whose interval contains 0 are in brackets; a class that does not occur has empty cells."""
     import seaborn  # here, as it takes seconds to load
 
     ordered = sorted(changes, key=lambda name: np.nansum([each.change for each in changes[name]]))
@@ -199,10 +195,8 @@ def lines(ax: Axes, x: Sequence | pd.Index, series: Mapping[str, Any], xlabel: s
 
 
 def class_scatter(ax: Axes, classes: pd.DataFrame, share: str, xlabel: str, title: str, named: int) -> None:
-    """A marker per class of `by_class` that occurs: IoU over a share, both in percent, the latter logarithmic.
-
-    Seen classes are filled circles, unseen ones empty squares; the `named` lowest have their names.
-    """
+    """A marker per class of `by_class` that occurs: IoU over a share, both in percent, the latter logarithmic. Seen
+    classes are filled circles, unseen ones empty squares; the `named` lowest have their names."""
     there = classes[classes.pictures > 0]
     x, y = 100 * there[share], 100 * there.iou
     styles: tuple[Any, ...] = ({"color": BLUE, "marker": "o"}, {"color": ORANGE, "marker": "s", "mfc": "white"})

@@ -1,13 +1,11 @@
 """What a model gets wrong, where and why: predictions collected once, from which every table here is counted.
 
-Nothing is drawn here; `charts` draws. All functions take 8-bit labels, 255 is ignored.
-"""
-
-from __future__ import annotations
+Nothing is drawn here; `charts` draws. All functions take 8-bit labels, 255 is ignored."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -36,8 +34,7 @@ class Picture:
     """A picture (H, W, 3) uint8, its label and what is predicted, (H, W) uint8, label 255 ignored; 14 bytes a pixel.
 
     For every other offset: the best of the seen and of the unseen classes, (H, W) uint8, and their scores before the
-    offset, (H, W) float32 in 0..1; -inf where the split has no such class.
-    """
+    offset, (H, W) float32 in 0..1; -inf where the split has no such class."""
 
     name: str
     image: Array
@@ -63,13 +60,13 @@ class Predictions:
     split: Split
     seen_offset: float
 
-    def at(self, seen_offset: float) -> Predictions:
+    def at(self, seen_offset: float) -> Self:
         """The same with another offset: what `evaluate(..., seen_offset=...)` would predict, without the model, but for
         scores that differ in the last bit of float32."""
         pictures = tuple(replace(picture, predicted=picture.at(seen_offset)) for picture in self.pictures)
-        return Predictions(pictures, self.split, seen_offset)
+        return replace(self, pictures=pictures, seen_offset=seen_offset)
 
-    def only(self, positions: Iterable[int]) -> Predictions:
+    def only(self, positions: Iterable[int]) -> Self:
         """Some of the pictures."""
         return replace(self, pictures=tuple(self.pictures[i] for i in positions))
 
@@ -85,9 +82,7 @@ def collect(
     model: SptSeg, dataset: Dataset[Sample], split: Split, *, seen_offset: float | None = None, limit: int | None = None
 ) -> Predictions:
     """A model's predictions over a data set or its first `limit` pictures, as `sptseg.evaluate` makes them.
-
-    `seen_offset` is taken from the scores of seen classes; None: the model's own. A thousand of VOC's take 3 GB.
-    """
+    `seen_offset` is taken from the scores of seen classes; None: the model's own. A thousand of VOC's take 3 GB."""
     offset = model.config.seen_offset if seen_offset is None else seen_offset
     pictures, looked_at = [], evaluation.first_indices(dataset, limit)
     for sample, logits in evaluation.predictions(model, dataset, split, seen_offset=0.0, indices=looked_at):
@@ -117,10 +112,8 @@ def errors_by_direction(confusion: Array, split: Split) -> dict[str, int]:
 
 
 def confused_pairs(confusion: Array, split: Split, most: int = 10) -> pd.DataFrame:
-    """The class pairs with the most wrong pixels, the largest first.
-
-    Columns: `true` and `predicted` name, one of the `DIRECTIONS`, `pixels`, `share` of the true class's pixels (0..1).
-    """
+    """The class pairs with the most wrong pixels, the largest first. Columns: `true` and `predicted` name, one of the
+    `DIRECTIONS`, `pixels`, `share` of the true class's pixels (0..1)."""
     wrong = confusion - np.diag(np.diag(confusion))
     largest = np.argsort(-wrong, axis=None, kind="stable")[:most]
     true, predicted = np.unravel_index(largest[wrong.flat[largest] > 0], wrong.shape)
@@ -142,8 +135,7 @@ def by_distance(predictions: Predictions, starts: Sequence[int] = (1, 2, 3, 5, 9
     """Scores by distance from the true border, a row ("3–4", "17+") from each start to just before the next.
 
     Columns: `pixels`, and the `SUMMARY` of the scores. Of prediction and truth alike, the pixels at that distance count
-    (the "trimap" measure of Kohli and others 2009).
-    """
+    (the "trimap" measure of Kohli and others 2009)."""
     split = predictions.split
     counts = np.zeros((len(starts), len(split.classes), len(split.classes)), np.int64)
     for picture in predictions.pictures:
@@ -166,8 +158,7 @@ def regions(confusions: Array) -> pd.DataFrame:
     """All pixels of one class in one picture make a region: a row each, from the pictures' confusions (P, C, C).
 
     Columns: positions of `picture` and `label`, `pixels`, and 0..1 the `share` of the picture's labelled pixels, the
-    `recall` (how much of the region was found), the `iou` of region and prediction in this picture.
-    """
+    `recall` (how much of the region was found), the `iou` of region and prediction in this picture."""
     true, hits = confusions.sum(axis=2), np.diagonal(confusions, axis1=1, axis2=2)  # (P, C) each
     picture, label = here = np.nonzero(true)
     pixels, iou = true[here], metrics.iou_per_class(torch.from_numpy(confusions)).numpy()[here]

@@ -1,16 +1,13 @@
 """Spectral analysis, as arrays and tables: pictures, token maps, the learned filter, and models without a band or part.
 
 Frequencies are in cycles per sample (pixel or token): 0.5 is the finest stripe, one sample up and one down. Powers are
-scaled so that white noise of variance v has power v at every frequency, whatever the size and the window.
-"""
-
-from __future__ import annotations
+scaled so that white noise of variance v has power v at every frequency, whatever the size and the window."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
@@ -37,21 +34,20 @@ class RadialPower:
     """Power over rings of equal frequency: `frequency` (R,) in cycles per sample, ring k at k / min(H, W), `power`
     (..., R), the mean over the ring, and `count` (R,), the frequencies in it.
 
-    Without a window, the sum of count * power divided by the sum of count is the variance.
-    """
+    Without a window, the sum of count * power divided by the sum of count is the variance."""
 
     frequency: Array
     power: Array
     count: Array
 
-    def mean(self) -> RadialPower:
+    def mean(self) -> Self:
         """Averaged over all maps: power (R,)."""
-        return RadialPower(self.frequency, self.power.reshape(-1, len(self.frequency)).mean(0), self.count)
+        return replace(self, power=self.power.reshape(-1, len(self.frequency)).mean(0))
 
-    def relative(self) -> RadialPower:
+    def relative(self) -> Self:
         """Averaged over all maps, as a multiple of the power that white noise of the same variance would have."""
         mean = self.mean()
-        return RadialPower(self.frequency, mean.power * self.count.sum() / (mean.power @ self.count), self.count)
+        return replace(self, power=mean.power * self.count.sum() / (mean.power @ self.count))
 
     def share(self, low: float, high: float) -> float:
         """Share of the variance at low <= frequency < high, 0..1, over all maps."""
@@ -73,10 +69,8 @@ def _rings(grid: Grid) -> Array:
 
 
 def radial_power(maps: Array | Tensor, *, window: bool = True) -> RadialPower:
-    """Radial power spectra of maps (..., H, W), real: the mean taken out, then a Hann window against leakage.
-
-    Without a window the borders of a picture, which do not fit together, show up as power at all frequencies.
-    """
+    """Radial power spectra of maps (..., H, W), real: the mean taken out, then a Hann window against leakage. Without a
+    window the borders of a picture, which do not fit together, show up as power at all frequencies."""
     maps = torch.as_tensor(maps).detach().cpu().double()
     grid = maps.shape[-2], maps.shape[-1]
     taper = torch.ones(grid, dtype=torch.float64)
@@ -91,10 +85,8 @@ def radial_power(maps: Array | Tensor, *, window: bool = True) -> RadialPower:
 
 
 def filter_picture(image: Array, low: float, high: float, reject: bool = False) -> Array:
-    """A picture (H, W) or (H, W, 3), uint8, with only a band of frequencies, or (`reject`) without it.
-
-    Each channel by itself; its mean stays; what leaves 0..255 is cut off there.
-    """
+    """A picture (H, W) or (H, W, 3), uint8, with only a band of frequencies, or (`reject`) without it. Each channel by
+    itself; its mean stays; what leaves 0..255 is cut off there."""
     channels_first = torch.tensor(image).movedim(-1, 0) if image.ndim == 3 else torch.tensor(image)
     kept = band_filter(channels_first.float(), low, high, reject).round_().clamp_(0, 255).to(torch.uint8)
     return (kept.movedim(0, -1) if image.ndim == 3 else kept).contiguous().numpy()
@@ -129,8 +121,7 @@ def switched_off(model: SptSeg, *parts: Part) -> Iterator[None]:
     """The model without some of its parts, until the block ends, also by an exception; nothing is trained anew.
 
     "high", "low": that branch of every spectral guided layer gives zeros; "spectral_prompts": nothing is added to the
-    patch tokens; "deep_prompts": no prompt tokens. A part that the model lacks is refused.
-    """
+    patch tokens; "deep_prompts": no prompt tokens. A part that the model lacks is refused."""
     encoder = model.encoder
     for part in parts:
         if part not in parts_of(model):
@@ -165,9 +156,7 @@ def model_inputs(model: SptSeg, dataset: Dataset[Sample], count: int) -> Tensor:
 @torch.inference_mode()
 def depth_spectra(encoder: PromptedEncoder, images: Tensor) -> list[RadialPower]:
     """Radial power (B, D, R) of the patch tokens before the first block and after every one, in cycles per token.
-
-    images (B, 3, S, S') normalised.
-    """
+    images (B, 3, S, S') normalised."""
     return [radial_power(tokens_to_grid(x, encoder.grid_of(images))) for _, x in _depths(encoder, images)]
 
 
@@ -179,10 +168,8 @@ def _depths(encoder: PromptedEncoder, images: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def prompt_states(encoder: PromptedEncoder, images: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Before every block: patch tokens X, what the spectral prompt adds or would add to them, S, and its gate c.
-
-    images (B, 3, S, S') normalised; X and S (B, H, W, D), c (B, D).
-    """
+    """Before every block: patch tokens X, what the spectral prompt adds or would add to them, S, and its gate c. images
+    (B, 3, S, S') normalised; X and S (B, H, W, D), c (B, D)."""
     prompt, grid = spectral_prompt_of(encoder), encoder.grid_of(images)
     weight = prompt.filter(grid)
     for class_token, tokens in islice(_depths(encoder, images), len(encoder.tower.blocks)):
@@ -195,8 +182,7 @@ def prompt_effects(encoder: PromptedEncoder, images: Tensor) -> pd.DataFrame:
     """What the spectral prompt adds before each block, or would add; images (B, 3, S, S') normalised. A row per block.
 
     Columns: `used`, whether the block uses it; `energy` |S|² / |X|², added as a share of the patch tokens';
-    `alignment`, the cosine of S and X, -1..1: near 1 it mostly makes X louder.
-    """
+    `alignment`, the cosine of S and X, -1..1: near 1 it mostly makes X louder."""
     rows = []
     for block, (x, s, _) in enumerate(prompt_states(encoder, images)):
         energy_x, energy_s = x.square().sum().item(), s.square().sum().item()
@@ -217,8 +203,7 @@ def filter_response(prompt: SpectralPrompt, class_token: Tensor | None = None) -
     """The learned filter F at every frequency and channel, (H, W, D) complex, in fft's order: of a filter for real maps
     only the part that is symmetric about frequency 0 acts.
 
-    With a class token c (D,), 1 + c F: what a wave in the patch tokens is multiplied by before the block sees it.
-    """
+    With a class token c (D,), 1 + c F: what a wave in the patch tokens is multiplied by before the block sees it."""
     weight = prompt.filter(prompt.grid).cpu()  # where irfft2 takes the symmetric part
     response = torch.fft.fft2(torch.fft.irfft2(weight, s=prompt.grid, dim=(0, 1)), dim=(0, 1))  # (H, W, D)
     if class_token is not None:
@@ -231,8 +216,7 @@ def filter_radial(response: Array) -> pd.DataFrame:
 
     Columns: means `gain` (a factor) and `phase` (degrees, 0..180) over the channels and frequencies of a ring, and
     their quantiles 0.1 and 0.9, `gain_low`, `gain_high` and so on. The phase is without its sign, which is the opposite
-    at the opposite frequency: 0 adds to a wave, 90 shifts it by a quarter of its length, 180 subtracts.
-    """
+    at the opposite frequency: 0 adds to a wave, 90 shifts it by a quarter of its length, 180 subtracts."""
     grid = response.shape[:2]
     ring = _rings(grid).repeat(response.shape[2])
     columns = {}

@@ -1,10 +1,7 @@
 """Checkpoints: trained parts in safetensors, their configuration as JSON in the header; with a card on the Hub.
 
 They may come from strangers: nothing is executed, no path opened, and a configuration must fit its tensors before
-anything of that size is made.
-"""
-
-from __future__ import annotations
+anything of that size is made."""
 
 import dataclasses
 import hashlib
@@ -44,8 +41,11 @@ About = Mapping[str, Any]  # JSON values
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     """A validated `ModelConfig` from JSON values. A field that is younger than the file takes its default."""
-    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return ModelConfig(**{**values, **lists})
+    return ModelConfig(**with_tuples(values))
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,8 +88,7 @@ def load_model(source: str | Path = "embedded", clip: Clip | None = None) -> Spt
             Hub id, "owner/name", if there is no folder "owner" here. What has one of these names is meant by a path
             such as "./embedded".
         clip: the CLIP model to use, if it is already loaded, or if its weights are a file of yours: a path that stands
-            in a checkpoint is not opened.
-    """
+            in a checkpoint is not opened."""
     if source == "dense-clip":
         clip = load_clip() if clip is None else clip
         config = dataclasses.replace(DENSE_CLIP, readout=default_readout(clip.name))
@@ -194,8 +193,7 @@ def save_pretrained(model: SptSeg, folder: str | Path, *, about: About, scores: 
 
     `about`: `data`, `split` (name), `unseen` (list of names), `seeds` (default: the `train["seed"]` that `fit` stores),
     `license` (a Hub identifier; default apache-2.0, none for imported weights), with this model's `scores` also
-    `evaluated_on` and perhaps `command`, and anything else.
-    """
+    `evaluated_on` and perhaps `command`, and anything else."""
     folder = Path(folder).expanduser()
     if model.config.clip != IMPORTED:
         clips.check_public(model.config.clip, model.config.clip_weights)

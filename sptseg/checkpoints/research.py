@@ -1,7 +1,5 @@
 """Checkpoints of SPT-SEG's and ZegCLIP's research code; the CLIP models that come inside them."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -71,8 +69,7 @@ def import_research_checkpoint(
         source: a state dictionary with `backbone.` and `decode_head.` names (`text_encoder.` is read if it is there),
             or the path of a file that holds one.
         image_size: pixels of the training crop, one number or (height, width); the spectral filter belongs to it.
-        heads, decoder_heads: attention heads of image encoder (12 for ViT-B/16) and decoder; no tensor tells.
-    """
+        heads, decoder_heads: attention heads of image encoder (12 for ViT-B/16) and decoder; no tensor tells."""
     imported = import_research(source, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
     logging.getLogger("sptseg").info(imported.report())
     return imported.model

@@ -1,10 +1,7 @@
 """How fast and how small it is: ratios within one run, against the bare CLIP encoder and against plain PyTorch.
 
 Absolute times differ from machine to machine and from minute to minute; so all that is compared runs in turns in one
-process, and ratios are medians over the turns. Peak memory is that above what a case begins with.
-"""
-
-from __future__ import annotations
+process, and ratios are medians over the turns. Peak memory is that above what a case begins with."""
 
 import json
 import logging
@@ -73,10 +70,8 @@ def wall_time(work: Work) -> float:
 
 
 def compare(cases: Mapping[str, tuple[Work, str]], pictures: int) -> Iterator[Row]:
-    """Median seconds of each case, half the spread between quartiles, and the ratio to the case that it names.
-
-    All run in turns, so what disturbs one turn disturbs all alike; once before, unmeasured. Each looks at `pictures`.
-    """
+    """Median seconds of each case, half the spread between quartiles, and the ratio to the case that it names. All run
+    in turns, so what disturbs one turn disturbs all alike; once before, unmeasured. Each looks at `pictures`."""
     for work, _ in cases.values():
         work()
     times = [{name: wall_time(work) for name, (work, _) in cases.items()} for _ in range(TURNS)]
@@ -92,8 +87,7 @@ def peak_memory(make: Callable[[], Work], device: torch.device) -> float:
     """GiB that the work which `make` returns needs at its peak, above what was there before it began.
 
     A GPU's allocator keeps count. On a CPU it is made and run in a process of its own, so `make` is a module's function
-    with its arguments.
-    """
+    with its arguments."""
     if device.type == "cuda":
         work = make()
         before = torch.cuda.memory_allocated(device)
@@ -319,8 +313,7 @@ def benchmark(
         quick: tiny sizes, in seconds: whether it runs, not how fast.
         threads: of torch on the CPU.
         loss_batch: pictures in the loss suite; the plain twin needs about 4 GiB for each.
-        json_file: write the figures there.
-    """
+        json_file: write the figures there."""
     for name, value in {"threads": threads, "loss_batch": loss_batch}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")

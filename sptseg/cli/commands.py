@@ -1,7 +1,5 @@
 """The command line of sptseg. Options come from the dataclasses; every command explains itself with --help."""
 
-from __future__ import annotations
-
 import io
 import json
 import shlex
@@ -53,8 +51,7 @@ def evaluate_command(
         seen_offset: what the scores of seen classes are lowered by; by default the model's own, 0 across data sets.
         limit: look at the first pictures only.
         workers: processes that read ahead.
-        json_file: write the scores there, each class's IoU too.
-    """
+        json_file: write the scores there, each class's IoU too."""
     if json_file is not None:
         output_place(json_file)
     if seen_offset is not None and not abs(seen_offset) <= 1:
@@ -110,8 +107,7 @@ def segment_command(
             Without it every pixel gets a class; with a single class it is "usual".
         out: the picture to write; for several pictures a folder, which gets areas.csv too.
         full_resolution: look at every pixel in many windows, instead of resizing the short side to one window.
-        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
-    """
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions."""
     if not pictures:
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
@@ -176,8 +172,7 @@ def check_command(
         root: the folder.
         data: how to read it.
         limit: look at that many pictures only, spread evenly.
-        json_file: write the report there.
-    """
+        json_file: write the report there."""
     if json_file is not None:
         output_place(json_file)
     report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
@@ -200,8 +195,7 @@ def show_command(
         root: the folder.
         data: how to read it.
         out: the picture to write.
-        count: how many pictures.
-    """
+        count: how many pictures."""
     plots.picture_place(out)
     dataset, _ = replace(data, data=root).load("evaluation")
     plots.save_figure(show_samples(dataset, count, data.seed), out)
@@ -222,8 +216,7 @@ def pretrain_command(
         seed: of the weights and the pictures.
         dense_losses: with the losses that make patches speak; without them CLIP's own contrast only, as a control.
         images: about how many pictures in all; by default as the embedded file was made.
-        device: what computes: cpu or cuda.
-    """
+        device: what computes: cpu or cuda."""
     config = replace(PretrainConfig(seed) if dense_losses else PretrainConfig.plain(seed), device=device)
     if images is not None:
         config = config.scaled(images)
@@ -242,8 +235,7 @@ def import_command(
         output: the checkpoint to write.
         image_size: side of the training crop.
         heads: attention heads of the image encoder.
-        decoder_heads: attention heads of the decoder.
-    """
+        decoder_heads: attention heads of the decoder."""
     output_place(output, folder=output.suffix != ".safetensors")
     imported = import_research(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
     print(f"{imported.report()}\nwrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")

@@ -1,7 +1,5 @@
 """The job of `make demo`: segment, train and score in the picture-book world, and put it all on one page."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shlex
@@ -12,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from sptseg import scenes
 from sptseg.analysis import class_iou_bars, training_curves
 from sptseg.checkpoints import load_model
 from sptseg.datasets import Scenes, enlarge, plots, png
-from sptseg.inference import FIGURES, Scores, evaluate, segment, table
+from sptseg.inference import FIGURES, Scores, evaluate, percent, segment, table
 from sptseg.model import EMBEDDED_CONFIG, SptSeg, build_model
 from sptseg.system import output_place, write
 from sptseg.training import EMBEDDED_TRAINING, fit
@@ -36,11 +34,6 @@ HONESTY = (
     "These are figures of {scenes} scenes (seed {seed}), with one training run per model: a few points are chance. "
     "Means and standard deviations over training seeds, on more scenes, are in README.md and data/README.md."
 )
-COMMANDS = (
-    'sptseg segment {picture} --classes "a boat,a tree,water,mountain" --out masks.png',
-    "sptseg evaluate --model embedded --data scenes --seed {next_seed} --json scores.json",
-    "jupyter lab notebooks/00_start_here.ipynb",
-)
 
 
 class Picture(NamedTuple):
@@ -50,15 +43,15 @@ class Picture(NamedTuple):
     alt: str
     caption: str = ""
 
+    @classmethod
+    def of(cls, figure: plots.Figure, alt: str, caption: str = "") -> Self:
+        return cls(plots.png_bytes(figure, dpi=150), alt, caption)
+
     def html(self) -> str:
         """The picture on the page, which needs no other file."""
         data = base64.b64encode(self.png).decode()
         below = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(self.alt)}"/>{below}</figure>'
-
-
-def drawn(figure: plots.Figure, alt: str, caption: str = "") -> Picture:
-    return Picture(plots.png_bytes(figure, dpi=150), alt, caption)
 
 
 def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, iterations: int = 60) -> Path:
@@ -68,17 +61,14 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
         output: a folder, made if need be, for index.html, PNGs, table.md and results.json.
         seed: of the scenes and of the training.
         scenes: how many scenes are scored; the first six are shown.
-        iterations: training steps of 16 pictures.
-    """
+        iterations: training steps of 16 pictures."""
     for name, value in {"scenes": scenes, "iterations": iterations}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")
-    folder = output_place(output, folder=True)
-    started = time.perf_counter()
-    data = Scenes(scenes, seed)
-    models = {title: load_model(name) for name, title in MODELS.items()}
+    folder, started, data = output_place(output, folder=True), time.perf_counter(), Scenes(scenes, seed)
+    models, shown = {title: load_model(name) for name, title in MODELS.items()}, min(GALLERY, scenes)
 
-    print(f"1/3  Segmenting {min(GALLERY, scenes) + 1} scenes with the embedded model")
+    print(f"1/3  Segmenting {shown + 1} scenes with the embedded model")
     pictures = segmented(models[MODELS["embedded"]], data)
     print(f"2/3  Training for {iterations} steps, on masks of the {len(data.split.seen)} seen classes only")
     models[TRAINED], history = trained(seed, iterations)
@@ -88,18 +78,26 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
     pictures |= charts(scores, history, data)
     for name, each in pictures.items():
         write(folder / f"{name}.png", each.png)
-    texts = {"seed": seed, "scenes": scenes, "iterations": iterations, "seconds": round(time.perf_counter() - started)}
-    honesty, rows = HONESTY.format(**texts), rows_of(scores)
+    run = {"seed": seed, "scenes": scenes, "iterations": iterations, "seconds": round(time.perf_counter() - started)}
+    honesty, rows = HONESTY.format(**run), [[name, *of.cells()] for name, of in scores.items()]
     said = f"{table(('model (%)', *FIGURES.values()), *rows)}\n\n{honesty}\n"
     print(f"\n{said}")
     write(folder / "table.md", said)
-    results = {**texts, "scores": {name: of.as_dict() for name, of in scores.items()}, "history": history}
+    results = {**run, "scores": {name: of.as_dict() for name, of in scores.items()}, "history": history}
     write(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    place = shlex.quote((folder / "picture.png").as_posix())
-    texts |= {"honesty": honesty, "commands": "\n".join(COMMANDS).format(picture=place, next_seed=seed + 1)}
-    page = write(folder / "index.html", render_page(pictures, rows, data, texts))
-    print(f"Open {page.resolve().as_uri()} in a browser")
-    return page
+    cells = (f'<th scope="row">{name}</th><td>{"</td><td>".join(figures)}</td>' for name, *figures in rows)
+    places = {name.replace("-", "_"): each.html() for name, each in pictures.items()}
+    template = Template(files("sptseg.cli").joinpath("demo.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        run, **places, honesty=honesty, batch=BATCH, absent=ABSENT, next_seed=seed + 1, gallery_count=shown,
+        classes=len(data.split.classes), seen=len(data.split.seen), unseen=len(data.split.unseen),
+        place=escape(shlex.quote((folder / "picture.png").as_posix())),
+        gallery="\n".join(places[f"scene_{i + 1}"] for i in range(shown)),
+        head="".join(f'<th scope="col">{name}</th>' for name in ("model", *FIGURES.values())),
+        body="".join(f"<tr>{row}</tr>\n" for row in cells),
+    )  # fmt: skip
+    print(f"Open {write(folder / 'index.html', page).resolve().as_uri()} in a browser")
+    return folder / "index.html"
 
 
 def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:
@@ -112,13 +110,13 @@ def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:
         figure = plots.show_segmentation(image, labels, classes, palette, unseen, truth, title)
         found = f"truth: {shares(truth, classes, unseen)}; prediction: {shares(labels, classes, unseen)}"
         right = f"{(labels == truth).mean():.1%} of the pixels right"
-        made[f"scene-{i + 1}"] = drawn(figure, f"{title}, {found}", right)
+        made[f"scene-{i + 1}"] = Picture.of(figure, f"{title}, {found}", right)
 
     image, _ = scenes.draw(FREE_SEED)
     free, marked = segment(model, image, FREE_CLASSES), [name for name in FREE_CLASSES if name.endswith(unseen)]
     found = shares(free.labels, FREE_CLASSES, marked)
     figure = plots.show_segmentation(image, free.labels, FREE_CLASSES, free.palette, marked)
-    made["free-phrases"] = drawn(figure, f"A scene and its mask by free phrases: {found}")
+    made["free-phrases"] = Picture.of(figure, f"A scene and its mask by free phrases: {found}")
     return {**made, "picture": Picture(png(enlarge(image, 2)), "A drawn scene with a boat beside a tree")}
 
 
@@ -138,39 +136,16 @@ def charts(scores: Mapping[str, Scores], history: list[dict[str, Any]], data: Sc
     losses, unseen = [row["total"] for row in history], data.split.names(data.split.unseen)
     falls = f"Training curves over {len(losses)} steps: the loss goes from {losses[0]:.2f} to {losses[-1]:.2f}"
     below = "Loss and learning rate at every step; validation on a few other scenes, hence rough."
-    curves = drawn(training_curves(history), falls, below)
+    curves = Picture.of(training_curves(history), falls, below)
     first, *others = scores
     title = f"IoU per class: {len(data)} scenes, seed {data.seed}"
     bars = class_iou_bars(scores[first].iou, unseen, title, first, {name: scores[name].iou for name in others})
     found = ", ".join(f"{plots.marked(name, unseen)} {percent(iou)}" for name, iou in scores[first].iou.items())
     below = f"Bars: {first}. Markers: {', '.join(others)}. With so few scenes, a class may hang on a single picture."
-    return {"training": curves, "class-iou": drawn(bars, f"IoU of {first} per class: {found}", below)}
+    return {"training": curves, "class-iou": Picture.of(bars, f"IoU of {first} per class: {found}", below)}
 
 
 def shares(labels: np.ndarray, names: tuple[str, ...], unseen: list[str] | tuple[str, ...]) -> str:
     """Such as "water* 40 %, tree* 12 %": in words what a mask shows."""
     part = {i: 100 * float((labels == i).mean()) for i in plots.present(labels)}
     return ", ".join(f"{plots.marked(names[i], unseen)} {value:.0f} %" for i, value in part.items())
-
-
-def percent(value: float) -> str:
-    return "–" if value != value else f"{100 * value:.1f}"
-
-
-def rows_of(scores: Mapping[str, Scores]) -> list[list[str]]:
-    """Name and summary figures of all models, in percent."""
-    return [[name, *(percent(getattr(of, key)) for key in FIGURES)] for name, of in scores.items()]
-
-
-def render_page(pictures: Mapping[str, Picture], rows: list[list[str]], data: Scenes, texts: Mapping[str, Any]) -> str:
-    """The page as HTML that needs no other file and asks for nothing over the network."""
-    cells = (f'<th scope="row">{name}</th><td>{"</td><td>".join(figures)}</td>' for name, *figures in rows)
-    gallery = [each.html() for name, each in pictures.items() if name.startswith("scene-")]
-    counts = {"classes": len(data.split.classes), "unseen": len(data.split.unseen), "seen": len(data.split.seen)}
-    return Template(files("sptseg.cli").joinpath("demo.html").read_text(encoding="utf-8")).substitute(
-        {name: escape(str(text)) for name, text in texts.items()},
-        **{name.replace("-", "_") + "_picture": each.html() for name, each in pictures.items()},
-        **{**counts, "gallery": "\n".join(gallery), "gallery_count": len(gallery), "batch": BATCH, "absent": ABSENT},
-        head="".join(f'<th scope="col">{name}</th>' for name in ("model", *FIGURES.values())),
-        body="".join(f"<tr>{row}</tr>\n" for row in cells),
-    )

@@ -1,7 +1,5 @@
 """Training on the command line, one model or many: options that start from a preset."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -44,8 +42,7 @@ class Train:
         data: the pictures; validation looks at the layout's validation subset, or in a plain folder at the same ones.
         model: the model's options.
         train: the training's options. The setting decides defaults too: transductive training has half the
-            iterations, and other settings than the inductive one do not lower the scores of seen classes.
-    """
+            iterations, and other settings than the inductive one do not lower the scores of seen classes."""
 
     output: Path
     preset: PresetName = "embedded"
@@ -125,8 +122,7 @@ class Ablate:
         plan: a study's file, such as data/study.json; of the other options only those below count then.
         share: of a plan, I/N takes every N-th row from the I-th on: for machines that share no folder.
         minutes: of a plan, after so many the state is saved and the command ends; 0 only writes the tables.
-        device: of a plan, what computes it: "auto" is a GPU where there is one.
-    """
+        device: of a plan, what computes it: "auto" is a GPU where there is one."""
 
     output: Path = Path("runs/ablation")
     preset: PresetName = "embedded"

@@ -1,7 +1,5 @@
 """The model that a command works with, as it is named on the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -19,7 +19,7 @@ from sptseg.datasets.plots import (
     legend, marked, overlay, png_bytes, save_figure, show_image, tidy, write_names,
 )
 from sptseg.datasets.splits import (
-    BACKGROUND, Colour, IGNORE, Split, ignored_label, names, plain, scenes, spread_palette,
+    BACKGROUND, Colour, FACTS, IGNORE, Split, ignored_label, names, plain, scenes, spread_palette,
 )
 from sptseg.datasets.transforms import (
     Augmentation, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, test_transform, train_transform,

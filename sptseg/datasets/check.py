@@ -1,7 +1,5 @@
 """Is a data set whole, do its label values mean what its split says? `check_dataset` counts, `show_samples` shows."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import defaultdict
@@ -28,8 +26,7 @@ class DataReport:
     """What a data set holds: of `total` images `looked_at` were read; per class its `pixels`, and the `images` with it.
 
     `ignored`: share of pixels that no class has. `sizes`: (width, height) of every sound image. `all_ignored`: names of
-    images without a labelled pixel. `faults` stop a training run or spoil it; `warnings` ask for a look.
-    """
+    images without a labelled pixel. `faults` stop a training run or spoil it; `warnings` ask for a look."""
 
     split: Split
     total: int

@@ -1,14 +1,12 @@
 """Data sets of images and label masks: scenes that are drawn, files, and others kept in one file, or spoilt on purpose.
 
 An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str}; label values index the data set's
-`split.classes`, `split.ignore` (255) is ignored.
-"""
-
-from __future__ import annotations
+`split.classes`, `split.ignore` (255) is ignored."""
 
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -22,7 +20,7 @@ from sptseg import scenes
 from sptseg.datasets import splits
 from sptseg.datasets.images import StrPath, by_name, images_by_name, listed, open_image, open_mask
 from sptseg.datasets.splits import Split, composed
-from sptseg.system import claimed, write
+from sptseg.system import bytes_of, claimed, write
 
 _STREAMS = ("evaluation", "training")
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
@@ -45,9 +43,7 @@ class Sample(TypedDict):
 
 class Scenes(Dataset[Sample]):
     """`length` scenes of `sptseg.scenes`, size x size; evaluation and training streams never share a picture.
-
-    `one_colour`: the same scenes, but all stuff is gray and differs in texture only.
-    """
+    `one_colour`: the same scenes, but all stuff is gray and differs in texture only."""
 
     def __init__(
         self,
@@ -83,8 +79,7 @@ class ImageMaskFiles(Dataset[Sample]):
     """Images and index masks file by file: (image, mask) paths by name; `labels[v]` is the label of mask value v.
 
     Values without one raise ValueError when a mask is read. `found` names the layout, `read` opens masks, `max_pixels`
-    is the limit of `open_image`, `mapped` what `map_values` was given.
-    """
+    is the limit of `open_image`, `mapped` what `map_values` was given."""
 
     max_pixels: int | None = None
     mapped: tuple[str, ...] = ()
@@ -158,8 +153,7 @@ class ImageMaskFolder(ImageMaskFiles):
     split: the classes; None reads them from `root`/classes.txt (see `folder_split`).
     names: only these images (names without suffix), in this order; None: all, sorted.
     value_map: label of a mask value; values not named stay as they are.
-    Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read.
-    """
+    Raises FileNotFoundError for missing folders, images or masks; a faulty file raises ValueError when it is read."""
 
     def __init__(
         self,
@@ -185,9 +179,8 @@ def corrupt(image: np.ndarray, kind: Corruption, strength: int, seed: int | Sequ
     if kind == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
     if kind == "jpeg":
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=int(amount))
-        return np.asarray(Image.open(buffer))
+        jpeg = bytes_of(partial(Image.fromarray(image).save, format="JPEG", quality=int(amount)))
+        return np.asarray(Image.open(io.BytesIO(jpeg)))
     if kind == "noise":
         values += np.float32(amount) * rng.standard_normal(image.shape, np.float32)
     elif kind == "contrast":
@@ -223,9 +216,7 @@ class Pool(Dataset[Sample]):
             if not file.is_file():
                 samples = (dataset[i] for i in range(len(self.names)))
                 pixels = [np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples]
-                buffer = io.BytesIO()
-                np.save(buffer, np.stack(pixels))
-                write(file, buffer.getvalue())
+                write(file, bytes_of(partial(np.save, arr=np.stack(pixels))))
         self.pixels = np.load(file, mmap_mode="r")
         if len(self.pixels) != len(self.names):
             raise ValueError(f"{file} holds {len(self.pixels)} pictures; wanted {len(self.names)}: delete it")
@@ -243,8 +234,7 @@ def folder_split(root: StrPath) -> Split:
     """The split that `root`/classes.txt names, one class a line, line n for label value n-1; "0: sky" too if all count.
 
     Unseen are the classes in `root`/unseen.txt; without that file all are seen. Raises ValueError for a line that would
-    shift those after it.
-    """
+    shift those after it."""
     root = Path(root)
     (path,) = require(root, {"classes.txt": "class names, one a line, or give the split yourself"})
     classes = all_lines(path)
@@ -264,10 +254,8 @@ def folder_split(root: StrPath) -> Split:
 
 
 def require(root: Path, parts: Mapping[str, str]) -> list[Path]:
-    """Paths of files and folders (ending in /) below a root, of "a/ or b/" the first that is there.
-
-    Raises FileNotFoundError that says which are missing, and what for.
-    """
+    """Paths of files and folders (ending in /) below a root, of "a/ or b/" the first that is there. Raises
+    FileNotFoundError that says which are missing, and what for."""
     found = {part: [root / place for place in part.split(" or ") if (root / place).exists()] for part in parts}
     missing = [f"{part} ({meaning})" for part, meaning in parts.items() if not found[part]]
     if missing:

@@ -1,13 +1,11 @@
 """Single pictures: found in folders, read from files, as arrays, to PNG bytes."""
 
-from __future__ import annotations
-
 import contextlib
-import io
 import re
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 from sptseg.datasets.splits import composed
+from sptseg.system import bytes_of
 
 Array = np.ndarray
 StrPath = str | PathLike[str]
@@ -34,10 +33,8 @@ class Note(UserWarning):
 
 
 def images_by_name(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder, sorted, by name without suffix: all that Pillow reads, but no hidden files.
-
-    What is left out is said (`Note`). Raises ValueError for two of one name, FileNotFoundError if there is none.
-    """
+    """The pictures in a folder, sorted, by name without suffix: all that Pillow reads, but no hidden files. What is
+    left out is said (`Note`). Raises ValueError for two of one name, FileNotFoundError if there is none."""
     Image.init()
     read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in {*Image.OPEN} - NOT_READ}
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -76,8 +73,7 @@ def open_image(path: StrPath, max_pixels: int | None = None) -> Image.Image:
 
     Of several frames the first is taken, and of 16 bits those that the file names or its highest value needs; a `Note`
     says so. Pictures of more than `max_pixels` (None: PIL.Image.MAX_IMAGE_PIXELS) are refused.
-    Raises FileNotFoundError, or Unreadable for what is no picture, is damaged or is dangerously large.
-    """
+    Raises FileNotFoundError, or Unreadable for what is no picture, is damaged or is dangerously large."""
     return _rgb(_load(path, max_pixels, eight_bits=True))
 
 
@@ -206,9 +202,7 @@ def luminance(image: Array) -> Array:
 
 def png(array: Array) -> bytes:
     """A grey (H,W) or colour (H,W,3) picture, uint8, as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="png", compress_level=1)
-    return buffer.getvalue()
+    return bytes_of(partial(Image.fromarray(array).save, format="png", compress_level=1))
 
 
 def enlarge(array: Array, factor: int) -> Array:

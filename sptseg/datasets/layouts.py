@@ -1,10 +1,7 @@
 """Public data sets as their authors release them, or as others' converters prepare them; all data sets by name.
 
 `root` is a path, an item and what is ignored as in `folders`; FileNotFoundError says what is missing, and where it
-comes from.
-"""
-
-from __future__ import annotations
+comes from."""
 
 import os
 import re
@@ -13,23 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import tyro
 from torch.utils.data import Dataset
 
 from sptseg.datasets import splits
-from sptseg.datasets.folders import (
-    ImageMaskFiles,
-    ImageMaskFolder,
-    Sample,
-    Scenes,
-    by_suffix,
-    lines,
-    paired,
-    require,
-)  # fmt: skip
+from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
 from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
 
@@ -51,8 +39,7 @@ def where(name: tyro.conf.Positional[Released]) -> None:
     """Says what to download of a data set, how large it is, into which folders it goes, and how to check it.
 
     Args:
-        name: the data set.
-    """
+        name: the data set."""
     print(FACTS[name]["where"])
 
 
@@ -82,8 +69,7 @@ def voc2012(root: Path, subset: Literal["train", "trainaug", "val"]) -> ImageMas
 
     "trainaug" adds SBD: SegmentationClassAug and trainaug.txt (or train.txt and aug.txt) from mmsegmentation's
     converter, or without that folder benchmark_RELEASE, as released, in `root`, beside it or one above. VOC's own
-    masks come before SBD's.
-    """
+    masks come before SBD's."""
     wanted = {"JPEGImages/": PHOTOGRAPHS, "SegmentationClass/": MASKS}
     train, val, aug, trainaug = (f"ImageSets/Segmentation/{name}.txt" for name in ("train", "val", "aug", "trainaug"))
     found = RELEASED
@@ -113,8 +99,7 @@ def coco_stuff(root: Path, subset: Literal["train", "val"]) -> ImageMaskFiles:
     """COCO-Stuff 164K; `root` holds images/train2017 and annotations/train2017.
 
     The masks are *_labelTrainIds.png from mmsegmentation's converter, or without these stuffthingmaps_trainval2017 as
-    released, there or in a folder of that name.
-    """
+    released, there or in a folder of that name."""
     maps = " or ".join(f"{folder}{subset}2017/" for folder in ("annotations/", "stuffthingmaps_trainval2017/", ""))
     images, masks = require(root, {f"images/{subset}2017/ or {subset}2017/": PHOTOGRAPHS, maps: MASKS})
     photographs, converted = by_suffix(images, ".jpg"), by_suffix(masks, "_labelTrainIds.png")
@@ -130,8 +115,7 @@ def context(
     """PASCAL Context, 59 classes; `root` is .../VOCdevkit/VOC2010. All else is ignored.
 
     The masks are SegmentationClassContext from mmsegmentation's converter, or without that folder trainval/*.mat of 459
-    ids and labels.txt with their names as released, in `root`, beside it or one above.
-    """
+    ids and labels.txt with their names as released, in `root`, beside it or one above."""
     wanted, split = {"JPEGImages/": PHOTOGRAPHS}, splits.context(unseen)
     if (root / "SegmentationClassContext").is_dir():
         wanted |= {"SegmentationClassContext/": MASKS, f"ImageSets/SegmentationContext/{subset}.txt": LIST}
@@ -220,10 +204,6 @@ DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {  # of a root and a subse
     "context-cascade": partial(context, unseen="cascade"), "ade20k": ade20k,
     "ade20k-847": ade20k_847, "cityscapes": cityscapes,
 }  # fmt: skip
-SUBSETS = {  # for training, for evaluation; others have train and val
-    "folder": ("", ""), "camvid": ("", ""), "voc2012": ("trainaug", "val"), "ade20k": ("training", "validation"),
-    "ade20k-847": ("training", "validation"),
-}  # fmt: skip
 # What SCLIP's evaluation, and those after it, tell CLIP of classes, by layout, as `Data.prompts`; where VOC's list has
 # words of its own, other data sets' (cls_*.txt of github.com/wangf3014/SCLIP) have the names without their blanks.
 WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
@@ -246,8 +226,7 @@ class Data:
         prompts: other words for CLIP, comma-separated, such as "tv monitor=television|screen" (the best counts).
         values: labels that values in the masks' files stand for, comma-separated, such as "255=1,3=ignore".
         reduce_zero_label: the masks count classes from 1: 0 is ignored, 1 stands for label 0, and so on.
-        max_pixels: pictures with more pixels are refused; by default with more than 89 millions.
-    """
+        max_pixels: pictures with more pixels are refused; by default with more than 89 millions."""
 
     data: str = "scenes"
     layout: Layout = "folder"
@@ -260,9 +239,10 @@ class Data:
     reduce_zero_label: bool = False
     max_pixels: int | None = None
 
-    def resolved(self, stream: Stream) -> Data:
+    def resolved(self, stream: Stream) -> Self:
         """The same with the subset named."""
-        return replace(self, subset=self.subset or SUBSETS.get(self.layout, ("train", "val"))[stream == "evaluation"])
+        usual = FACTS.get(self.layout, {}).get("subsets", ("", ""))
+        return replace(self, subset=self.subset or usual[-1 if stream == "evaluation" else -2])
 
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""

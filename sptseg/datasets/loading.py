@@ -1,7 +1,5 @@
 """Data sets read ahead by processes of their own: whatever room there is, and no fault of theirs goes unseen."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -68,8 +66,7 @@ def read_batches(
     """`collate` of the items at each entry of `positions`, in order, read ahead by `workers` processes.
 
     Of processes there are no more than cores. Each reads two entries ahead, or more, if all together are to read
-    `ahead`. Raises what reading raised. Run it within `system.ended_helpers`.
-    """
+    `ahead`. Raises what reading raised. Run it within `system.ended_helpers`."""
     if not 0 <= workers <= 1024:
         raise ValueError(f"workers is {workers}; wanted 0 to 1024")
     if workers and room() < 2**20:  # not enough for the processes' locks

@@ -1,13 +1,10 @@
 """Arrays to pictures: label colours, overlays, legends, bars, curves; PNG bytes of either.
 
-Figures are matplotlib objects of their own (no pyplot, no global state); nothing is told by colour alone.
-"""
+Figures are matplotlib objects of their own (no pyplot, no global state); nothing is told by colour alone."""
 
-from __future__ import annotations
-
-import io
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from textwrap import fill
@@ -24,7 +21,7 @@ from matplotlib.patheffects import withStroke
 
 from sptseg.datasets.images import reduce
 from sptseg.datasets.splits import IGNORE, Colour, ignored_label
-from sptseg.system import output_place, write
+from sptseg.system import bytes_of, output_place, write
 
 Array = np.ndarray
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe and Ito
@@ -60,9 +57,7 @@ class Plot(Figure):
 
 def png_bytes(figure: Figure, dpi: float | None = None) -> bytes:
     """The figure as a PNG file, at its own resolution or `dpi`; the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    return bytes_of(partial(figure.savefig, format="png", dpi=dpi or figure.dpi, metadata={"Software": None}))
 
 
 def picture_place(path: str | PathLike[str]) -> Path:
@@ -75,9 +70,7 @@ def picture_place(path: str | PathLike[str]) -> Path:
 
 def save_figure(figure: Figure, path: str | PathLike[str], **options: Any) -> None:
     """Writes a figure whole or not at all, in the format of the path's suffix; PNG without one."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix[1:] or "png", **options)
-    write(path, buffer.getvalue())
+    write(path, bytes_of(partial(figure.savefig, format=Path(path).suffix[1:] or "png", **options)))
 
 
 def colourise(labels: Array, palette: Sequence[Colour], ignore: Colour = (255, 255, 255)) -> Array:
@@ -122,9 +115,7 @@ def present(labels: Array, *others: Array | None, ignore: int = IGNORE) -> list[
 
 def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> Iterator[tuple[str, float, float]]:
     """Where names fit inside their regions, one place per class at most: (name, x, y), shares of width and height.
-
-    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high.
-    """
+    `letter` is a letter's width as a share of the picture's; a line is 2.5 times as high."""
     rows, columns = labels.shape
     for label in present(labels, ignore=ignored_label(len(names))):
         mask = labels == label
@@ -180,10 +171,8 @@ def gallery(
     unseen: Collection[str] = (),
     title: str | None = None,
 ) -> Figure:
-    """Pictures in rows of at most four, reduced to PICTURE_SIDE pixels, and a legend of the classes in them.
-
-    A cell is a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None.
-    """
+    """Pictures in rows of at most four, reduced to PICTURE_SIDE pixels, and a legend of the classes in them. A cell is
+    a title, a picture (H,W,3) or a text in its place, and labels (H,W) to show over it, with names, or None."""
     across, ignore = min(4, len(cells)), ignored_label(len(names))
     rows = math.ceil(len(cells) / across)
     found = present(np.array([ignore]), *(labels for *_, labels in reversed(cells)), ignore=ignore)

@@ -1,7 +1,5 @@
 """Class names, palettes and seen/unseen splits, as frozen dataclasses; public data sets' stand in data_sets.toml."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import tomllib
@@ -11,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from sptseg.scenes import CLASSES
+from sptseg.scenes import CLASSES, UNSEEN
 
 IGNORE = 255
 WIDE_IGNORE = 65535
 FACTS = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text("utf-8"))  # which says what it holds
+FACTS |= {f"context-{choice}": FACTS["context"] | FACTS["context"][choice] for choice in ("otseg", "cascade")}
 
 Colour = tuple[int, int, int]
 
@@ -55,8 +54,7 @@ class Split:
 
     `classes[i]` is the name of label value `i`; `unseen` holds label values, ascending; `ignore` is 255, or 65535.
     `prompts` holds (name, words) pairs: what CLIP is told where it is not the name. Names are made `plain`. A class of
-    several words, "car|automobile", goes by the first. Raises ValueError for no or blank names, and two of one.
-    """
+    several words, "car|automobile", goes by the first. Raises ValueError for no or blank names, and two of one."""
 
     name: str
     classes: tuple[str, ...]
@@ -84,11 +82,11 @@ class Split:
                 raise ValueError(f"split {self.name!r}: {what}")
 
     @classmethod
-    def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Split:
+    def from_names(cls, name: str, classes: Sequence[str], unseen: Sequence[str] = (), source: str = "") -> Self:
         """A split with unseen classes given by name, coloured by `spread_palette`."""
         return cls(name, tuple(classes), (), spread_palette(len(classes)), source).with_unseen(unseen)
 
-    def with_prompts(self, prompts: Mapping[str, str]) -> Split:
+    def with_prompts(self, prompts: Mapping[str, str]) -> Self:
         """The same classes, some told to CLIP in other words: {"tv monitor": "television|screen"}."""
         return replace(self, prompts=tuple(prompts.items()))
 
@@ -111,7 +109,7 @@ class Split:
         """The names of some label values, in the order given."""
         return tuple(self.classes[i] for i in labels)
 
-    def with_unseen(self, names: Sequence[str]) -> Split:
+    def with_unseen(self, names: Sequence[str]) -> Self:
         """The same classes with other unseen ones, given by name."""
         wanted = {plain(name) for name in names}
         unknown = sorted(wanted.difference(self.classes))
@@ -127,38 +125,31 @@ def spread_palette(n: int) -> tuple[Colour, ...]:
 
 def scenes() -> Split:
     """The picture-book world of `sptseg.scenes`: 41 classes, 14 stuff and 27 things, 10 of them unseen."""
-    unseen = ("water", "brick wall", "wheat field", "moon", "castle", "tree", "flower", "apple", "car", "fish")
-    return Split.from_names("scenes", CLASSES, unseen, "drawn by sptseg.scenes")
+    return Split.from_names("scenes", CLASSES, UNSEEN, "drawn by sptseg.scenes")
 
 
 def published(name: str) -> Split:
     """The split of a data set in data_sets.toml, in its own colours if it has any."""
-    data_set, _, choice = name.partition(".")
-    facts = FACTS[data_set] | FACTS[data_set].get(choice, {})
-    split = Split.from_names(
-        name.replace(".", "-"), names(facts["classes"]), names(facts.get("unseen", "")), facts["source"]
-    )
-    return replace(split, palette=colours(facts["palette"])) if "palette" in facts else split
+    told = FACTS[name]
+    split = Split.from_names(name, names(told["classes"]), names(told.get("unseen", "")), told["source"])
+    return replace(split, palette=colours(told["palette"])) if "palette" in told else split
 
 
 def context(unseen: Literal["otseg", "cascade"] = "otseg") -> Split:
     """PASCAL Context without background: 59 classes, 49 seen, by OTSeg's or by Cascade-CLIP's choice."""
     if unseen not in ("otseg", "cascade"):
         raise ValueError(f"context: unseen is {unseen!r}; wanted one of 'otseg', 'cascade'")
-    return published(f"context.{unseen}")
+    return published(f"context-{unseen}")
 
 
 voc2012 = partial(published, "voc2012")  # PASCAL VOC 2012 without background: 20 classes, 15 seen; the devkit's colours
 coco_stuff = partial(published, "coco-stuff")  # COCO-Stuff 164k: 171 classes, 156 seen
-ade20k = partial(
-    published, "ade20k"
-)  # its scene parsing benchmark: 150 classes, none of them unseen, as in the next two
+ade20k = partial(published, "ade20k")  # its scene parsing benchmark: 150 classes, all seen, as in the next two
 ade20k_847 = partial(published, "ade20k-847")
 cityscapes = partial(published, "cityscapes")  # the 19 classes of its benchmark, in its colours
 camvid = partial(published, "camvid")  # in the SegNet tutorial's form: 11 classes, 3 unseen (our choice)
 
-BY_NAME: dict[str, Callable[[], Split]] = {
-    "scenes": scenes, "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,
-    "context-cascade": partial(context, "cascade"), "ade20k": ade20k, "ade20k-847": ade20k_847,
-    "cityscapes": cityscapes, "camvid": camvid,
-}  # fmt: skip
+PUBLISHED = (
+    "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes", "camvid",
+)  # fmt: skip
+BY_NAME: dict[str, Callable[[], Split]] = {"scenes": scenes} | {name: partial(published, name) for name in PUBLISHED}

@@ -1,9 +1,6 @@
 """Augmentation and preprocessing of (image, label) pairs: torchvision v2 transforms on tv_tensors.
 
-All randomness comes from torch's global generator, so that a data loader's worker seeds govern it.
-"""
-
-from __future__ import annotations
+All randomness comes from torch's global generator, so that a data loader's worker seeds govern it."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +33,7 @@ class Augmentation:
     largest_share: a training crop with more of one class is drawn again, up to ten times.
     flip: probability of a horizontal flip.
     distortion: probability of each of the four photometric distortions.
-    mean, std: per channel, of values in 0..1.
-    """
+    mean, std: per channel, of values in 0..1."""
 
     crop: int = 512
     resize_base: tuple[int, int] | None = (2048, 512)
@@ -55,8 +51,7 @@ def fitted_size(
     """(height, width) after fitting into `base` = (long, short) times `factor`, keeping the ratio.
 
     `least_short` wins over `base`: so long is the short side at least, but for strips of more than STRIP to 1, which
-    would become thousands of windows.
-    """
+    would become thousands of windows."""
     long, short = max(height, width), min(height, width)
     fit = 1.0 if base is None else min(base[0] / long, base[1] / short)
     ratio = max(fit * factor, min(least_short / short, STRIP * least_short / long))
@@ -138,8 +133,7 @@ def train_transform(augmentation: Augmentation) -> v2.Transform:
     """(Image uint8 (3,H,W), Mask (H,W)) -> (Image float32 (3,S,S), Mask (S,S)), S = `augmentation.crop`.
 
     Random resize, crop, flip and distortion, then normalisation; what the crop lacks at the right and the bottom
-    is padded with 0 in the image, so with the mean colour, and with 255 in the mask.
-    """
+    is padded with 0 in the image, so with the mean colour, and with 255 in the mask."""
     size, colour = augmentation.crop, _photometric_distortion(augmentation.distortion)
     moves = [RandomRescale(augmentation.resize_base, augmentation.scale), VariedCrop(size, augmentation.largest_share)]
     pad_image = v2.Lambda(partial(_padded, size=size, fill=0), tv_tensors.Image)
@@ -152,7 +146,6 @@ def test_transform(augmentation: Augmentation) -> v2.Transform:
     """(Image uint8 (3,H,W), Mask (H,W)) -> (Image float32 (3,h,w), the same Mask); also of an Image alone.
 
     Only the image is fitted into `augmentation.resize_base`, its short side at least `augmentation.crop`: results
-    are compared at the label's own size.
-    """
+    are compared at the label's own size."""
     fit = partial(_fitted, base=augmentation.resize_base, least_short=augmentation.crop)
     return v2.Compose([v2.Lambda(fit, tv_tensors.Image), *_normalised(augmentation)])

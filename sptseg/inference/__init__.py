@@ -7,7 +7,7 @@ from sptseg.inference.evaluation import (
 )
 from sptseg.inference.metrics import (
     Change, FIGURES, SUMMARY, Scores, SegmentationMetrics, check_labels, confusion_matrix, iou_change, iou_per_class,
-    ratios_of_tallies, score_interval, scores, table, tallies,
+    percent, ratios_of_tallies, score_interval, scores, table, tallies,
 )
 from sptseg.inference.segmentation import CocoMasks, Segmentation, segment
 from sptseg.inference.windows import (

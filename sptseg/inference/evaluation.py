@@ -1,7 +1,5 @@
 """Scores of a model over a data set, on one process or many."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -110,8 +108,7 @@ def evaluate(
 
     `seen_offset` is subtracted from the scores of the seen classes; None takes the model's own. `precision` is that of
     the weights (see `at_precision`), unless an `accelerator` brings its own. `workers` processes read ahead; on macOS
-    and Windows a script that has some needs its main guard.
-    """
+    and Windows a script that has some needs its main guard."""
     if accelerator is None:
         model, accelerator = at_precision(model, precision), new_accelerator("no")
     model.to(accelerator.device)

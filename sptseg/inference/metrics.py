@@ -1,10 +1,8 @@
 """Segmentation scores: counting (a confusion matrix that adds up over processes) apart from the ratios taken of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as processes
@@ -23,13 +21,16 @@ def table(*rows: Iterable[object]) -> str:
     return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *lines])
 
 
+def percent(share: float | None) -> str:
+    return "–" if share is None or share != share else f"{100 * share:.1f}"
+
+
 @dataclass(frozen=True)
 class Scores:
     """Ratios of one confusion matrix, all in 0..1; nan where no class of the kind occurs.
 
     pixel_accuracy is over all labelled pixels; the mIoUs are means over the classes that occur, in label or prediction;
-    hIoU = 2 S U / (S + U). `iou` holds each class's, by name.
-    """
+    hIoU = 2 S U / (S + U). `iou` holds each class's, by name."""
 
     pixel_accuracy: float
     miou_seen: float
@@ -38,7 +39,7 @@ class Scores:
     iou: dict[str, float]
 
     @classmethod
-    def of(cls, values: Tensor, split: Split) -> Scores:
+    def of(cls, values: Tensor, split: Split) -> Self:
         """The ratios (4 + C,) that `ratios_of_tallies` gives, by name."""
         summary, iou = values[: len(SUMMARY)].tolist(), values[len(SUMMARY) :].tolist()
         return cls(*summary, iou=dict(zip(split.classes, iou, strict=True)))
@@ -51,9 +52,13 @@ class Scores:
         """The summary, and "iou", each class's, JSON-ready."""
         return {**self.summary(), "iou": {name: None if v != v else v for name, v in self.iou.items()}}
 
+    def cells(self) -> list[str]:
+        """The four summary figures in percent."""
+        return [*map(percent, self.summary().values())]
+
     def table(self) -> str:
-        """The four summary figures in percent, as one Markdown table."""
-        return table(FIGURES.values(), [" - " if v is None else f"{100 * v:.1f}" for v in self.summary().values()])
+        """The same as one Markdown table."""
+        return table(FIGURES.values(), self.cells())
 
 
 def confusion_matrix(label: ArrayLike, predicted: ArrayLike, split: Split) -> Tensor:
@@ -111,23 +116,32 @@ def scores(confusion: Tensor, split: Split) -> Scores:
 def bootstrap(
     counts: Tensor, figures: Callable[[Tensor], Tensor], *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Tensor:
-    """Lower and upper ends (2, F) of confidence intervals of figures, by bootstrap over pictures.
+    """Figures and the ends of their confidence intervals (3, F), see `with_ends`, by bootstrap over pictures.
 
-    counts (P, ...), one a picture, since the pixels of one go wrong together; `figures` makes F figures (draws, F) of
-    pooled counts (draws, ...), of which the middle `level` (0..1) is kept. A draw whose figure is nan does not count.
-    """
-    pictures = len(counts)
-    equal = torch.full((draws, pictures), 1 / pictures)
-    drawn = torch.multinomial(equal, pictures, replacement=True, generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(draws, pictures).scatter_add_(1, drawn, torch.ones(drawn.shape)).double()
-    pooled = (weights @ counts.flatten(1).double()).unflatten(1, counts.shape[1:])
+    counts (P, ...), one a picture, since the pixels of one go wrong together; `figures` makes F figures (D, F) of
+    pooled counts (D, ...)."""
+    pooled = drawn(len(counts), draws, seed) @ counts.flatten(1).double()
+    return with_ends(figures(pooled.unflatten(1, counts.shape[1:])), level)
+
+
+def drawn(count: int, draws: int, seed: int) -> Tensor:
+    """How often each of `count` is drawn in as many draws with replacement: (1 + draws, count); first each once."""
+    equal, generator = torch.full((draws, count), 1 / count), torch.Generator().manual_seed(seed)
+    picked = torch.multinomial(equal, count, replacement=True, generator=generator)
+    often = torch.zeros(draws, count).scatter_add_(1, picked, torch.ones(picked.shape))
+    return torch.cat([torch.ones(1, count), often]).double()
+
+
+def with_ends(values: Tensor, level: float = 0.95) -> Tensor:
+    """The first of values (1 + draws, F) with the lower and upper end of the middle `level` (0..1) of the others, of
+    which nan does not count: (3, F)."""
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    return figures(pooled).nanquantile(ends, dim=0)
+    return torch.cat([values[:1], values[1:].nanquantile(ends, dim=0)])
 
 
 def score_interval(confusions: Tensor, split: Split, **options: Any) -> tuple[Scores, Scores]:
     """Lower and upper ends of all scores of pictures' confusions (P, C, C); options as for `bootstrap`."""
-    low, high = bootstrap(tallies(confusions), lambda pooled: ratios_of_tallies(pooled, split), **options)
+    _, low, high = bootstrap(tallies(confusions), lambda pooled: ratios_of_tallies(pooled, split), **options)
     return Scores.of(low, split), Scores.of(high, split)
 
 
@@ -147,8 +161,7 @@ def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options:
     """Mean IoU over `classes` after less before, from confusions (P, C, C) of the same pictures.
 
     Classes count where the pictures really show them; nan if they show none. The interval is that of `bootstrap` (and
-    its options): how much other pictures of the kind would move the figure, nothing of other trainings.
-    """
+    its options): how much other pictures of the kind would move the figure, nothing of other trainings."""
     if before.shape != after.shape:
         raise ValueError(f"confusions {tuple(before.shape)} and {tuple(after.shape)}; wanted the same pictures")
     both = tallies(torch.stack([before, after], dim=1).double())[..., list(classes)]  # (P, 2, 3, k)
@@ -156,7 +169,7 @@ def iou_change(before: Tensor, after: Tensor, classes: Sequence[int], **options:
     def change(pooled: Tensor) -> Tensor:  # (..., 2, 3, k) -> (..., 1)
         return _iou(pooled).masked_fill(pooled[..., 1, :] == 0, torch.nan).nanmean(-1).diff(dim=-1)
 
-    return Change(*torch.cat([change(both.sum(0)), bootstrap(both, change, **options)[:, 0]]).tolist())
+    return Change(*bootstrap(both, change, **options)[:, 0].tolist())
 
 
 class SegmentationMetrics:

@@ -1,28 +1,27 @@
 """From a model and a picture of any size to labels: what CLIP is told, `segment`, and masks as files."""
 
-from __future__ import annotations
-
-import io
 import json
 import math
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from pycocotools import mask
 from torchvision import tv_tensors
 
 from sptseg.datasets import BACKGROUND, Colour, Note, as_array, ignored_label, plain, plots, splits, test_transform
-from sptseg.inference.windows import Box, WindowLogits, augmentation, window_logits
+from sptseg.inference.windows import WindowLogits, augmentation, window_logits
 from sptseg.model import Clip, SptSeg, WordTokenizer, synonyms
-from sptseg.system import write
+from sptseg.system import bytes_of, write
 
 WHITE: Colour = (255, 255, 255)
 NONE = "none"  # the name of what is none of the classes
@@ -30,10 +29,8 @@ Background = Sequence[str] | str | float | None
 
 
 def told(texts: Sequence[str], background: Sequence[str] = ()) -> tuple[list[str], list[int]]:
-    """The words for CLIP, class by class, and the class of each; the background's are of the class after the last.
-
-    A class's score is the highest of its words' (SCLIP, Wang et al., ECCV 2024).
-    """
+    """The words for CLIP, class by class, and the class of each; the background's are of the class after the last. A
+    class's score is the highest of its words' (SCLIP, Wang et al., ECCV 2024)."""
     classes = [*map(synonyms, texts), list(background)]
     return [word for words in classes for word in words], [i for i, words in enumerate(classes) for _ in words]
 
@@ -42,8 +39,7 @@ def resolved(background: Background, clip: Clip, texts: Sequence[str]) -> tuple[
     """The background's words, without those that are a class's, or the least score that a class must reach.
 
     `background`: words, in a list or a text with commas; "usual" for `BACKGROUND`, or for a CLIP of few words the
-    classes of the drawn world that it knows; or the score, 0..1.
-    """
+    classes of the drawn world that it knows; or the score, 0..1."""
     if isinstance(background, str):
         if re.fullmatch(r"[-+]?\d*\.?\d+", background):
             background = float(background)
@@ -70,8 +66,7 @@ class Segmentation:
     """A picture, the class of each of its pixels, and what it takes to look at them.
 
     image (H, W, 3) uint8; labels (H, W) int64, positions in `classes`, and `none` where no class is. `background`: the
-    words for everything else, or the score that a class had to reach; None: every pixel has a class.
-    """
+    words for everything else, or the score that a class had to reach; None: every pixel has a class."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -123,15 +118,13 @@ class Segmentation:
 
     def save_labels(self, path: str | PathLike[str]) -> None:
         """Writes the labels as a PNG: 8 bits with the palette, or 16 bits where there are more than 255 classes."""
-        buffer = io.BytesIO()
         if self.none > 255:
             picture = Image.fromarray(self.labels.astype(np.uint16))
         else:
             picture = Image.fromarray(self.labels.astype(np.uint8), mode="P")
             colours = [*self.palette, *[WHITE] * (256 - len(self.palette))]
             picture.putpalette([value for colour in colours for value in colour])
-        picture.save(buffer, "png")
-        write(path, buffer.getvalue())
+        write(path, bytes_of(partial(picture.save, format="png")))
 
     def save_scores(self, path: str | PathLike[str]) -> None:
         """Writes an .npz: "scores" (C, h, w), the means in each patch that the model saw, of the C "names"."""
@@ -140,9 +133,8 @@ class Segmentation:
         h, w = (math.ceil(side * tokens / window) for side, window, tokens in sides)
         maps = (logits.best(logits.size, classes=[i])[0].cpu() for i in range(count))
         scores = torch.stack([F.adaptive_avg_pool2d(each[None], (h, w))[0] for each in maps]).numpy()
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, scores=scores, names=np.array([*self.named.values()])[:count])
-        write(path, buffer.getvalue())
+        names = np.array([*self.named.values()])[:count]
+        write(path, bytes_of(partial(np.savez_compressed, scores=scores, names=names)))
 
 
 def segment(
@@ -166,8 +158,7 @@ def segment(
         full_resolution: look at the picture pixel by pixel in many windows, instead of resizing its short side to the
             model's window as in the protocol: finer, slower, and with less context. Labels have the picture's size in
             either case; a picture smaller than the window is enlarged.
-        palette: a colour per class.
-    """
+        palette: a colour per class."""
     if isinstance(classes, str):
         raise ValueError(f"classes is the text {classes!r}; wanted a list of names, such as ['tree', 'car']")
     texts = tuple(map(plain, classes))
@@ -195,27 +186,6 @@ def segment(
     return Segmentation(pixels, labels.cpu().numpy(), classes, colours, logits, background)
 
 
-def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """A mask, bool (H, W), in COCO's compressed run-length encoding: {"size": [H, W], "counts": text}.
-
-    Lengths of runs down the columns, of False first; from the fourth on less the one two before. Each as digits of five
-    bits, the lowest first, two's complement, plus 32 if more follow, plus 48. Source: pycocotools, maskApi.c.
-    """
-    flat = np.pad(mask.ravel(order="F"), 1, constant_values=False)
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    lengths = np.diff(ends, prepend=0, append=mask.size)
-    lengths = lengths[: -1 if mask[-1, -1] else None]  # there is no last run of no pixels
-    lengths[3:] -= lengths[1:-2].copy()
-    text = bytearray()
-    for value in lengths.tolist():
-        more = True
-        while more:
-            digit, value = value & 31, value >> 5
-            more = value != (-1 if digit & 16 else 0)
-            text.append(digit + 32 * more + 48)
-    return {"size": list(mask.shape), "counts": text.decode()}
-
-
 class CocoMasks:
     """One annotation for each class in each picture; category i + 1 is class i, and what has no class has none."""
 
@@ -229,13 +199,12 @@ class CocoMasks:
         height, width = labels.shape
         images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
         for label in np.flatnonzero(np.bincount(labels.ravel(), minlength=len(categories))[: len(categories)]).tolist():
-            mask = labels == label
-            left, top, right, bottom = cast(Box, Image.fromarray(mask).getbbox())
+            runs: Any = mask.encode(np.asfortranarray(labels == label))
             annotations.append(
                 {
                     "id": len(annotations) + 1, "image_id": len(images), "category_id": label + 1, "iscrowd": 0,
-                    "segmentation": run_lengths(mask), "area": int(mask.sum()),
-                    "bbox": [left, top, right - left, bottom - top],
+                    "segmentation": runs | {"counts": runs["counts"].decode()}, "area": int(mask.area(runs)),
+                    "bbox": [*map(int, mask.toBbox(runs))],
                 }
             )  # fmt: skip
 

@@ -1,7 +1,5 @@
 """Pictures of any size through a model in sliding windows, and the logits put together again."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Sequence
 from copy import deepcopy
@@ -75,8 +73,7 @@ class WindowLogits:
 
     logits (windows, W, h, w); `window` is the padded pixel size that they stand for; `boxes` lie in a picture of
     `size`. `offset` (W,) is subtracted from the scores. `owners[i]` is the class of word i, ascending; None: each is a
-    class of its own, so W is C. `softmax`: scores are not each word's sigmoid, but a softmax over all words.
-    """
+    class of its own, so W is C. `softmax`: scores are not each word's sigmoid, but a softmax over all words."""
 
     logits: Tensor
     boxes: list[Box]
@@ -130,10 +127,8 @@ class WindowLogits:
     def best(
         self, size: tuple[int, int], classes_at_once: int | None = None, classes: Collection[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The highest score per pixel (*size) and its class, int64, first of equals; among some classes, or all.
-
-        Words are looked at a few at a time (by default `maps_at_once`): no map of all of them exists.
-        """
+        """The highest score per pixel (*size) and its class, int64, first of equals; among some classes, or all. Words
+        are looked at a few at a time (by default `maps_at_once`): no map of all of them exists."""
         device, words = self.logits.device, self.words(classes)
         if classes_at_once is None:
             classes_at_once = ops.maps_at_once(max(size[0] * size[1], self.size[0] * self.size[1]), device)
@@ -154,9 +149,7 @@ class WindowLogits:
 
 def at_precision(model: SptSeg, precision: Precision) -> SptSeg:
     """A copy of a model for inference, whose weights are kept in a narrower type: "bf16" or "fp16"; "no": the model.
-
-    The spectral filter, its Fourier transforms, the logits, their scale and the text tower (shared) stay in float32.
-    """
+    The spectral filter, its Fourier transforms, the logits, their scale and the text tower (shared) stay in float32."""
     if precision == "no":
         return model
     narrow = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
@@ -182,8 +175,7 @@ def window_logits(
     """Runs a model over pictures of one size in windows of its `image_size`, `window_batch` windows at a time.
 
     images (B, 3, H, W) normalised, text (W, E), offset (W,) or None, `owners` as in `WindowLogits` -> one a picture.
-    Where memory runs out, the number of windows at a time is halved, with a warning.
-    """
+    Where memory runs out, the number of windows at a time is halved, with a warning."""
     size, patch = (images.shape[-2], images.shape[-1]), model.encoder.patch_size
     boxes = windows_of(size, model.config.image_size, model.config.window_stride)
     crops = [image[:, top : top + h, left : left + w] for image in images for top, left, h, w in boxes]

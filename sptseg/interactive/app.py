@@ -2,8 +2,7 @@
 
 Voila runs one small notebook, written for the occasion into a folder that is removed afterwards. It listens on the
 loopback address only, asks for a token, takes no code from the page, and serves nothing else: no sources, no files, no
-other notebooks.
-"""
+other notebooks."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def explore(
         classes: names, comma-separated; by default those of the drawn scenes.
         port: where to listen.
         browser: open a browser window; else only the address is printed.
-        seed: of the first drawn scene.
-    """
+        seed: of the first drawn scene."""
     if find_spec("voila") is None or find_spec("ipywidgets") is None:
         raise ValueError("the explorer needs Voila and ipywidgets; install them with: pip install 'sptseg[notebooks]'")
     pictures = tuple(str(Path(picture).resolve()) for picture in pictures)

@@ -1,13 +1,12 @@
 """What the notebooks' cells share: figures with a sentence to them, computed prose, checks of answers, metrics."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from PIL import Image
 
 from sptseg.analysis import error_counts, error_shares
 from sptseg.datasets import plots, png_bytes
-from sptseg.inference import segment
+from sptseg.inference import segment, table
 from sptseg.model import SptSeg
-from sptseg.system import write
+from sptseg.system import bytes_of, write
 
 DPI = 144  # of what is shown 96 to the inch, so that it is sharp on fine screens too
 WIDEST = 920  # pixels at 96 to the inch: a notebook's column
@@ -33,10 +32,8 @@ def show(figure: Figure, sentence: str) -> None:
     """Displays a figure, of 256 colours to keep a notebook small, with a sentence under it and as alternative text."""
     full = Image.open(io.BytesIO(png_bytes(figure, DPI))).convert("RGB")
     small = full.quantize(256, Image.Quantize.FASTOCTREE)  # the default method loses rare colours: those of legends
-    buffer = io.BytesIO()
-    small.save(buffer, format="png", optimize=True)
-    width = min(round(96 * figure.get_figwidth()), WIDEST)
-    display(Picture(buffer.getvalue(), format="png", alt=sentence, width=width))
+    png, width = bytes_of(partial(small.save, format="png", optimize=True)), round(96 * figure.get_figwidth())
+    display(Picture(png, format="png", alt=sentence, width=min(width, WIDEST)))
     say(f"*{sentence}*")
 
 
@@ -66,8 +63,7 @@ def check(answer: Any, expected: str, hint: str, *given: Any) -> None:
     """Tells whether an answer is right, numbers and arrays to one percent, without a word of the right one.
 
     `expected` is its `seal`, or names one of the `ANSWERS`, which is computed from what is `given`. An answer that is
-    still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown.
-    """
+    still `...` is not wrong yet, and a wrong one stops nothing: the hint is shown."""
     if any(each is ... or each is None for each in (answer if isinstance(answer, list) else [answer])):
         say("Not yet: replace the `...` above and run the cell again.")
     elif _equal(answer, ANSWERS[expected](*given)) if given else expected in _seals(answer):
@@ -99,10 +95,8 @@ def _equal(answer: Any, expected: Any) -> bool:
 
 
 def model_picture(model: SptSeg, classes: int, title: str) -> Figure:
-    """The whole of an SPT-SEG, from a picture and `classes` names to mask logits, with every tensor's shape.
-
-    Gray is frozen, orange is learned, white is computed. Of many blocks the first two and the last are drawn.
-    """
+    """The whole of an SPT-SEG, from a picture and `classes` names to mask logits, with every tensor's shape. Gray is
+    frozen, orange is learned, white is computed. Of many blocks the first two and the last are drawn."""
     encoder, (height, width) = model.encoder, model.config.image_size
     prompt, decoder, blocks = encoder.spectral_prompt, model.decoder, len(encoder.tower.blocks)
     if prompt is None or encoder.prompts is None or decoder is None:
@@ -162,5 +156,4 @@ def write_metrics(output_dir: str | Path, metrics: Mapping[str, float]) -> None:
         raise ValueError(f"the metric {wrong[0]} is {metrics[wrong[0]]}; wanted a finite number: leave out what is not")
     values = {name: round(float(value), 6) for name, value in metrics.items()}
     write(Path(output_dir) / "metrics.json", json.dumps(values, indent=1) + "\n")
-    rows = [f"| {name} | {value:.4g} |" for name, value in values.items()]
-    say("\n".join(["| figure | value |", "|---|---|", *rows]))
+    say(table(("figure", "value"), *((name, f"{value:.4g}") for name, value in values.items())))

@@ -1,7 +1,5 @@
 """Masks before and after a change that is made by hand, and the first such change: branches of the decoder."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -33,8 +31,7 @@ class MaskExplorer(parts.Explorer):
         labels: the true class of each pixel (H, W), positions in `classes`, 255 ignored; with them, each class's IoU
             is shown, else its area. For a list of pictures a list, None where there is none.
         unseen: classes unseen in training, which are marked.
-        before: what an explorer of the same pictures has of them already, its `before`.
-    """
+        before: what an explorer of the same pictures has of them already, its `before`."""
 
     titles: tuple[str, ...] = ()  # of the pictures that `update` shows
 

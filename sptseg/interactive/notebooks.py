@@ -1,10 +1,7 @@
 """The notebooks as programs: run by papermill, their figures compared with recorded ones, saved with their outputs.
 
 A notebook has one cell tagged `parameters`, and its last cell writes its figures to `metrics.json`. `OUTPUT/NAME/` gets
-both the executed notebook and these figures. Recorded ones lie in `tests/baselines/`, beside the notebooks' folder.
-"""
-
-from __future__ import annotations
+both the executed notebook and these figures. Recorded ones lie in `tests/baselines/`, beside the notebooks' folder."""
 
 import ast
 import base64
@@ -25,6 +22,7 @@ from typing import Annotated, Any
 import tyro
 from PIL import Image
 
+from sptseg.inference import table
 from sptseg.system import cores, output_place, write
 
 Notebook = dict[str, Any]  # as JSON
@@ -200,13 +198,10 @@ def run_all(
 def tell(outcomes: Sequence[Outcome]) -> None:
     """Prints a Markdown table, and under it what went wrong; then the exit code is 1."""
     outcomes = sorted(outcomes, key=lambda o: o.name)
-    rows = [
-        f"| {o.name} | {o.seconds:.0f} | {o.held or len(o.figures)} | "
-        f"{'failed' if o.error else 'drifted' if o.drift else 'ok'} |"
-        for o in outcomes
-    ]
+    verdict = lambda o: "failed" if o.error else "drifted" if o.drift else "ok"  # noqa: E731
+    rows = ((o.name, f"{o.seconds:.0f}", o.held or len(o.figures), verdict(o)) for o in outcomes)
     wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
-    print("| notebook | seconds | figures | verdict |", "|---|---|---|---|", *rows, *wrong, sep="\n")
+    print(table(("notebook", "seconds", "figures", "verdict"), *rows), *wrong, sep="\n")
     if wrong:
         raise SystemExit(1)
 
@@ -232,8 +227,7 @@ def recording(recorded: Mapping[str, Mapping[str, float]], found: Mapping[str, f
 
     New ones leave room for other machines' rounding: 1 %, and 0.002 at least; for the end of a training 5 %, and 0.05;
     for a loss 3 %: without AVX2 PyTorch resizes pictures by other code, every seventh value is one level of 255 apart,
-    and in bf16 a first loss moved by 0.8 %.
-    """
+    and in bf16 a first loss moved by 0.8 %."""
     made = {}
     for name, value in found.items():
         share, least = (0.05, 0.05) if "train" in name else (0.03 if "loss" in name else 0.01, 0.002)
@@ -260,8 +254,7 @@ def run_notebooks(
         output: where each notebook gets a folder, for its executed copy and its metrics.json.
         save_outputs: write the executed notebooks back over their sources, as they are committed.
         timeout: seconds that a cell may take; by default 300 with --quick, else 900.
-        jobs: how many to run at a time.
-    """
+        jobs: how many to run at a time."""
     if save_outputs and (param or quick):
         raise ValueError("--save keeps outputs of the default parameters only; leave out -p and --quick")
     output_place(output, folder=True)
@@ -292,8 +285,7 @@ def check_notebooks(
         full: at the default parameters, with baselines of their own in tests/baselines/full.
         output: where each notebook gets a folder.
         timeout: seconds that a cell may take; by default 300, with --full 900.
-        jobs: how many to run at a time.
-    """
+        jobs: how many to run at a time."""
     output_place(output, folder=True)
     outcomes = []
     for path, outcome in run_all(find(names), (), output, quick=not full, timeout=timeout, jobs=jobs):

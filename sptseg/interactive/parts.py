@@ -1,7 +1,5 @@
 """What the widgets are made of: pictures and tables that are renewed in place, and arrays made ready for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from textwrap import fill
@@ -146,10 +144,8 @@ def points(change: float) -> str:
 
 
 def named_overlay(image: Array, labels: Array, names: Sequence[str], palette: Sequence[Colour]) -> Array:
-    """`plots.overlay`, enlarged if small, with names in the regions that have room for them: (h, w, 3) uint8.
-
-    The twin of `plots.show_image` with `plots.write_names`, without matplotlib: a tenth of the time.
-    """
+    """`plots.overlay`, enlarged if small, with names in the regions that have room for them: (h, w, 3) uint8. The twin
+    of `plots.show_image` with `plots.write_names`, without matplotlib: a tenth of the time."""
     factor, coarse = _factor(image, 1.5 * WIDTH), max(1, min(labels.shape) // 128)
     picture = Image.fromarray(plots.overlay(enlarge(image, factor), enlarge(labels, factor), palette))
     draw, size = ImageDraw.Draw(picture), max(10, round(0.05 * picture.width))
@@ -161,10 +157,8 @@ def named_overlay(image: Array, labels: Array, names: Sequence[str], palette: Se
 
 
 def spectrum_picture(maps: Array) -> Array:
-    """Log amplitude of maps (..., H, W), averaged, frequency 0 in the middle: colours (h, w, 3) uint8.
-
-    At most `WIDTH` values a side: neighbours are averaged. The mean is left out.
-    """
+    """Log amplitude of maps (..., H, W), averaged, frequency 0 in the middle: colours (h, w, 3) uint8. At most `WIDTH`
+    values a side: neighbours are averaged. The mean is left out."""
     amplitude = np.abs(np.fft.fft2(maps - maps.mean((-2, -1), keepdims=True))).reshape(-1, *maps.shape[-2:]).mean(0)
     height, width = (min(WIDTH, n) for n in amplitude.shape)
     shown = Image.fromarray(np.fft.fftshift(np.log1p(amplitude)).astype(np.float32))
@@ -175,9 +169,7 @@ def spectrum_picture(maps: Array) -> Array:
 
 def token_pictures(before: Array, after: Array) -> tuple[Array, Array]:
     """Tokens (H, W, D) before and after as colours (H, W, 3) uint8: along the first three principal axes of the first.
-
-    Grey is the mean token, and full colour three standard deviations of the first axis.
-    """
+    Grey is the mean token, and full colour three standard deviations of the first axis."""
     grid, mean = before.shape[:2], before.mean((0, 1))
     _, scales, axes = np.linalg.svd((before - mean).reshape(-1, len(mean)), full_matrices=False)
     deviation = max(scales[0] / (grid[0] * grid[1]) ** 0.5, 1e-9)

@@ -1,7 +1,5 @@
 """Class names, losses and failures, looked into by hand. Core ipywidgets only."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,8 +25,7 @@ class PromptPlayground(parts.Explorer):
 
     Args:
         image: a picture, as for `segment`; over 512 pixels it is shrunk to that.
-        classes: the names to begin with.
-    """
+        classes: the names to begin with."""
 
     def __init__(self, model: SptSeg, image: Any, classes: Sequence[str] = ("sky", "grass", "tree", "house")) -> None:
         self.model, self.picture = model, reduce(as_array(image), parts.LONGEST)
@@ -98,8 +95,7 @@ class LossExplorer(parts.Explorer):
 
     Args:
         scores: the class's probability at each pixel (H, W), 0..1.
-        target: where the class is (H, W), bool.
-    """
+        target: where the class is (H, W), bool."""
 
     def __init__(self, image: Array, scores: Array, target: Array) -> None:
         self.target = target
@@ -144,8 +140,7 @@ class FailureBrowser(parts.Explorer):
 
     Args:
         predictions: from `failures.collect`.
-        radius: pixels from the true border within which an error counts as one of the border.
-    """
+        radius: pixels from the true border within which an error counts as one of the border."""
 
     def __init__(self, predictions: Predictions, radius: int = 4) -> None:
         self.predictions, self.radius, split = predictions, radius, predictions.split

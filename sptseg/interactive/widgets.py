@@ -5,15 +5,14 @@
 >>> explorer.figure()  # the same state as a still picture, for where no kernel runs
 
 A control first renews the pictures (`update`), and the masks follow after a pause (`predict`); both can be called
-without a browser. Pictures are the bytes of image widgets and are renewed in place, so nothing flickers.
-"""
+without a browser. Pictures are the bytes of image widgets and are renewed in place, so nothing flickers."""
 
-from __future__ import annotations
-
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -22,7 +21,7 @@ import torch
 from ipywidgets import Layout
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
 from sptseg.analysis import filter_response, prompt_states, spectral_prompt_of
@@ -35,21 +34,8 @@ from sptseg.model import Grid, PromptedEncoder, SpectralPrompt, ops
 Array = np.ndarray
 HIGHEST = 0.71  # cycles per sample: just above sqrt(0.5), the corner of the spectrum
 PICTURE = -1  # what is filtered: the picture, or the tokens before one of the blocks 0, 1, ...
-BAND_PRESETS: dict[str, tuple[float, float, float, float, str]] = {  # low, high, factors inside and outside, what for
-    "everything": (0.0, HIGHEST, 1, 0, "All as it is"),
-    "blur": (0.0, 0.04, 1, 0, "Only slow changes: light and large shapes"),
-    "middle band": (0.04, 0.14, 1, 0, "Only textures and the parts of things"),
-    "edges": (0.14, HIGHEST, 1, 0, "Only fine detail"),
-    "no middle band": (0.04, 0.14, 0, 1, "Large shapes and fine detail without what lies between"),
-    "detail doubled": (0.14, HIGHEST, 2, 1, "Fine detail made stronger, nothing taken away"),
-}
-FILTER_PRESETS: dict[str, tuple[float, float, str]] = {  # factors of F below and above the radius, what for
-    "as learned": (1, 1, "F as it was trained"),
-    "zero": (0, 0, "Nothing is added to the tokens"),
-    "times 10": (10, 10, "All of F made stronger"),
-    "only below": (1, 0, "F without its fine waves"),
-    "only above": (0, 1, "F without its coarse waves"),
-}
+PRESETS = tomllib.loads(Path(__file__).with_name("widgets.toml").read_text("utf-8"))  # what buttons set
+BAND_PRESETS, FILTER_PRESETS = ({name: tuple(each) for name, each in kind.items()} for kind in PRESETS.values())
 
 
 @dataclass(frozen=True)
@@ -58,8 +44,7 @@ class Gain:
 
     The band: low <= radius < high in cycles per sample, over `edge` cycles a raised cosine instead of a step; waves
     whose direction is within `width` / 2 degrees of `direction` (0: they change across, 90: down), 180 for all. The
-    mean (frequency 0) stays.
-    """
+    mean (frequency 0) stays."""
 
     low: float = 0.0
     high: float = HIGHEST
@@ -115,37 +100,14 @@ def with_amplitudes_of(other: Tensor, maps: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.polar(amplitudes.abs(), phases.angle()), s=maps.shape[1:3], dim=(1, 2))
 
 
-class _Visitor(nn.Module):
-    """Stands in for an encoder's spectral prompt: acts as it does where it does, and lets `visit` see every block."""
-
-    def __init__(self, encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.prompt, self.layers, self.visit = encoder.spectral_prompt, encoder.spectral_layers, visit
-        self.block = 0
-
-    def filter(self, grid: Grid) -> Tensor | None:  # asked for once, before the first block
-        self.block = 0
-        return None if self.prompt is None else self.prompt.filter(grid)
-
-    def forward(self, patches: Tensor, class_token: Tensor, weight: Tensor) -> Tensor:
-        block, self.block = self.block, self.block + 1
-        if self.prompt is not None and block in self.layers:
-            patches = self.prompt(patches, class_token, weight)
-        return self.visit(block, patches)
-
-
 @contextmanager
 def visited(encoder: PromptedEncoder, visit: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D), if its tower
-    has a class token and is not read by GEM."""
-    kept = encoder.spectral_prompt, encoder.spectral_layers
-    stand_in: nn.Module = _Visitor(encoder, visit)
-    encoder.spectral_layers = frozenset(range(len(encoder.tower.blocks)))
+    """Until the block ends, the encoder's block k gets `visit(k, X)` for its patch tokens X (B, H, W, D)."""
+    encoder.visit = visit
     try:
-        encoder.spectral_prompt = stand_in  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
-        encoder.spectral_prompt, encoder.spectral_layers = kept
+        encoder.visit = None
 
 
 @contextmanager
@@ -164,15 +126,14 @@ class FrequencyExplorer(MaskExplorer):
 
     Waves in the band are multiplied by one factor, all others by another. As a control, noise of the same energy takes
     the filter's place; and a picture can be given the amplitudes of another one, and keep its phases. Tokens are
-    filtered as the block gets them: after a spectral prompt.
-    """
+    filtered as the block gets them: after a spectral prompt."""
 
     titles = ("before", "spectrum", "after")
 
     def controls(self) -> list[list[Any]]:
         self.tokens: dict[int, dict[int, Tensor]] = {}  # of a picture's first window before each block, (1, H, W, D)
-        tower, readout = self.model.encoder.tower, self.model.encoder.readout
-        blocks = range(len(tower.blocks) if tower.class_token is not None and readout != "gem" else 0)
+        encoder = self.model.encoder
+        blocks = range(0 if encoder.readout == "gem" else len(encoder.tower.blocks))
         places = {"the picture": PICTURE} | {f"tokens before block {i}": i for i in blocks}
         self.place = parts.dropdown(places, "Filter", "What is filtered")
         self.band = ipywidgets.FloatRangeSlider(

@@ -1,7 +1,5 @@
 """CLIP models by (name, weights): open_clip's, and the tiny ones that the package embeds; their text embeddings."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata

@@ -1,7 +1,5 @@
 """`ModelConfig`: everything that defines a model, and the configurations that have a name."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Mapping
@@ -11,9 +9,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from sptseg.model.clip import TEMPLATES, TINY
 from sptseg.model.readouts import ReadOut
 
-DecoderKind = Literal["spectral", "cross_attention"]
-DecoderStart = Literal["random", "dense_clip"]
-Norms = Literal["layer", "rms"]
 Branches = Literal["high_low", "high", "low", "full"]
 LossKind = Literal["spt", "zegclip"]
 PROTOCOL_STRIDE = 426 / 512  # of the window
@@ -83,8 +78,7 @@ class ModelConfig:
         window_stride: from one window to the next, as a share of it.
         bicubic: whether position embeddings are resized bicubically, as published with read-outs, or bilinearly.
         softmax_scale: dense CLIP only: the logits are this many times the cosine of patch and text, and scores their
-            softmax over all names, after windows were averaged. None: CLIP's own scale, a softmax at each token.
-    """
+            softmax over all names, after windows were averaged. None: CLIP's own scale, a softmax at each token."""
 
     clip: str = TINY
     clip_weights: str | None = None
@@ -96,15 +90,15 @@ class ModelConfig:
     spectral_trained: bool = True
     class_embedding_twice: bool = True
     readout: ReadOut = "plain"
-    decoder: DecoderKind | Literal["none"] = "spectral"
+    decoder: Literal["spectral", "cross_attention", "none"] = "spectral"
     decoder_layers: int = 3
     decoder_heads: int = 8
     decoder_window: int = 3
     selection: bool = True
     branches: Branches = "high_low"
-    start: DecoderStart = "random"
+    start: Literal["random", "dense_clip"] = "random"
     residual: bool | None = None
-    norms: Norms | None = None
+    norms: Literal["layer", "rms"] | None = None
     logit_scale: bool | None = None
     dropout: float = 0.1
     loss: LossKind = "spt"

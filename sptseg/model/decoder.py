@@ -1,9 +1,6 @@
 """From class queries and patch embeddings to mask logits: the spectral guided decoder and ZegCLIP's decoder.
 
-Symbols: B batch, N = H * W tokens, E embedding width, C classes, h heads of width d = E / h.
-"""
-
-from __future__ import annotations
+Symbols: B batch, N = H * W tokens, E embedding width, C classes, h heads of width d = E / h."""
 
 import math
 from collections.abc import Iterator
@@ -41,8 +38,7 @@ class HighLowAttention(nn.Module):
     every token to the average-pooled grid, where only slow changes are left. Source: paper, "Spectral Guided Decode
     Layer", after LITv2's HiLo attention; released code: h_lo = floor(0.9 h), s = 3, zero padding is pooled as well.
 
-    Ours: `branches` "high" or "low" gives one of them all heads; "full" is ordinary attention of all tokens to all.
-    """
+    Ours: `branches` "high" or "low" gives one of them all heads; "full" is ordinary attention of all tokens to all."""
 
     def __init__(self, width: int, heads: int, window: int, branches: Branches = "high_low") -> None:
         super().__init__()
@@ -108,8 +104,7 @@ class SpectralGuidedLayer(nn.Module):
 
     Y = HiLo(X); with `selection`, Y <- (clamp(cos(Y, xi), 0, 1) Y) T, the paper's top-down selection; mask logits
     A = Y q, not scaled; then q is updated from softmax_N(A) Y, but in the last layer. With `residual` (ours)
-    Y <- X + Y T instead, T starting at zero.
-    """
+    Y <- X + Y T instead, T starting at zero."""
 
     def __init__(self, width: int, config: ModelConfig, last: bool) -> None:
         super().__init__()

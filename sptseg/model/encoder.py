@@ -1,11 +1,10 @@
 """The prompted image encoder: open_clip's own image tower, frozen, with deep prompts and spectral prompts."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ class SpectralPrompt(nn.Module):
 
     F is learned, complex, one per channel, shared by all layers that use it. Source: paper, section "Spectral Prompt
     Tuning" (the gate by the class token is in the released code). `weight` holds F as real numbers (H, W//2+1, D, 2)
-    for its own grid; on others F is resampled (ours). Outside `band`, low <= r < high in cycles per token, F is 0.
-    """
+    for its own grid; on others F is resampled (ours). Outside `band`, low <= r < high in cycles per token, F is 0."""
 
     def __init__(self, grid: Grid, width: int, band: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__()
@@ -49,8 +47,7 @@ class PromptedEncoder(nn.Module):
     Trained: `prompts` (1 + depth, K, D), their shared `prompt_projection`, `prompt_norm` and `spectral_prompt`.
     `visual`, open_clip's image tower of width D (see `towers`), is frozen and stays in evaluation mode. With
     `config.class_embedding_twice` token 0 is class embedding + (class embedding + its position), as in the released
-    code; otherwise CLIP's own class token, if it has one.
-    """
+    code; otherwise CLIP's own class token, if it has one."""
 
     prompts: nn.Parameter | None
     spectral_prompt: SpectralPrompt | None
@@ -67,6 +64,7 @@ class PromptedEncoder(nn.Module):
         if spectral_layers and self.tower.class_token is None:
             raise ValueError(f"spectral_layers is {spectral_layers}; this CLIP has no class token: wanted ()")
         self.checkpointing = False  # gradient checkpointing: blocks run again in the backward pass, nothing is kept
+        self.visit: Callable[[int, Tensor], Tensor] | None = None  # sees or changes block i's patch tokens (B, H, W, D)
         self.readout: ReadOut = config.readout
         self.bicubic = config.bicubic
         self.prompt_depth = prompt_depth
@@ -86,7 +84,7 @@ class PromptedEncoder(nn.Module):
             self.spectral_prompt.requires_grad_(config.spectral_trained)
         self.prompt_norm = nn.LayerNorm(width, eps=1e-6)
 
-    def train(self, mode: bool = True) -> PromptedEncoder:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.visual.eval()  # frozen parts never train, whatever the mode
         return self
@@ -111,18 +109,20 @@ class PromptedEncoder(nn.Module):
         """Tokens after every block: (B, P + K + N, D) while the block has prompts, else (B, P + N, D).
 
         Nothing reads what a block makes of its prompts: without `of_prompts` it makes keys and values of them only, and
-        the tokens are always (B, P + N, D), after the last block as `read_block` gives them.
-        """
+        the tokens are always (B, P + N, D), after the last block as `read_block` gives them."""
         grid, parts = self.grid_of(images), self.tower
         x, rotation = self.embed(images), parts.rotation(grid)
         first = x.shape[1] - math.prod(grid)
         class_token, patches = x[:, :first], x[:, first:]
-        weight = self.spectral_prompt.filter(grid) if self.spectral_prompt is not None else None
+        prompt, visit = self.spectral_prompt, self.visit
+        weight = None if prompt is None else prompt.filter(grid)
         projected = None if self.prompts is None else self.prompt_projection(self.prompts)  # (1 + depth, K, D)
         for i, block in enumerate(parts.blocks):
-            if self.spectral_prompt is not None and i in self.spectral_layers:
+            if prompt is not None and i in self.spectral_layers:
                 on_grid = patches.unflatten(1, grid)  # (B, H, W, D)
-                patches = self.spectral_prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
+                patches = prompt(on_grid, class_token[:, 0], weight).flatten(1, 2)
+            if visit is not None:
+                patches = visit(i, patches.unflatten(1, grid)).flatten(1, 2)
             context, among = None, []
             if projected is not None and i <= self.prompt_depth:
                 context = self.prompt_dropout(projected[i].expand(len(patches), -1, -1)).to(patches.dtype)

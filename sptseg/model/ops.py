@@ -1,12 +1,9 @@
 """Pure tensor functions: products and attention, tokens and grids, windows, Fourier filters, frequency bands, resizing.
 
-Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid.
-"""
-
-from __future__ import annotations
+Symbols: B batch, C channels or classes, N = H * W tokens of an H x W grid."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +15,7 @@ MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of x (..., I), weight (O, I) and bias (O,): (..., O); in float32 on x86 CPUs as a 1 x 1 convolution.
-
-    Torch has MKL multiply matrices and oneDNN convolve, and on AMD's processors MKL takes twice as long.
-    """
+    Torch has MKL multiply matrices and oneDNN convolve, and on AMD's processors MKL takes twice as long."""
     exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not exact or not on_x86(x):
         return F.linear(x, weight, bias)
@@ -39,27 +34,22 @@ def attend_by(pairs: Sequence[tuple[Tensor, Tensor]], value: Tensor, bias: Tenso
 
     Torch's fused kernel is slow on x86 CPUs. There all heads at once, or one after the other if their weights would not
     stay in the cache, take down to half of its time, with one product of the values for all pairs. Under autograd this
-    keeps all weights (in float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the fused kernel.
-    """
+    keeps all weights (in float32 50 MB for 1024 tokens and 12 heads), so more than 1200 keys go to the fused kernel."""
     keys, scale = value.shape[-2], value.shape[-1] ** -0.5
     if not on_x86(value) or (keys > 1200 and torch.is_grad_enabled()):
-        return total([F.scaled_dot_product_attention(q, k, value, bias) for q, k in pairs])
+        return reduce(torch.add, (F.scaled_dot_product_attention(q, k, value, bias) for q, k in pairs))
 
     def weights(logits: Tensor) -> Tensor:
         return (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
 
     if keys < 512:
-        return total([weights((q * scale) @ k.mT) for q, k in pairs]) @ value
+        return reduce(torch.add, (weights((q * scale) @ k.mT) for q, k in pairs)) @ value
     queries, by_head = pairs[0][0], [part.flatten(0, -3).unbind(0) for q, k in pairs for part in (q * scale, k)]
     mixed = []
     for v, *head in zip(value.mT.flatten(0, -3).unbind(0), *by_head, strict=True):
-        summed = total([weights(linear(q, k)) for q, k in zip(head[::2], head[1::2], strict=True)])
+        summed = reduce(torch.add, (weights(linear(q, k)) for q, k in zip(head[::2], head[1::2], strict=True)))
         mixed.append(linear(summed, v))
     return torch.stack(mixed).view_as(queries)
-
-
-def total(parts: Sequence[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
 
 
 def split_heads(x: Tensor, parts: int, head_width: int) -> tuple[Tensor, ...]:
@@ -111,8 +101,7 @@ def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
     """Filters a grid per channel in the frequency domain: irfft2(rfft2(features) * weight), both orthonormal.
 
     features (B, H, W, C) real, weight (H, W//2+1, C) complex; float32 inside, also under autocast; of the features'
-    type. Source: paper section "Spectral Prompt Tuning"; the filter is GFNet's global one.
-    """
+    type. Source: paper section "Spectral Prompt Tuning"; the filter is GFNet's global one."""
     height, width = features.shape[1:3]
     with torch.autocast(features.device.type, enabled=False):
         spectrum = torch.fft.rfft2(features.float(), dim=(1, 2), norm="ortho") * weight
@@ -124,10 +113,8 @@ def fourier_filter(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def irfft2_by_axes(spectrum: Tensor, width: int) -> Tensor:
-    """`torch.fft.irfft2`, orthonormal, of (B, H, W//2+1, C) complex: (B, H, W, C); first and last columns made real.
-
-    A spectrum times a learned filter is that of no real map. CPUs' libraries take the real part; GPUs' do anything.
-    """
+    """`torch.fft.irfft2`, orthonormal, of (B, H, W//2+1, C) complex: (B, H, W, C); first and last columns made real. A
+    spectrum times a learned filter is that of no real map. CPUs' libraries take the real part; GPUs' do anything."""
     rows = torch.fft.ifft(spectrum, dim=1, norm="ortho")
     edge = 2 * torch.arange(rows.shape[2], device=rows.device) % width == 0  # frequencies that are their own mirror
     return torch.fft.irfft(torch.where(edge[:, None], rows.real + 0j, rows), n=width, dim=2, norm="ortho")
@@ -136,8 +123,7 @@ def irfft2_by_axes(spectrum: Tensor, width: int) -> Tensor:
 def resample_filter(weight: Tensor, source: Grid, target: Grid) -> Tensor:
     """Resamples a complex filter (H, W//2+1, C) from one grid to another, linearly over cycles per token, so that it
     treats a pattern of a given wavelength as before. The vertical axis is periodic; the horizontal one is half of a
-    Hermitian spectrum, and ends at its last sample.
-    """
+    Hermitian spectrum, and ends at its last sample."""
     if source == target:
         return weight
     (rows, columns), (new_rows, new_columns) = source, target
@@ -175,9 +161,7 @@ def band_filter(images: Tensor, low: float, high: float, reject: bool = False) -
 
 def resize_positions(embedding: Tensor, source: Grid, target: Grid, mode: str = "bilinear") -> Tensor:
     """Resizes the patch part of a position embedding (P + H*W, D) to another grid; a class token's (P = 1) stays.
-
-    Source: released code, "bilinear"; training-free read-outs are published with "bicubic". `align_corners=False`.
-    """
+    Source: released code, "bilinear"; training-free read-outs are published with "bicubic". `align_corners=False`."""
     first = embedding.shape[0] - source[0] * source[1]
     if source == tuple(target):
         return embedding

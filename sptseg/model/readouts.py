@@ -4,10 +4,7 @@ OpenAI's CLIP was trained to speak through its class token alone: read plainly, 
 there. The read-outs let them attend to those that are like them, by the queries, keys and values of CLIP's own blocks.
 
 Symbols: B pictures, N = H * W patches, D width of the tower, h heads of width d = D / h, E embedding width; S(a) is the
-scaled product of a with itself, a aᵀ / sqrt(d). "Bare": the block's residual and its MLP are left out.
-"""
-
-from __future__ import annotations
+scaled product of a with itself, a aᵀ / sqrt(d). "Bare": the block's residual and its MLP are left out."""
 
 from functools import lru_cache
 from typing import Any, Literal
@@ -36,8 +33,7 @@ def default_readout(clip: str) -> ReadOut:
     under an attention pool, where a patch keeps its own value (see `towers`) and no read-out of the block is published.
 
     With OpenAI's ViT-B/16 NACLIP has the highest mean mIoU of the papers' own tables over seven data sets: 40.3 (SCLIP
-    39.8, ClearCLIP 38.8, GEM 37.8, plain 12.6).
-    """
+    39.8, ClearCLIP 38.8, GEM 37.8, plain 12.6)."""
     config: Any = open_clip.get_model_config(clip) if clip in open_clip.list_models() else None
     return "plain" if clip == TINY or (config and config["vision_cfg"].get("timm_pool") == "map") else "naclip"
 
@@ -59,8 +55,7 @@ def read_out(
             "gem": a second path beside the last blocks, see `gem` (GEM, CVPR 2024).
         bicubic: resize position embeddings bicubically, as those papers do, instead of bilinearly.
         options: `bare` (all but plain and gem); `sigma` (naclip: in patches; None leaves G out); `blocks` (gem: how
-            many of the last blocks get the second path; by default 6, or all if there are fewer).
-    """
+            many of the last blocks get the second path; by default 6, or all if there are fewer)."""
     towers.check_visual("this model", visual)
     if name not in OPTIONS or not options.keys() <= OPTIONS[name].keys():
         known = ", ".join(f"{each} ({', '.join(its) or 'no options'})" for each, its in OPTIONS.items())
@@ -94,8 +89,7 @@ def read_block(
 
     The last N are patches as the read-out has them; the M before them are the tokens `pooled` of x, from which the
     image embedding is read (the class token, or all P + N), as the block itself makes them. A `context` (B, K, D), such
-    as prompts, is seen by patches as further tokens without a place on the grid. `rotation` as in `project`.
-    """
+    as prompts, is seen by patches as further tokens without a place on the grid. `rotation` as in `project`."""
     count = grid[0] * grid[1]
     if name == "plain":
         x = run_block(block, x, context, rotation)
@@ -131,8 +125,7 @@ def gem(parts: Tower, x: Tensor, grid: Grid, blocks: int | None = None) -> Tenso
 
     Beside the last `blocks` the second path adds up, from the same input, what self-self attention makes of the first
     path's tokens, without any MLP: the mean over a = v, k, q of softmax(a aᵀ t) v, where a is made unit, replaced by
-    softmax(a aᵀ t) a and made unit again, and t is the tokens' mean length after the layer norm, over sqrt(d).
-    """
+    softmax(a aᵀ t) a and made unit again, and t is the tokens' mean length after the layer norm, over sqrt(d)."""
     rotation, pooled, layers = parts.rotation(grid), parts.pooled, len(parts.blocks)
     count = min(GEM_BLOCKS, layers) if blocks is None else blocks
     if not 1 <= count <= layers:

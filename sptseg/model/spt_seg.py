@@ -1,8 +1,6 @@
 """`ModelConfig`, `SptSeg`, `build_model`: parts in, model out. What is trained is chosen by module, never by name."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,7 @@ class SptSeg(nn.Module):
 
     `clip` gives text embeddings; it is no part of the trained model. Without a decoder the logits are dense CLIP's:
     those whose sigmoid is CLIP's probability among the given classes, the softmax of cosine times CLIP's logit scale;
-    with `config.softmax_scale` that many times the cosine.
-    """
+    with `config.softmax_scale` that many times the cosine."""
 
     def __init__(self, config: ModelConfig, encoder: PromptedEncoder, decoder: Decoder | None, clip: Clip) -> None:
         super().__init__()
@@ -53,7 +50,7 @@ class SptSeg(nn.Module):
         """The trained parts only: everything but CLIP."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.visual.")}
 
-    def to(self, *args, **kwargs) -> SptSeg:
+    def to(self, *args, **kwargs) -> Self:
         self.clip.model.to(*args, **kwargs)  # the text tower comes along
         return super().to(*args, **kwargs)
 

@@ -7,10 +7,7 @@ what it would make of the picture if the pool saw this patch alone (under an att
 Spectral prompts need a class token, which SigLIP and the largest PE-Core lack. No towers in this sense are CoCa's (its
 pool has 256 queries and other norms), ViTamin's (its blocks follow convolutions), ResNets, ConvNeXt and FastViT.
 
-Symbols: B pictures, N = H * W patches, P = 0 or 1 class token, D width, h heads of width d, E embedding width.
-"""
-
-from __future__ import annotations
+Symbols: B pictures, N = H * W patches, P = 0 or 1 class token, D width, h heads of width d, E embedding width."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,10 +138,8 @@ def embed(visual: nn.Module, images: Tensor, *, class_embedding_twice: bool = Fa
 
 
 def embeddings(visual: nn.Module, tokens: Tensor, grid: Grid, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-    """Tokens as read from the last block -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E).
-
-    The last N tokens are the patches; those before them the pool reads. `norm`: a further one before the tower's own.
-    """
+    """Tokens as read from the last block -> unit patch embeddings (B, E, H, W), unit image embeddings (B, E). The last
+    N tokens are the patches; those before them the pool reads. `norm`: a further one before the tower's own."""
     parts, count = tower(visual), grid[0] * grid[1]
     if parts.pool == "mean":
         tokens = torch.cat([tokens[:, -2 * count : -count].mean(dim=1, keepdim=True), tokens[:, -count:]], dim=1)

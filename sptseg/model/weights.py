@@ -1,7 +1,5 @@
 """CLIP weights in the forms that people have them in. They are read as tensors; no code of a file runs."""
 
-from __future__ import annotations
-
 import io
 import math
 import pickle
@@ -31,8 +29,7 @@ def read_weights(source: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, of what `torch.save` wrote, or of a TorchScript archive, by name.
 
     A wrapping "state_dict" and the prefix of parallel training are taken off, of a mapping too. Raises ValueError in
-    one sentence where a file holds anything that could run code, or is damaged.
-    """
+    one sentence where a file holds anything that could run code, or is damaged."""
     state: Any = source if isinstance(source, Mapping) else read_file(Path(source).expanduser())
     state = state.get("state_dict", state) if isinstance(state, Mapping) else None
     named = state.items() if isinstance(state, Mapping) else ()
@@ -72,10 +69,8 @@ class Inert:
 
 
 class ArchiveReader(pickle.Unpickler):
-    """Reads a TorchScript archive's tree of modules; `torch.jit.load` would compile its code, and may run some.
-
-    What the archive's pickle names must be a tensor, a storage or an ordered dictionary, or it becomes `Inert`.
-    """
+    """Reads a TorchScript archive's tree of modules; `torch.jit.load` would compile its code, and may run some. What
+    the archive's pickle names must be a tensor, a storage or an ordered dictionary, or it becomes `Inert`."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
         def content(name: str) -> bytes:
@@ -131,10 +126,8 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str) -> bool:
-    """Fills an open_clip model, in its own precision, from a file of any; returns whether that file is OpenAI's.
-
-    Raises ValueError, in one sentence, where the file holds anything but the weights of such a model.
-    """
+    """Fills an open_clip model, in its own precision, from a file of any; returns whether that file is OpenAI's. Raises
+    ValueError, in one sentence, where the file holds anything but the weights of such a model."""
     state = read_weights(path)
     try:
         state = from_transformers(state) if any(key.startswith("vision_model.") for key in state) else state

@@ -2,5 +2,5 @@
 
 # fmt: off
 from sptseg.scenes import textures
-from sptseg.scenes.world import CLASSES, INDEX, Kind, Scene, TEMPLATES, WORDS, compose, draw
+from sptseg.scenes.world import CLASSES, INDEX, Kind, Scene, TEMPLATES, UNSEEN, WORDS, compose, draw
 from sptseg.scenes.pen import COLOURS

@@ -1,7 +1,5 @@
 """How each thing of the picture-book world is drawn: one small painter per class, in painter's order."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,32 +8,21 @@ from typing import Literal
 import numpy as np
 
 from sptseg.scenes.pen import BLACK, BROWN, COLOURS, WHITE, YELLOW, Pen, both, cut, tone, union
-from sptseg.scenes.textures import between, rgb, sine
+from sptseg.scenes.textures import WORLD, between, rgb, sine
 
 GREEN, ORANGE, GLASS = COLOURS["green"], COLOURS["orange"], rgb("bfe3f2")
-ANY = " ".join(COLOURS)
-Home = Literal["air", "ground", "water"]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """How to draw a thing: its painter, the colours it may have, how far it turns (radians) and where it belongs."""
+    """How to draw a thing: its painter, how far it turns (radians), where it belongs, the colours it may have."""
 
     paint: Callable[[Pen], None]
-    colours: str
     turn: float
-    home: Home
+    home: Literal["air", "ground", "water"]
+    colours: str = " ".join(COLOURS)
 
 
-THINGS: dict[str, Thing] = {}
-
-
-def thing(colours: str, turn: float, home: Home) -> Callable[[Callable[[Pen], None]], Thing]:
-    """Makes of a painter one of the `THINGS`, by its own name."""
-    return lambda paint: THINGS.setdefault(paint.__name__, Thing(paint, colours, turn, home))
-
-
-@thing("yellow orange red", 0.2, "air")
 def sun(p: Pen) -> None:
     p.fill(p.spokes().polygon((0.5, -0.26), (0.5, 0.26), (1.0, 0.0)), tone(p.colour, 0.92))
     p.fill(p.ellipse(0, 0, 0.62), p.colour)
@@ -44,7 +31,6 @@ def sun(p: Pen) -> None:
     p.fill(both(np.abs(p.ellipse(0, 0.02, 0.28)) - 0.035, 0.12 - p.y), BROWN, line=False)
 
 
-@thing("yellow white gray orange blue", 0.6, "air")
 def moon(p: Pen) -> None:
     bite = between(p.rng, 0.38, 0.5)
     d = cut(p.ellipse(0, 0, 0.95), p.ellipse(bite, -0.12, 0.72))
@@ -54,7 +40,6 @@ def moon(p: Pen) -> None:
         p.fill(p.ellipse(x, y, r), tone(p.colour, 0.78))
 
 
-@thing("white gray pink blue", 0.08, "air")
 def cloud(p: Pen) -> None:
     top = between(p.rng, -0.25, 0.2)
     puffs = union(p.ellipse(-0.55, 0.12, 0.42, 0.36), p.ellipse(top, -0.18, 0.48, 0.44))
@@ -65,7 +50,6 @@ def cloud(p: Pen) -> None:
     p.glow(p.ellipse(top - 0.1, -0.25, 0.36), WHITE, 0.4, 0.6)
 
 
-@thing("red blue yellow green orange pink white brown gray purple", 0.06, "ground")
 def house(p: Pen) -> None:
     p.fill(p.box(0.38, -0.85, 0.62, -0.2), tone(BROWN, 0.9))
     p.fill(p.box(-0.78, -0.2, 0.78, 0.92), p.colour)
@@ -80,7 +64,6 @@ def house(p: Pen) -> None:
     p.fill(p.ellipse(0, -0.42, 0.15), GLASS)
 
 
-@thing("gray brown white yellow pink blue purple", 0.06, "ground")
 def castle(p: Pen) -> None:
     f = p.fold()
     teeth = np.maximum(0.1 - np.abs(np.abs(f.x - 0.2) - 0.1) * 1.0, 0)
@@ -95,7 +78,6 @@ def castle(p: Pen) -> None:
     p.fill(p.polygon((0.03, -0.75), (0.03, -0.45), (0.36, -0.6)), p.accent)
 
 
-@thing("red blue yellow green orange purple brown pink", 0.08, "ground")
 def tent(p: Pen) -> None:
     f = p.fold()
     p.fill(f.capsule(0, -0.72, 0.14, -0.92, 0.045), BROWN, line=False)
@@ -107,7 +89,6 @@ def tent(p: Pen) -> None:
     p.fill(p.polygon((0.02, -0.3), (0.52, 0.78), (0.28, 0.78)), tone(p.colour, 1.15))
 
 
-@thing("red blue black green white orange", 0.08, "ground")
 def lighthouse(p: Pen) -> None:
     d = p.polygon((-0.44, 0.95), (0.44, 0.95), (0.26, -0.42), (-0.26, -0.42))
     p.fill(d, p.colour)
@@ -118,7 +99,6 @@ def lighthouse(p: Pen) -> None:
     p.fill(p.rounded(-0.11, 0.66, 0.11, 1.1, 0.11) + np.maximum(p.y - 0.94, 0) * 9, tone(BROWN, 0.8))
 
 
-@thing("white red brown gray yellow blue pink", 0.06, "ground")
 def windmill(p: Pen) -> None:
     p.fill(p.polygon((-0.52, 0.95), (0.52, 0.95), (0.28, -0.25), (-0.28, -0.25)), p.colour)
     p.fill(p.ellipse(0, -0.26, 0.32, 0.26), tone(p.accent, 0.8))
@@ -133,7 +113,6 @@ def windmill(p: Pen) -> None:
     p.fill(q.ellipse(0, 0, 0.09), BROWN)
 
 
-@thing("green orange red yellow pink brown", 0.1, "ground")
 def tree(p: Pen) -> None:
     trunk = p.polygon((-0.22, 0.98), (0.22, 0.98), (0.11, 0.1), (-0.11, 0.1))
     p.fill(union(trunk, p.capsule(0, 0.4, 0.4, 0.05, 0.06)), BROWN)
@@ -146,7 +125,6 @@ def tree(p: Pen) -> None:
     p.glow(p.ellipse(-0.3, -0.5, 0.6), rgb("fff3b0"), 0.6, 0.25)
 
 
-@thing("green blue white gray", 0.1, "ground")
 def pine(p: Pen) -> None:
     p.fill(p.box(-0.12, 0.6, 0.12, 0.98), BROWN)
     for y, w, h, f in ((0.75, 0.72, 0.75, 0.82), (0.3, 0.58, 0.7, 0.94), (-0.15, 0.44, 0.82, 1.08)):
@@ -155,7 +133,6 @@ def pine(p: Pen) -> None:
     p.glow(p.polygon((-0.7, 0.7), (0.0, 0.8), (0.0, -0.9)), rgb("ffffe0"), 0.4, 0.16)
 
 
-@thing("green blue gray yellow", 0.12, "ground")
 def cactus(p: Pen) -> None:
     left = union(p.capsule(-0.68, -0.3, -0.68, 0.12, 0.16), p.capsule(-0.66, 0.16, 0, 0.3, 0.15))
     right = union(p.capsule(0.68, -0.5, 0.68, -0.06, 0.16), p.capsule(0.66, -0.04, 0, 0.12, 0.15))
@@ -166,7 +143,6 @@ def cactus(p: Pen) -> None:
     p.fill(union(p.ellipse(-0.1, -0.9, 0.11), p.ellipse(0.1, -0.9, 0.11), p.ellipse(0, -0.95, 0.08)), COLOURS["pink"])
 
 
-@thing("red blue yellow orange purple pink white", 0.3, "ground")
 def flower(p: Pen) -> None:
     p.fill(p.capsule(0, -0.2, 0.06, 0.98, 0.06), tone(GREEN, 0.85))
     p.fill(p.turned(-0.26, 0.62, 0.55).ellipse(0, 0, 0.32, 0.12), GREEN)
@@ -178,7 +154,6 @@ def flower(p: Pen) -> None:
     p.fill(q.ellipse(0, 0, 0.22), BROWN if 2 * p.colour[2, 0, 0] < p.colour[1, 0, 0] else YELLOW)
 
 
-@thing("red brown orange white purple yellow blue", 0.2, "ground")
 def mushroom(p: Pen) -> None:
     p.fill(p.rounded(-0.3, -0.05, 0.3, 0.95, 0.22), rgb("f6ead0"))
     p.fill(both(p.ellipse(0, 0.1, 0.6, 0.2), 0.06 - p.y), tone(rgb("f6ead0"), 0.75))
@@ -189,7 +164,6 @@ def mushroom(p: Pen) -> None:
     p.fill(both(union(*(p.ellipse(*dot) for dot in dots)), cap + 0.04), p.contrast, line=False)
 
 
-@thing("orange yellow green white red", 0.2, "ground")
 def pumpkin(p: Pen) -> None:
     p.fill(p.capsule(0, -0.5, 0.14, -0.86, 0.1, 0.07), tone(GREEN, 0.75))
     f = p.fold()
@@ -198,7 +172,6 @@ def pumpkin(p: Pen) -> None:
     p.glow(p.ellipse(-0.35, -0.15, 0.4), WHITE, 0.5, 0.3)
 
 
-@thing("red green yellow pink", 0.35, "ground")
 def apple(p: Pen) -> None:
     p.fill(p.capsule(0, -0.45, 0.1, -0.9, 0.055), tone(BROWN, 0.8))
     f = p.fold()
@@ -209,7 +182,6 @@ def apple(p: Pen) -> None:
     p.fill(p.turned(0.38, -0.72, -0.5).ellipse(0, 0, 0.3, 0.14), tone(GREEN, 1.1))
 
 
-@thing(ANY, 0.15, "water")
 def boat(p: Pen) -> None:
     p.fill(p.box(-0.04, -0.95, 0.04, 0.4), BROWN)
     p.fill(p.polygon((0.08, -0.9), (0.08, 0.26), (0.8, 0.26)), rgb("fbf5e6"))
@@ -219,7 +191,6 @@ def boat(p: Pen) -> None:
     p.fill(both(d + 0.04, np.abs(p.y - 0.5) - 0.05), p.contrast, line=False)
 
 
-@thing(ANY, 0.15, "ground")
 def car(p: Pen) -> None:
     p.fill(p.polygon((-0.62, 0.05), (0.55, 0.05), (0.3, -0.52), (-0.42, -0.52)), p.colour)
     p.fill(p.polygon((-0.46, 0.0), (-0.06, 0.0), (-0.06, -0.38), (-0.34, -0.38)), GLASS, line=False)
@@ -230,7 +201,6 @@ def car(p: Pen) -> None:
     p.fold().wheel(0.53, 0.4, 0.25)
 
 
-@thing(ANY, 0.12, "ground")
 def bus(p: Pen) -> None:
     p.fill(p.rounded(-0.98, -0.66, 0.98, 0.56, 0.14), p.colour)
     panes = p.at(np.abs(np.abs(np.abs(p.x + 0.17) - 0.42) - 0.21), p.y)
@@ -240,7 +210,6 @@ def bus(p: Pen) -> None:
     p.fold().wheel(0.55, 0.56, 0.23)
 
 
-@thing(ANY, 0.4, "air")
 def airplane(p: Pen) -> None:
     p.fill(p.polygon((-0.92, -0.55), (-0.66, -0.55), (-0.42, 0.0), (-0.8, 0.0)), p.accent)
     p.fill(p.polygon((-0.05, -0.1), (0.2, -0.1), (-0.1, -0.62), (-0.28, -0.62)), tone(p.accent, 0.75))
@@ -252,7 +221,6 @@ def airplane(p: Pen) -> None:
     p.fill(p.polygon((-0.1, 0.08), (0.28, 0.08), (-0.22, 0.68), (-0.45, 0.68)), p.accent)
 
 
-@thing(ANY, 0.15, "air")
 def balloon(p: Pen) -> None:
     p.fill(p.fold().capsule(0.42, 0.15, 0.16, 0.72, 0.025), tone(BROWN, 0.7), line=False)
     p.fill(p.rounded(-0.2, 0.66, 0.2, 0.98, 0.06), tone(BROWN, 1.1))
@@ -264,7 +232,6 @@ def balloon(p: Pen) -> None:
     p.glow(p.ellipse(-0.25, -0.55, 0.4), WHITE, 0.4, 0.4)
 
 
-@thing(ANY, 0.5, "air")
 def kite(p: Pen) -> None:
     tail = np.abs(p.x - 0.09 * sine(p.y * 1.4)) - 0.025
     p.fill(both(tail, np.abs(p.y - 0.6) - 0.38), BROWN, line=False)
@@ -278,7 +245,6 @@ def kite(p: Pen) -> None:
     p.fill(both(d, union(np.abs(p.x), np.abs(p.y + 0.4)) - 0.025), tone(BROWN, 0.7), line=False)
 
 
-@thing(ANY, 0.35, "water")
 def fish(p: Pen) -> None:
     tail = [p.polygon((-0.5, 0.0), (-1.0, y), (-0.86, 0.0)) for y in (-0.5, 0.5)]
     p.fill(union(*tail), p.accent)
@@ -291,7 +257,6 @@ def fish(p: Pen) -> None:
     p.eye(0.62, -0.1, 0.13)
 
 
-@thing(ANY, 0.2, "air")
 def bird(p: Pen) -> None:
     p.fill(union(p.capsule(-0.05, 0.5, -0.08, 0.95, 0.035), p.capsule(0.2, 0.5, 0.18, 0.95, 0.035)), ORANGE, line=False)
     p.fill(p.polygon((-0.4, -0.02), (-1.0, -0.3), (-0.9, 0.12), (-0.35, 0.4)), tone(p.colour, 0.8))
@@ -303,7 +268,6 @@ def bird(p: Pen) -> None:
     p.eye(0.58, -0.48, 0.1)
 
 
-@thing(ANY, 0.15, "ground")
 def snail(p: Pen) -> None:
     body = rgb("e3c48f")
     p.fill(union(p.capsule(0.72, -0.3, 0.66, -0.78, 0.04), p.capsule(0.82, -0.25, 0.94, -0.7, 0.04)), body, line=False)
@@ -314,7 +278,6 @@ def snail(p: Pen) -> None:
         p.fill(p.at(x + 0.12 * (0.68 - r), y - 0.1 * (0.68 - r)).ellipse(0, 0, r), tone(p.colour, s))
 
 
-@thing(ANY, 0.5, "air")
 def butterfly(p: Pen) -> None:
     f = p.fold()
     p.fill(f.capsule(0.04, -0.4, 0.24, -0.85, 0.03), BLACK, line=False)
@@ -326,7 +289,6 @@ def butterfly(p: Pen) -> None:
     p.fill(p.capsule(0, -0.4, 0, 0.6, 0.11, 0.06), tone(BLACK, 0.9), line=False)
 
 
-@thing(ANY, 1.5, "ground")
 def ball(p: Pen) -> None:
     d = p.ellipse(0, 0, 0.92)
     p.fill(d, p.colour)
@@ -337,7 +299,6 @@ def ball(p: Pen) -> None:
     p.glow(cut(d, p.ellipse(-0.2, -0.22, 0.95)), BLACK, 0.3, 0.35)
 
 
-@thing(ANY, 0.4, "ground")
 def umbrella(p: Pen) -> None:
     hook = both(np.abs(p.ellipse(0.16, 0.76, 0.16)) - 0.05, 0.76 - p.y)
     p.fill(union(p.box(-0.045, -0.95, 0.045, 0.78), hook), tone(BROWN, 0.7), line=False)
@@ -348,3 +309,7 @@ def umbrella(p: Pen) -> None:
     bow = np.sqrt(np.maximum(0.85 - (p.y - 0.1) * (p.y - 0.1), 0.0)) * 0.36
     p.fill(both(d + 0.03, f.x - bow), tone(p.colour, 1.25) + 0.05, line=False)
     p.fill(both(d, np.abs(f.x - bow) - 0.025), tone(p.colour, 0.6), line=False)
+
+
+# Each by the painter of its name.
+THINGS = {name: Thing(globals()[name], **about) for name, about in WORLD["things"].items()}

@@ -1,25 +1,19 @@
 """A pen that paints things shape over shape, each shape a signed distance, and the colours that captions name.
 
 Pixels only ever meet + - * / sqrt, abs, min, max, floor, comparisons and table look-ups, which IEEE 754 makes exact:
-the same seed gives the same picture on every machine.
-"""
-
-from __future__ import annotations
+the same seed gives the same picture on every machine."""
 
 import math
 from copy import copy
 from functools import reduce
+from typing import Self
 
 import numpy as np
 
-from sptseg.scenes.textures import rgb
+from sptseg.scenes.textures import WORLD, rgb
 
 Array = np.ndarray
-COLOURS = {
-    "red": rgb("d8433b"), "blue": rgb("3f78c9"), "yellow": rgb("f5cf45"), "green": rgb("4fa04f"),
-    "orange": rgb("ef8a2e"), "purple": rgb("8a56b0"), "pink": rgb("f09ab5"), "white": rgb("f5f1e8"),
-    "black": rgb("35333b"), "brown": rgb("94613c"), "gray": rgb("9a9ca3"),
-}  # fmt: skip
+COLOURS = {name: rgb(code) for name, code in WORLD["colours"].items()}
 WHITE, BLACK, BROWN, GRAY, YELLOW = (COLOURS[name] for name in ("white", "black", "brown", "gray", "yellow"))
 
 
@@ -50,23 +44,23 @@ class Pen:
         self.alpha = np.zeros(self.x.shape, np.float32)
         self.line = max(1.2, 0.055 * radius)
 
-    def at(self, x: Array, y: Array) -> Pen:
+    def at(self, x: Array, y: Array) -> Self:
         """The same canvas in other coordinates: folded, shifted or turned."""
         other = copy(self)
         other.x, other.y = x, y
         return other
 
-    def fold(self) -> Pen:
+    def fold(self) -> Self:
         """Paint the right half, get both."""
         return self.at(np.abs(self.x), self.y)
 
-    def turned(self, cx: float, cy: float, angle: float) -> Pen:
+    def turned(self, cx: float, cy: float, angle: float) -> Self:
         """Coordinates around (cx, cy), turned."""
         cos, sin = math.cos(angle), math.sin(angle)
         x, y = self.x - cx, self.y - cy
         return self.at(x * cos + y * sin, y * cos - x * sin)
 
-    def spokes(self) -> Pen:
+    def spokes(self) -> Self:
         """Eightfold symmetry around the origin: paint along +x, get eight."""
         x, y = np.abs(self.x), np.abs(self.y)
         x, y = np.maximum(x, y), np.minimum(x, y)

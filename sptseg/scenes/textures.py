@@ -1,16 +1,15 @@
 """How each stuff of the picture-book world is drawn: tiles of texture, each kind with a frequency content of its own.
 
 A tile says how bright each pixel is and how much of a second colour it takes; scenes cut pieces out of tiles and colour
-them. As in `drawings`, only operations that IEEE 754 makes exact: the same pictures on every machine.
-"""
-
-from __future__ import annotations
+them. As in `drawings`, only operations that IEEE 754 makes exact: the same pictures on every machine."""
 
 import math
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +17,7 @@ Array = np.ndarray
 TILE = 256  # side of a texture tile, pixels
 VARIANTS = 4  # tiles per stuff: other grains, scales and orientations
 SCALES = (0.85, 1.0, 1.15, 1.35)
+WORLD = tomllib.loads(Path(__file__).with_name("world.toml").read_text("utf-8"))  # which says what it holds
 _SINE = np.array([math.sin(2 * math.pi * i / 2048) for i in range(2048)]).round(6).astype(np.float32)
 
 
@@ -100,25 +100,13 @@ class Stuff:
 
     weave: Callable[[Cloth], Weave]
     colours: dict[str, tuple[Array, Array]]
-    angles: tuple[float, ...]
+    angles: Sequence[float]
 
 
-STUFF: dict[str, Stuff] = {}
-
-
-def stuff(colours: str, angles: tuple[float, ...] = (0, 3, -3, 6)) -> Callable[[Callable[[Cloth], Weave]], Stuff]:
-    """Makes of a texture one of the `STUFF`, by its own name; `colours` such as "blue 6fb0e8 cfe8f8 orange ..."."""
-    words = iter(colours.split())
-    shades = {word: (rgb(main), rgb(second)) for word, main, second in zip(words, words, words, strict=True)}
-    return lambda weave: STUFF.setdefault(weave.__name__.replace("_", " "), Stuff(weave, shades, angles))
-
-
-@stuff("blue 6fb0e8 cfe8f8 orange ec9a5c fbdca8 pink e79ab8 fbe0d8 gray 98a2ae cfd5da")
 def sky(c: Cloth) -> Weave:
     return 1 + 0.03 * c.noise(90, 40), _unit((c.v - 400) / TILE + 0.15 * c.noise(80, 30))
 
 
-@stuff("green 5fa548 93c25a yellow bdb04a dccb6a brown 957a48 b59a60")
 def grass(c: Cloth) -> Weave:
     value, mix = 0.6 + 0.05 * c.noise(20, 20), np.zeros_like(c.u)
     for layer in range(2):  # blades in front of blades, each bent and with a tip of its own
@@ -133,26 +121,22 @@ def grass(c: Cloth) -> Weave:
     return value + 0.07 * c.noise(40, 40), mix
 
 
-@stuff("blue 3f83c4 d3ecf8 green 3a9a8a cdeee0 gray 6f8796 d5dee4")
 def water(c: Cloth) -> Weave:
     w = sine(c.v / 11 + 0.45 * c.noise(40, 12) + 0.12 * c.noise(12, 8))
     return 0.93 + 0.13 * w + 0.05 * c.noise(60, 30), _unit((w - 0.45) * 2) * _unit(c.noise(22, 6) * 1.6 + 0.2)
 
 
-@stuff("yellow e6cc8a b08a50 brown b98e5e 7d5a38 white ece2cc b0a284 orange dd9a5c 9a6034")
 def sand(c: Cloth) -> Weave:
     ripple = sine(c.v / 24 + 0.9 * c.noise(60, 30))
     grain = c.grain()
     return 0.98 + 0.11 * grain + 0.04 * ripple + 0.04 * c.noise(3, 3), (grain > 0.93).astype(np.float32) * 0.8
 
 
-@stuff("white e2e8ee ffffff blue bcd4ec ffffff pink ecd0da ffffff")
 def snow(c: Cloth) -> Weave:
     drift = _frac(c.v / 70 + 0.5 * c.noise(80, 50))  # soft banks, each lit at the crest and blue at the foot
     return 1.03 - 0.13 * drift * drift + 0.02 * c.noise(30, 14), (c.grain() > 0.985).astype(np.float32)
 
 
-@stuff("gray 74757c f4f1e6 black 4a4a52 f3d155 brown 85705f f4f1e6", (0, 90, 8, -82))
 def road(c: Cloth) -> Weave:
     lane = np.abs(_frac(c.v / 42) - 0.5) * 42  # pixels from the nearest lane mark
     dash = np.abs(_frac(c.u / 34) - 0.5) * 34
@@ -160,14 +144,12 @@ def road(c: Cloth) -> Weave:
     return 1 + 0.09 * c.grain() * (1 - paint) + 0.07 * c.noise(30, 9) + 0.06 * c.noise(2, 2), paint
 
 
-@stuff("gray a3a3a5 77777f brown b08d68 7d6550 white dcd8d0 b4aea6")
 def gravel(c: Cloth) -> Weave:
     near, gap, name = c.pebbles(5.6, 5.0)
     stone = _unit((0.7 - near) * 2.6) * _unit(gap * 5)
     return (0.42 + 0.58 * stone) * (0.78 + 0.42 * name) + 0.1 * _unit(0.3 - near), _frac(name * 7.3)
 
 
-@stuff("gray 8a8f9c f2f4f8 brown 96765c f4efe8 blue 6f8db4 eef3fa purple 8f78a6 f4eef8", (0, 0, 3, -3))
 def mountain(c: Cloth) -> Weave:
     rough = 2.4 * c.noise(9, 9) + 1.4 * c.noise(4, 4)
     value, mix = np.full_like(c.u, 0.8), np.zeros_like(c.u)
@@ -184,7 +166,6 @@ def mountain(c: Cloth) -> Weave:
     return value, mix
 
 
-@stuff("red b4503e d9cdbd brown 91664a cfc2ae yellow d3ad62 efe6d2 gray 8c8a8a d2d0cc")
 def brick_wall(c: Cloth) -> Weave:
     row = np.floor(c.v / 8)
     u = c.u / 18 + 0.5 * (row.astype(np.int32) & 1)
@@ -193,7 +174,6 @@ def brick_wall(c: Cloth) -> Weave:
     return 0.84 + 0.28 * c.hash(np.floor(u), row) + 0.06 * c.grain() + 0.1 * (fv < 2.2), 1 - _unit(edge - 0.25)
 
 
-@stuff("gray 9d9fa2 5c5c60 brown a98c6e 5e4c3c white d9d4c8 8a857c")
 def stone_wall(c: Cloth) -> Weave:
     v = (c.v + 1.6 * c.noise(24, 9)) / 15
     row = np.floor(v)
@@ -208,7 +188,6 @@ def stone_wall(c: Cloth) -> Weave:
     return shade + 0.09 * c.noise(3, 3) + 0.07 * c.noise(8, 8), 1 - _unit((inside - 0.7) * 0.9)
 
 
-@stuff("brown a8743f 4f3420 white e6e0d2 8f897c gray 96918a 4c4844 red a9483a 55221c")
 def wooden_fence(c: Cloth) -> Weave:
     k = np.floor(c.u / 15)
     f = _frac(c.u / 15) * 15
@@ -220,7 +199,6 @@ def wooden_fence(c: Cloth) -> Weave:
     return value, np.maximum(gap, 0.7 * nail)
 
 
-@stuff("green 3f7f3c 79b356 yellow 98963a c9bf5a red 93403a c46a4c")
 def hedge(c: Cloth) -> Weave:
     clump = c.noise(24, 20)
     value, mix = 0.55 + 0.1 * clump, np.zeros_like(c.u)
@@ -235,7 +213,6 @@ def hedge(c: Cloth) -> Weave:
     return value, mix
 
 
-@stuff("yellow ecc455 9a7a30 orange e0a048 8f6228 green a9b858 5f7430")
 def wheat_field(c: Cloth) -> Weave:
     u = c.u + 0.22 * c.v
     k = np.floor(u / 8)
@@ -247,9 +224,6 @@ def wheat_field(c: Cloth) -> Weave:
     return 0.75 + there * 0.2 + ear * (0.42 * grains - 0.1) + 0.05 * c.noise(5, 20), 0.85 * (1 - there)
 
 
-@stuff(
-    "white efeae0 b9b4ac red c4624e ead9c4 blue 4f7fb4 dfe8ee green 5f9a78 e4eadc black 4c4a50 e6e2da", (0, 45, 10, -20)
-)
 def tiled_floor(c: Cloth) -> Weave:
     i, j = np.floor(c.u / 19), np.floor(c.v / 19)
     fu, fv = _frac(c.u / 19) * 19, _frac(c.v / 19) * 19
@@ -257,6 +231,18 @@ def tiled_floor(c: Cloth) -> Weave:
     gloss = 0.1 * _unit(1 - (fu + fv) / 19)
     odd = ((i + j).astype(np.int32) & 1).astype(np.float32)
     return (0.55 + 0.45 * _unit(edge - 0.2)) * (0.95 + 0.08 * c.hash(i, j) + gloss), odd
+
+
+def dyed(colours: str) -> dict[str, tuple[Array, Array]]:
+    """Main and second colours by their adjective, from a text such as "blue 6fb0e8 cfe8f8 orange ..."."""
+    words = iter(colours.split())
+    return {word: (rgb(main), rgb(second)) for word, main, second in zip(words, words, words, strict=True)}
+
+
+STUFF = {  # each woven by the function of its name
+    name: Stuff(globals()[name.replace(" ", "_")], dyed(about["colours"]), about.get("angles", (0, 3, -3, 6)))
+    for name, about in WORLD["stuff"].items()
+}
 
 
 @cache

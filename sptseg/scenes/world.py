@@ -3,8 +3,6 @@
 >>> image, label = draw(seed=7)  # uint8 (128,128,3) and uint8 (128,128)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +12,13 @@ import numpy as np
 
 from sptseg.scenes.drawings import THINGS
 from sptseg.scenes.pen import COLOURS, Pen
-from sptseg.scenes.textures import STUFF, VARIANTS, between, gray_tiles, piece, rough_paper, tiles
+from sptseg.scenes.textures import STUFF, VARIANTS, WORLD, between, gray_tiles, piece, rough_paper, tiles
 
 Array = np.ndarray
 Generator = np.random.Generator
 Words = dict[str, tuple[str, ...]]  # the adjectives that are true of what is in view, by its name
 Kind = Literal["scene", "closeup", "thumbnail"]
-CLASSES = (*STUFF, *THINGS)
+CLASSES, UNSEEN = (*STUFF, *THINGS), WORLD["unseen"]
 INDEX = {name: i for i, name in enumerate(CLASSES)}
 TEMPLATES = ("{}", "a photo of a {}", "a picture of {}", "this is {}", "there is a {}", "a picture with the {}")
 TEXTS = (*CLASSES, *TEMPLATES, *COLOURS, "a an and big bright dark small")
@@ -59,8 +57,7 @@ def compose(seed: int | Sequence[int], size: int = 128, kind: Kind = "scene", on
 
     `kind` "closeup": one thing that fills the picture; "thumbnail": one thing on one stuff, or now and then only stuff,
     as large in pixels as in a scene of 128, for a small `size`. `one_colour`: all stuff is gray, of one mean and
-    contrast, and differs in texture only; all else is as without.
-    """
+    contrast, and differs in texture only; all else is as without."""
     if size < 32:
         raise ValueError(f"size is {size}; wanted 32 pixels or more")
     rng = np.random.default_rng(seed)

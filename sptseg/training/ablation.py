@@ -1,8 +1,6 @@
 """What `sptseg ablate` runs: several configurations over several seeds, trained for equal steps and scored on the same
 pictures; or a study from one file: which rows, how their rates are chosen, which trials, in order of priority."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -12,10 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
-from io import BytesIO
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,20 +20,11 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.checkpoints import load_model
+from sptseg.checkpoints import load_model, with_tuples
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes, Split
-from sptseg.inference import (
-    FIGURES,
-    Scores,
-    confusion_matrices,
-    evaluate,
-    metrics,
-    new_accelerator,
-    ratios_of_tallies,
-    tallies,
-)  # fmt: skip
+from sptseg.inference import FIGURES, Scores, confusion_matrices, evaluate, metrics, new_accelerator
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
-from sptseg.system import claimed, is_main_process, write
+from sptseg.system import bytes_of, claimed, is_main_process, write
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import CONFIGURATIONS, in_setting
@@ -65,8 +53,7 @@ def run_one(
     """Trains and scores one configuration with one seed; a stopped run goes on, a finished one is read from `folder`.
 
     The name may end in @supervised or @transductive (`in_setting`); the latter goes on from the half-way checkpoint of
-    the run without that ending, which is made if need be.
-    """
+    the run without that ending, which is made if need be."""
     base, _, setting = name.partition("@")
     file, start = folder / f"{name}-seed{train.seed}" / RESULT, None
     if setting == "transductive":
@@ -103,10 +90,8 @@ def ablate(
     seeds: Sequence[int],
     folder: Path,
 ) -> str:
-    """Runs every configuration with every seed (those without training once) and returns the table as Markdown.
-
-    Results go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`.
-    """
+    """Runs every configuration with every seed (those without training once) and returns the table as Markdown. Results
+    go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`."""
     if train.setting != "inductive":
         raise ValueError(f"the setting {train.setting} goes behind a configuration's name, such as spt@{train.setting}")
     results: list[dict[str, Any]] = []
@@ -196,7 +181,7 @@ class Plan:
     after: dict[str, After] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path) -> Plan:
+    def read(cls, file: Path) -> Self:
         """From JSON; a row is {"base": one of `CONFIGURATIONS`, and fields of ModelConfig}. Raises ValueError."""
         try:
             given = json.loads(file.read_text(), object_hook=with_tuples)
@@ -234,10 +219,6 @@ class Plan:
         rows = list(dict.fromkeys((trial.part.clip, trial.row) for trial in found.values()))
         mine = rows[share[0] - 1 :: share[1]]
         return [trial for trial in found.values() if (trial.part.clip, trial.row) in mine]
-
-
-def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 @cache
@@ -306,8 +287,7 @@ class Study:
             if self.measure and not choosing:
                 result["spectra"] = self.measure(model, validation)
             arrays: Any = {name: each.numpy().astype(np.uint16) for name, each in counts.items()}
-            np.savez_compressed(buffer := BytesIO(), **arrays)
-            write(place / COUNTS, buffer.getvalue())
+            write(place / COUNTS, bytes_of(partial(np.savez_compressed, **arrays)))
             result["scores"] = self.summary(counts["test"])
             said = f"hIoU {mean_and_deviation([result['scores']['hiou']])}"
         except FloatingPointError as error:
@@ -331,13 +311,13 @@ class Study:
         if after.without_spectral_prompts:
             model.encoder.spectral_layers = frozenset()
         pictures = self.pool(trial.world, scenes, name if name in SPOILT else "")
-        found = tallies(confusion_matrices(model, pictures, self.split, seen_offset=after.seen_offset))
+        found = metrics.tallies(confusion_matrices(model, pictures, self.split, seen_offset=after.seen_offset))
         model.encoder.spectral_layers = layers
         return found
 
     def summary(self, counts: Tensor) -> dict[str, Any]:
         """The figures of counts (P, 3, C) by name, and "iou", each class's."""
-        return Scores.of(ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
+        return Scores.of(metrics.ratios_of_tallies(counts.sum(0), self.split), self.split).as_dict()
 
     def asked(self, trial: Trial) -> dict[str, Any]:
         """What a finished trial must have been asked for, to be the same."""

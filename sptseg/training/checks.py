@@ -1,7 +1,5 @@
 """Before the first iteration: do names, label values and targets fit, and does a training step work?"""
 
-from __future__ import annotations
-
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace

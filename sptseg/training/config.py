@@ -1,7 +1,5 @@
 """Settings of a training run, and what follows from them: its augmentation and its learning rate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from sptseg.datasets import Augmentation
@@ -34,8 +32,7 @@ class TrainConfig:
             for large batches on small GPUs.
         workers: data-loading processes; on macOS and Windows a script that has some needs its main guard (README).
         tensorboard: write TensorBoard files beside the history.
-        progress: show a progress bar.
-    """
+        progress: show a progress bar."""
 
     iterations: int = 20_000
     batch_size: int = 16

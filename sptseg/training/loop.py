@@ -1,7 +1,5 @@
 """Training on Hugging Face accelerate: one process, many GPUs, many machines, the same code."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -64,8 +62,7 @@ def fit(
         augment: by default `training_augmentation`.
         resume: go on from the state in `output`, if there is one; with the same bits on a GPU only in PyTorch's
             deterministic mode: torch.use_deterministic_algorithms(True), CUBLAS_WORKSPACE_CONFIG=:4096:8 set.
-        about: JSON values to keep in `config.json` and in the checkpoints, such as the preset's name.
-    """
+        about: JSON values to keep in `config.json` and in the checkpoints, such as the preset's name."""
     config = config or TrainConfig()
     if output is None and (resume or config.tensorboard):
         raise ValueError("resume and tensorboard need an output folder; give output=")

@@ -4,10 +4,7 @@ Logits are upsampled bilinearly (`align_corners=False`) to the labels' size. Tar
 pixels (255) are zeros for every class: negatives, not left out (released code, kept).
 
 Values and exact gradients are computed together, a few maps at a time: no map of all classes exists at full size, and
-no graph is kept. `tests/plain.py` holds the straightforward twin.
-"""
-
-from __future__ import annotations
+no graph is kept. `tests/plain.py` holds the straightforward twin."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -37,8 +34,7 @@ def segmentation_loss(
     (image, class) present; `pairs` is n where it is counted over more than this batch, at least 1:
         focal = 100 / n * sum over pairs of mean over pixels of alpha_t (1 - p_t)² (-log p_t)
         ssim  = 1 - mean over pairs and pixels of SSIM(logits, t): raw logits, odd but released, and kept
-        dice  = 1 / n * sum over present pairs of 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)
-    """
+        dice  = 1 / n * sum over present pairs of 1 - (2 sum(p t) + 1) / (sum p + sum t + 1)"""
     if kind not in ("spt", "zegclip"):
         raise ValueError(f"loss kind is {kind!r}; wanted 'spt' or 'zegclip'")
     check_labels(labels, logits.shape[1], len(logits))
@@ -71,8 +67,7 @@ class _MaskLosses(torch.autograd.Function):
     """(focal, ssim or dice) of low-resolution logits, with their gradients made in the forward pass.
 
     Focal loss and SSIM first take every map as if its target were empty. What the target changes is added in tiles
-    around its pixels, few in all, so that time hardly grows with the classes in a picture.
-    """
+    around its pixels, few in all, so that time hardly grows with the classes in a picture."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, pairs: Tensor, ssim: bool) -> tuple[Tensor, Tensor]:

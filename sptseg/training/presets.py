@@ -2,29 +2,20 @@
 the literature's protocol (ZegCLIP's configuration files, as SPT-SEG published none); the configurations that are
 compared; and the usual recipe for a CLIP that nothing was trained on, with what papers report of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from sptseg import scenes
-from sptseg.datasets import SCENES_TO_TRAIN, Data
+from sptseg.datasets import FACTS, SCENES_TO_TRAIN, Data
 from sptseg.inference import table
-from sptseg.model import (
-    DENSE_CLIP,
-    EMBEDDED_CLIPS,
-    EMBEDDED_CONFIG,
-    SPT_RELEASED,
-    ZEGCLIP,
-    ModelConfig,
-    ReadOut,
-    default_readout,
-)  # fmt: skip
+from sptseg.model import DENSE_CLIP, EMBEDDED_CLIPS, EMBEDDED_CONFIG, SPT_RELEASED, ZEGCLIP, ModelConfig, readouts
 from sptseg.system import cores
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.stream import Setting
+
+ReadOut = readouts.ReadOut
 
 
 @dataclass(frozen=True)
@@ -35,7 +26,7 @@ class Preset:
     model: ModelConfig
     train: TrainConfig
 
-    def with_method(self, method: ModelConfig) -> Preset:
+    def with_method(self, method: ModelConfig) -> Self:
         """Another method, such as `ZEGCLIP`, on this preset's CLIP, picture size, prompt tokens and templates."""
         kept = "clip", "clip_weights", "image_size", "templates", "normalization"
         tokens = self.model.prompt_tokens if method.prompt_tokens else 0
@@ -47,24 +38,14 @@ def in_setting(model: ModelConfig, train: TrainConfig, setting: Setting) -> tupl
     """Inductive options in another setting, in which the scores of seen classes are not lowered.
 
     Transductive training takes the second half of the iterations: it goes on from the checkpoint that inductive
-    training leaves after the first, `halfway.safetensors` (ZegCLIP: VOC 10k + 10k, COCO-Stuff 40k + 40k).
-    """
+    training leaves after the first, `halfway.safetensors` (ZegCLIP: VOC 10k + 10k, COCO-Stuff 40k + 40k)."""
     if setting == "inductive":
         return model, train
     iterations = train.iterations // 2 if setting == "transductive" else train.iterations
     return replace(model, seen_offset=0.0), replace(train, setting=setting, iterations=iterations)
 
 
-# ZegCLIP's text embeddings of COCO-Stuff are means over several templates; these are listed by its successor RPN (Li et
-# al., Relationship Prompt Learning is Enough, NeurIPS 2024, appendix) for COCO-Stuff and Context; VOC has one.
-SEVERAL_TEMPLATES = (
-    "a photo of a {}.", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "this is a photo of a {}.", "this is a photo of a small {}.", "this is a photo of a medium {}.",
-    "this is a photo of a large {}.", "a {} in the scene.", "a photo of a {} in the scene.",
-    "there is a {} in the scene.", "there is the {} in the scene.", "this is a {} in the scene.",
-    "this is the {} in the scene.", "this is one {} in the scene.",
-)  # fmt: skip
-
+SEVERAL_TEMPLATES = tuple(FACTS["templates"])
 EMBEDDED = Preset(SCENES_TO_TRAIN, EMBEDDED_CONFIG, EMBEDDED_TRAINING)
 # TrainConfig's defaults are the protocol's; the folders are those of mmsegmentation's data guide.
 VOC = Preset(
@@ -124,21 +105,6 @@ CONFIGURATIONS: dict[str, ModelConfig] = {
 LADDER = ("dense-clip", "zegclip-released", "zegclip-released+spectral-prompts", "spt-released-ssim", "spt-released")
 
 IMAGENET_TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # OpenAI's 80
-SHORT_SIDES = {"cityscapes": 560, "coco-stuff": 448}  # all others 336
-COLUMNS = {
-    "voc2012": "VOC20", "context-otseg": "Context59", "context-cascade": "Context59", "coco-stuff": "COCO-Stuff",
-    "cityscapes": "Cityscapes", "ade20k": "ADE150",
-}  # fmt: skip
-# mIoU in percent with OpenAI's ViT-B/16, from the papers' own tables: MaskCLIP (arXiv 2112.01071), GEM (2312.00878),
-# SCLIP (2312.01597), ClearCLIP (2407.12442) and NACLIP (2404.08181), of which the later ones also ran the earlier.
-PUBLISHED = {  # in the order of the columns
-    "plain": ("41.9", "9.2", "4.4", "5.0", "2.9"),
-    "maskclip": ("74.9", "26.4", "16.4", "12.6 to 24.9", "9.8 to 11.9"),
-    "gem": ("79.9", "35.9", "23.7", "30.8", "15.7"),
-    "sclip": ("81.5", "34.5", "22.8", "32.3", "16.5"),
-    "clearclip": ("80.9", "35.9", "23.9", "30.0", "16.7"),
-    "naclip": ("79.7", "35.2", "23.3", "35.5", "17.4"),
-}
 
 
 def training_free(
@@ -149,13 +115,12 @@ def training_free(
     80 templates, softmax of 40 times the cosine over all names, CLIP's image statistics, bicubic positions; windows of
     224 every 112 pixels of pictures with a short side of 336 (Cityscapes 560, COCO-Stuff 448). ClearCLIP, as released:
     50 times, windows of 448 (Cityscapes 224) every 224 pixels of a short side of 448. The tiny CLIPs have their own
-    window, statistics and templates. `readout`: by default `default_readout`.
-    """
-    readout = readout or default_readout(clip)
+    window, statistics and templates. `readout`: by default `default_readout`."""
+    readout = readout or readouts.default_readout(clip)
     config = replace(
         DENSE_CLIP, clip=clip, clip_weights=clip_weights, readout=readout, image_size=(224, 224), window_stride=0.5,
-        short_side=SHORT_SIDES.get(layout, 336), bicubic=True, softmax_scale=40.0, templates=IMAGENET_TEMPLATES,
-        normalization="clip",
+        short_side=FACTS.get(layout, {}).get("short_side", 336), bicubic=True, softmax_scale=40.0,
+        templates=IMAGENET_TEMPLATES, normalization="clip",
     )  # fmt: skip
     if clip in EMBEDDED_CLIPS:
         own = {"templates": scenes.TEMPLATES, "normalization": DENSE_CLIP.normalization}
@@ -169,9 +134,8 @@ def training_free(
 def beside_published(config: ModelConfig, layout: str, miou: float) -> list[str]:
     """A table of an mIoU (0..1) beside the published one; none if this read-out, CLIP and data set have no such."""
     openai = config.clip in ("ViT-B-16", "ViT-B-16-quickgelu") and config.clip_weights == "openai"
-    if config.softmax_scale is None or not openai or layout not in COLUMNS:
+    told = FACTS.get(layout, {})
+    if config.softmax_scale is None or not openai or "published" not in told:
         return []
-    column, columns = COLUMNS[layout], list(dict.fromkeys(COLUMNS.values()))
-    published = PUBLISHED[config.readout][columns.index(column)]
-    row = config.readout, column, published, f"{100 * miou:.1f}"
+    row = config.readout, told["column"], told["published"][config.readout], f"{100 * miou:.1f}"
     return [table(("read-out", "data set", "published mIoU", "yours"), row)]

@@ -2,10 +2,7 @@
 
 Unlike OpenAI's CLIP, this one is trained to be dense: next to the usual contrast of image and caption, every patch must
 choose among the nouns of its own caption, every noun of the caption must win some patches, and in the end each patch
-must stand by what it says in a small window.
-"""
-
-from __future__ import annotations
+must stand by what it says in a small window."""
 
 import json
 import math
@@ -16,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -70,11 +67,11 @@ class PretrainConfig:
     device: str = "cpu"
 
     @classmethod
-    def plain(cls, seed: int = 0) -> PretrainConfig:
+    def plain(cls, seed: int = 0) -> Self:
         """CLIP's own contrast alone; without the stage of local views, which only patches need."""
         return cls(seed, cls.stages[:3], dense_losses=False)
 
-    def scaled(self, images: int) -> PretrainConfig:
+    def scaled(self, images: int) -> Self:
         """The same stages with about so many pictures in all, at least a batch each."""
         share = images / sum(stage.images for stage in self.stages)
         stages = tuple(replace(stage, images=max(stage.batch, round(stage.images * share))) for stage in self.stages)
@@ -119,8 +116,7 @@ def embed_images(clip: Clip, images: Tensor, *, dropout: float = 0.0, window: in
     """Unit patch embeddings (B, N', E) and image embeddings (B, E) of square images.
 
     A share `dropout` of the patches is left out. With `window`, patches attend only inside windows of that many patches
-    a side, each with a class token of its own (so B * windows image embeddings).
-    """
+    a side, each with a class token of its own (so B * windows image embeddings)."""
     visual = clip.visual
     patch, size = visual.conv1.kernel_size[0], images.shape[-1]
     grid = (size // patch, size // patch)
@@ -162,9 +158,7 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def dense_loss(log_p: Tensor, present: Tensor, coverage: float) -> Tensor:
     """Patches choose among their caption's nouns, and each noun of the caption wins its best `coverage` of patches.
-
-    log_p (B, N, V): log-probabilities of V nouns; present (B, V) bool.
-    """
+    log_p (B, N, V): log-probabilities of V nouns; present (B, V) bool."""
     own = log_p.masked_fill(~present[:, None], -torch.inf).logsumexp(dim=-1)
     best = log_p.topk(math.ceil(coverage * log_p.shape[1]), dim=1).values.mean(dim=1)  # (B, V)
     return -own.mean() - best[present].mean()
@@ -178,10 +172,8 @@ def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: 
 
 
 def phrase_loss(patches: Tensor, phrases: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """Each phrase picks the pictures whose captions hold it, by its soft-best patch.
-
-    patches (B, N, E), phrases (P, E), owner (P, B) bool.
-    """
+    """Each phrase picks the pictures whose captions hold it, by its soft-best patch. patches (B, N, E), phrases (P, E),
+    owner (P, B) bool."""
     similarity = scale * torch.einsum("bne,pe->pbn", patches, phrases)
     scores = (similarity.softmax(dim=-1) * similarity).sum(dim=-1)  # (P, B)
     return -(scores.masked_fill(~owner, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)).mean()
@@ -239,8 +231,7 @@ def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16), its losses beside it (.jsonl).
 
     Every 500 steps the state goes there too (.state); a run of the same settings that finds one goes on from it, with
-    pictures in another order.
-    """
+    pictures in another order."""
     output = output_place(output)
     state_file = output.with_suffix(".state")
     torch.set_num_threads(config.threads)

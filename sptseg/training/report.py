@@ -1,7 +1,5 @@
 """What a study found: means over seeds, differences of rows with intervals, curves, as tables and as one record."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sptseg.datasets import STRENGTHS, Split, listed
-from sptseg.inference import FIGURES, ratios_of_tallies, table
+from sptseg.inference import FIGURES, metrics, ratios_of_tallies, table
 from sptseg.model import data_file
 from sptseg.system import write
 from sptseg.training.ablation import COUNTS, SPOILT, Study, Trial, mean_and_deviation
@@ -31,10 +29,8 @@ class Group(NamedTuple):
 
 
 def flat(curve: Mapping[int, float]) -> int | None:
-    """The first step at which a curve is flat, None if it never is.
-
-    Flat: the best value of the last 500 steps is less than 0.5 points (0.005) above the best before them.
-    """
+    """The first step at which a curve is flat, None if it never is. Flat: the best value of the last 500 steps is less
+    than 0.5 points (0.005) above the best before them."""
     for step in sorted(curve):
         before = [value for at, value in curve.items() if at <= step - FLAT_STEPS]
         last = [value for at, value in curve.items() if step - FLAT_STEPS < at <= step]
@@ -43,21 +39,13 @@ def flat(curve: Mapping[int, float]) -> int | None:
     return None
 
 
-def drawn(count: int, draws: int, seed: int) -> Tensor:
-    """How often each of `count` is drawn in as many draws with replacement: (1 + draws, count); first each once."""
-    picked = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
-    often = torch.zeros(draws, count).scatter_add_(1, picked, torch.ones(picked.shape))
-    return torch.cat([torch.ones(1, count), often]).double()
-
-
 def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> dict[str, list[float]]:
     """Difference of two rows, mine less other, with the ends of its 95 % interval, of each figure of `FIGURES` and of
     the gap, mIoU of seen less that of unseen classes.
 
     Counts (S, P, K, 3, C), see `tallies`. Seeds and pictures are drawn with replacement, the same ones for both rows; a
-    seed's figures are those of its pooled pictures, means over the K data sets.
-    """
-    seeds, pictures = drawn(len(mine), draws, 0), drawn(mine.shape[1], draws, 1)
+    seed's figures are those of its pooled pictures, means over the K data sets."""
+    seeds, pictures = metrics.drawn(len(mine), draws, 0), metrics.drawn(mine.shape[1], draws, 1)
 
     def figures(counts: Tensor) -> Tensor:  # (S, P, K, 3, C) -> (1 + draws, S, 5)
         by_seed = [(pictures @ each.flatten(1)).unflatten(1, each.shape[1:]) for each in counts.double()]
@@ -65,15 +53,12 @@ def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> di
         return torch.cat([values, values[..., 1:2] - values[..., 2:3]], dim=-1)
 
     means = (seeds[:, :, None] * (figures(mine) - figures(other))).sum(1) / len(mine)
-    ends = means[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return dict(zip((*FIGURES, "gap"), torch.cat([means[:1], ends]).T.tolist(), strict=True))
+    return dict(zip((*FIGURES, "gap"), metrics.with_ends(means).T.tolist(), strict=True))
 
 
 class Found:
     """The finished trials of a study, by group, row and seed; a row "ROW, NAME" is ROW with a change after training.
-
-    `unscored`: what the plan asks of them and did not yet when they ended.
-    """
+    `unscored`: what the plan asks of them and did not yet when they ended."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.trials, self.unscored = study, {}, []

@@ -1,7 +1,5 @@
 """The state of a training run: all that `fit` needs to go on with the same bits after a kill."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -10,6 +8,7 @@ import signal
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 
 from sptseg.checkpoints import completed
 from sptseg.datasets import Sample
-from sptseg.system import write
+from sptseg.system import bytes_of, write
 
 STATE = "state.pt"
 HALFWAY = "halfway.safetensors"  # the inductive checkpoint from which transductive training goes on
@@ -30,8 +29,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings, such as "train.seed", in which an earlier run differs from one of now.
 
     What the model's settings and the data's identity had not yet when that ran is no difference; nor is where CLIP's
-    weights lie, as the fingerprint tells them.
-    """
+    weights lie, as the fingerprint tells them."""
     before, found = {**before, "model": completed(before["model"])}, []
     for part, values in json.loads(json.dumps(now)).items():
         old = before.get(part)
@@ -46,9 +44,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:
     """Writes a state of tensors, numbers and texts, nested in lists and dictionaries, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    write(path, bytes_of(partial(torch.save, state)))
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What a training run reads, in which order: a setting's targets; a seeded, endless stream of augmented pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +14,8 @@ UNSEEN_PIXEL = -1
 
 
 def label_table(split: Split, setting: Setting) -> tuple[tuple[int, ...], Tensor]:
-    """Which classes are queries, and a table (256,) from label values to training targets.
-
-    Inductive: seen classes, unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is.
-    """
+    """Which classes are queries, and a table (256,) from label values to training targets. Inductive: seen classes,
+    unseen pixels ignored. Transductive: all classes, unseen pixels -1. Supervised: all as is."""
     if len(split.classes) > IGNORE:
         raise ValueError(f"training takes at most {IGNORE} classes; split {split.name!r} has {len(split.classes)}")
     queries = split.seen if setting == "inductive" else tuple(range(len(split.classes)))
@@ -42,8 +38,7 @@ class TrainingStream(Dataset[Example]):
     """An endless, seeded sequence of augmented pictures and targets: position p is the same whatever came before.
 
     Every epoch is a new permutation; the augmentation's randomness depends on seed and position alone. So a run goes on
-    exactly where it stopped, and does not depend on the number of workers or processes.
-    """
+    exactly where it stopped, and does not depend on the number of workers or processes."""
 
     def __init__(self, dataset: Dataset[Sample], augment: Augmentation, table: Tensor, seed: int) -> None:
         self.dataset, self.table, self.seed = dataset, table, seed
@@ -67,11 +62,6 @@ def collate(examples: Sequence[Example]) -> Example:
     """One batch; not by PyTorch's, which takes shared memory at once, whatever room that has."""
     images, targets, names = zip(*examples, strict=True)
     return Example(torch.stack(images), torch.stack(targets), list(names))
-
-
-def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Example]:
-    """The batches of a training stream, read ahead by `workers` processes."""
-    return read_batches(stream, positions, collate, workers, pin_memory)
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -101,3 +91,8 @@ class Positions:
             for part in range(self.accumulation):
                 start = iteration * self.batch_size + (part * self.processes + self.rank) * self.micro
                 yield list(range(start, start + self.micro))
+
+
+def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Example]:
+    """The batches of a training stream, read ahead by `workers` processes."""
+    return read_batches(stream, positions, collate, workers, pin_memory)

@@ -78,8 +78,7 @@ def test_the_folder_holds_pictures_figures_and_a_table_that_agree(folder: Path, 
 def test_missing_figures_show_as_a_dash_and_words_are_escaped() -> None:
     html = demo.Picture(b"", '"<b>', "<i>&").html()
     assert html.endswith('alt="&quot;&lt;b&gt;"/><figcaption>&lt;i&gt;&amp;</figcaption></figure>')
-    nothing = Scores(0.5, float("nan"), 0.25, float("nan"), {})
-    assert demo.rows_of({"m": nothing}) == [["m", "50.0", "–", "25.0", "–"]]
+    assert Scores(0.5, float("nan"), 0.25, float("nan"), {}).cells() == ["50.0", "–", "25.0", "–"]
 
 
 def test_page_says_how_little_its_figures_mean_and_what_to_do_next(folder: Path, page: Element) -> None:

@@ -86,6 +86,6 @@ def test_wheel_carries_the_embedded_files_and_nothing_else(tmp_path: Path) -> No
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sptseg").rglob("*.py")}
     embedded = {path for pattern in ("*.safetensors", "*.json", "README.md") for path in (ROOT / "data").glob(pattern)}
-    read = "py.typed", "cli/demo.html", "datasets/data_sets.toml", "checkpoints/card.txt", "checkpoints/research.toml"
-    texts = {f"sptseg/{path}" for path in read}
+    read = "cli/demo.html", "datasets/data_sets.toml", "checkpoints/card.txt", "checkpoints/research.toml"
+    texts = {f"sptseg/{path}" for path in ("py.typed", "interactive/widgets.toml", "scenes/world.toml", *read)}
     assert inside == modules | texts | {f"sptseg/data/{path.name}" for path in embedded}

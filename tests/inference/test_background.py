@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from conftest import small_clip
 from PIL import Image
-from pycocotools import mask as cocotools
 from pycocotools.coco import COCO
 from torch.testing import assert_close
 from toys import data_folder, toy_model
@@ -20,7 +18,7 @@ from toys import data_folder, toy_model
 from sptseg.analysis.failures import collect
 from sptseg.datasets import BACKGROUND, ImageMaskFolder
 from sptseg.inference import Segmentation, WindowLogits, evaluate, segment
-from sptseg.inference.segmentation import CocoMasks, resolved, run_lengths, told
+from sptseg.inference.segmentation import CocoMasks, resolved, told
 
 MODEL = toy_model().eval()
 PICTURE = np.random.default_rng(3).integers(0, 256, (40, 70, 3), np.uint8)
@@ -95,15 +93,6 @@ def test_several_words_in_classes_txt(tmp_path: Path) -> None:
     assert_close(MODEL.class_embeddings(["grass|boat"])[0], F.normalize(one + other, dim=0))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 70), (200, 300)])
-def test_run_lengths_are_pycocotools_own(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    smooth = np.indices(shape).sum(0) // 7 % 3 == 1
-    for mask in (rng.random(shape) < 0.5, rng.random(shape) < 0.02, smooth, ~smooth, smooth | True, smooth & False):
-        expected: Any = cocotools.encode(np.asfortranarray(mask))
-        assert run_lengths(mask) == {"size": list(shape), "counts": expected["counts"].decode()}
-
-
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools under numpy 2
 def test_coco_json_comes_back_with_pycocotools(tmp_path: Path) -> None:
     pictures = {"a.jpg": np.repeat([[0, 0, 255], [2, 255, 2]], 3, axis=0), "b.jpg": np.full((4, 5), 1)}
@@ -117,7 +106,9 @@ def test_coco_json_comes_back_with_pycocotools(tmp_path: Path) -> None:
     for each in coco.anns.values():
         labels = pictures[coco.imgs[each["image_id"]]["file_name"]]
         assert np.array_equal(coco.annToMask(each), labels == each["category_id"] - 1)
-        assert each["area"] == coco.annToMask(each).sum() and each["bbox"] == [*cocotools.toBbox(each["segmentation"])]
+        rows, columns = np.nonzero(labels == each["category_id"] - 1)
+        box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+        assert each["area"] == len(rows) and each["bbox"] == box
 
 
 def test_files_of_a_segmentation(plain: Segmentation, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_without_unseen_classes_their_figures_are_nan_and_null_in_json() -> None
     result = measure([[0, 1]], [[0, 0]], SEEN_ONLY)
     assert math.isnan(result.miou_unseen) and math.isnan(result.hiou)
     assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
-    assert result.table().splitlines()[-1] == "| 50.0 | 25.0 |  -  |  -  |"
+    assert result.table().splitlines()[-1] == "| 50.0 | 25.0 | – | – |"
     absent = measure([[0, 0]], [[0, 0]])  # there are unseen classes, but no pixel of them
     figures = {"pixel_accuracy": 1.0, "miou_seen": 1.0, "miou_unseen": None, "hiou": None}
     iou = {"cow": 1.0, "grass": None, "sheep": None, "sky": None}

@@ -216,6 +216,7 @@ def trained() -> SptSeg:
     result = fit(toy_model(start="dense_clip", selection=False), Toys(), SPLIT, config, augment=PLAIN)
     totals = [row["total"] for row in result.history]
     assert np.mean(totals[-5:]) < 0.8 * np.mean(totals[:5]) and not result.model.training
+    assert same(result.model.clip.model.state_dict(), small_clip().model.state_dict()), "no bit of CLIP changes"
     return result.model
 
 

@@ -77,25 +77,6 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-PARK = Split.from_names("park", ["grass", "water", "tree", "boat"], unseen=["tree"])
-
-
-class Bands(Dataset[Sample]):
-    """Noise pictures (40, 48) whose masks are upright bands of label values."""
-
-    def __init__(self, bands: tuple[int, ...] = (0, 1, 2, 3), length: int = 5, split: Split = PARK) -> None:
-        self.bands, self.length, self.split = bands, length, split
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample:
-        pixels = np.random.default_rng(index).integers(0, 256, (3, 40, 48), dtype=np.uint8)
-        label = torch.tensor(self.bands).repeat_interleave(48 // len(self.bands)).expand(40, 48)
-        image = tv_tensors.Image(torch.from_numpy(pixels))
-        return {"image": image, "label": tv_tensors.Mask(label), "name": f"noise-{index}"}
-
-
 def toy_model(clip: Clip | None = None, **changes: Any) -> SptSeg:
     """SPT-SEG without dropout on the small CLIP; always the same weights."""
     config = {"clip": "small", "image_size": (32, 32), "prompt_tokens": 2, "dropout": 0.0, **changes}

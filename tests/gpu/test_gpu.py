@@ -15,14 +15,12 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from conftest import DEVICE, Reference, small_clip
-from PIL import Image
 from torch.testing import assert_close
-from toys import SPLIT, Toys, toy_config, toy_model
+from toys import SPLIT, ActsAt, Toys, interrupt, same, toy_config, toy_model
 
 from sptseg import scenes
 from sptseg.analysis import failures, spectra
 from sptseg.checkpoints import load_model
-from sptseg.cli import main
 from sptseg.cli.benchmark import benchmark
 from sptseg.datasets import Scenes, splits
 from sptseg.inference import Precision, at_precision, evaluate, segment
@@ -34,9 +32,7 @@ from sptseg.training.loop import FitResult, fit
 
 GPU = DEVICE == "cuda"
 if GPU and not torch.cuda.is_available():
-    pytest.skip(
-        "PyTorch finds no GPU; SPTSEG_TEST_DEVICE=cpu runs these tests small, on the CPU", allow_module_level=True
-    )
+    pytest.skip("PyTorch finds no GPU; SPTSEG_TEST_DEVICE=cpu runs these small, on the CPU", allow_module_level=True)
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS's sums may differ from run to run
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # what libraries say of a GPU is no fault of ours
 
@@ -60,16 +56,9 @@ def accelerated_by(device: str) -> Iterator[None]:
 
 def trained(device: str = DEVICE, dropout: float = 0.0, reads: int = 10**6, **options: Any) -> FitResult:
     """A toy model trained on a device; with `reads`, interrupted when so many pictures were read."""
-
-    class Stopped(Toys):
-        def __getitem__(self, index: int) -> Any:
-            if len(self.read) == reads:
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
-
     folder = {name: options.pop(name) for name in ("output", "resume") if name in options}
     with accelerated_by(device):
-        result = fit(toy_model(dropout=dropout), Stopped(), SPLIT, toy_config(**options), **folder)
+        result = fit(toy_model(dropout=dropout), ActsAt(interrupt, reads), SPLIT, toy_config(**options), **folder)
         assert result.model.device.type == device
         return result
 
@@ -126,7 +115,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(precision: str, tmp_path: Path
         resumed = trained(**run, output=tmp_path, resume=True).model.trained_state()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    assert same(resumed, whole)
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
@@ -155,19 +144,6 @@ def test_pictures_in_windows_and_their_analysis() -> None:
     assert (labels != expected[1]).mean() < 0.005
     assert_close(effects, expected[2], atol=1e-3, rtol=1e-3)
     assert pixels == pytest.approx(expected[3], rel=0.005)
-
-
-def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training at its default precision with reading processes, stopped states, scores, a picture."""
-    few = "--train.iterations 6 --train.batch-size 4 --train.workers 2 --train.validate-every 6 --images 8"
-    more = "--train.save-every 3 --train.validation-images 4"
-    with accelerated_by(DEVICE):
-        main(["train", "--output", f"{tmp_path}/run", *few.split(), *more.split()])
-        main(["evaluate", "--model", f"{tmp_path}/run", "--limit", "4"])
-        Image.fromarray(scenes.draw(1)[0]).save(tmp_path / "picture.png")
-        main(["segment", f"{tmp_path}/picture.png", "--classes", "tree,sky", "--out", f"{tmp_path}/out.png"])
-    said = capsys.readouterr().out
-    assert "preflight: 0 faults" in said and "| pAcc |" in said and (tmp_path / "out.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["voc", "coco-stuff"])

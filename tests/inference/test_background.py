@@ -95,6 +95,12 @@ def test_several_words_in_classes_txt(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools under numpy 2
 def test_coco_json_comes_back_with_pycocotools(tmp_path: Path) -> None:
+    """Run lengths are its own for all kinds of masks."""
+    for shape in ((1, 1), (40, 70), (200, 300)):
+        rng, smooth = np.random.default_rng(0), np.indices(shape).sum(0) // 7 % 3 == 1
+        for mask in (rng.random(shape) < 0.5, rng.random(shape) < 0.02, smooth, smooth | True, smooth & False):
+            expected: Any = cocotools.encode(np.asfortranarray(mask))
+            assert run_lengths(mask) == {"size": list(shape), "counts": expected["counts"].decode()}
     pictures = {"a.jpg": np.repeat([[0, 0, 255], [2, 255, 2]], 3, axis=0), "b.jpg": np.full((4, 5), 1)}
     masks = CocoMasks(["grass", "tree", "boat"])
     for name, labels in pictures.items():
@@ -113,10 +119,14 @@ def test_coco_json_comes_back_with_pycocotools(tmp_path: Path) -> None:
 
 def test_files_of_a_segmentation(plain: Segmentation, tmp_path: Path) -> None:
     found = segment(MODEL, PICTURE, ["grass", "tree"], background="water")
+    for suffix, start in {"png": b"\x89PNG", "pdf": b"%PDF", "jpg": b"\xff\xd8\xff"}.items():
+        found.save(tmp_path / f"a.{suffix}")
+        assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
     found.save_labels(tmp_path / "labels.png")
+    colours = np.concatenate([found.palette, np.full((254, 3), 255)])  # white from 2 to 255
     with Image.open(tmp_path / "labels.png") as file:
-        assert np.array_equal(np.asarray(file), found.labels) and (found.labels == 255).any()
-        assert (np.asarray(file.convert("RGB"))[found.labels == 255] == 255).all()
+        assert file.mode == "P" and np.array_equal(np.asarray(file), found.labels) and (found.labels == 255).any()
+        assert np.array_equal(np.asarray(file.convert("RGB")), colours[found.labels])
     found.save_scores(tmp_path / "scores.npz")
     with np.load(tmp_path / "scores.npz") as file:
         assert file["names"].tolist() == ["grass", "tree", "none"] and file["scores"].shape == (3, 8, 14)

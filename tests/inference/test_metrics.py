@@ -9,22 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from toys import SPLIT as TOYS
 from toys import Toys, toy_model
 
 from sptseg.datasets import IGNORE, Split
-from sptseg.inference import Scores, SegmentationMetrics, evaluation, iou_change, iou_per_class, score_interval, scores
+from sptseg.inference import SegmentationMetrics, evaluation, iou_change, iou_per_class, score_interval, scores
 
 SPLIT = Split.from_names("farm", ["cow", "grass", "sheep", "sky"], unseen=["sheep", "sky"])
-SEEN_ONLY = Split.from_names("farm", ["cow", "grass"])
-nan = float("nan")
-
-
-def measure(predicted: list, label: list, split: Split = SPLIT) -> Scores:
-    metrics = SegmentationMetrics(split)
-    metrics.update(torch.tensor(predicted), torch.tensor(label))
-    return metrics.compute()
 
 
 def test_a_confusion_made_by_hand() -> None:
@@ -38,31 +29,28 @@ def test_a_confusion_made_by_hand() -> None:
     assert result.hiou == pytest.approx(2 * seen * unseen / (seen + unseen))
 
 
-def test_absent_classes_are_left_out_but_false_predictions_count() -> None:
-    result = measure([[0, 0, 2, 2]], [[0, 0, 2, 2]])
-    assert list(result.summary().values()) == [1, 1, 1, 1]
-    result = measure([[0, 1, 2, 2]], [[0, 0, 2, 2]])  # grass is predicted and nowhere: IoU 0
-    assert result.iou["grass"] == 0
-    assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
-    assert list(measure([[1, 0, 3, 2]], [[0, 1, 2, 3]]).summary().values()) == [0, 0, 0, 0], "nothing right, no error"
+@pytest.mark.parametrize(
+    ("predicted", "label", "figures", "grass"),
+    [
+        ([0, 0, 2, 2], [0, 0, 2, 2], [1, 1, 1, 1], None),  # absent classes do not count
+        ([0, 1, 2, 2], [0, 0, 2, 2], [3 / 4, (1 / 2 + 0) / 2, 1, 2 * 1 / 4 / (5 / 4)], 0),  # false predictions do
+        ([1, 0, 3, 2], [0, 1, 2, 3], [0, 0, 0, 0], 0),  # nothing right is no error
+        ([0, 1, 255, 3], [0, IGNORE, IGNORE, IGNORE], [1, 1, None, None], None),
+        ([0, 1], [IGNORE, IGNORE], [None] * 4, None),
+    ],
+)
+def test_what_counts(predicted: list, label: list, figures: list, grass: float | None) -> None:
+    metrics = SegmentationMetrics(SPLIT)
+    metrics.update(torch.tensor([predicted]), torch.tensor([label]))
+    result = metrics.compute()
+    assert list(result.summary().values()) == pytest.approx(figures)
+    assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["iou"]["grass"] == grass
 
 
-def test_ignored_pixels_do_not_count_whatever_is_predicted_there() -> None:
-    result = measure([[0, 1, 255, 3]], [[0, IGNORE, IGNORE, IGNORE]])
-    assert result.pixel_accuracy == result.iou["cow"] == 1
-    assert math.isnan(result.iou["grass"]) and math.isnan(result.iou["sky"])
-    assert all(v is None for v in measure([[0, 1]], [[IGNORE, IGNORE]]).summary().values())
-
-
-def test_without_unseen_classes_their_figures_are_nan_and_null_in_json() -> None:
-    result = measure([[0, 1]], [[0, 0]], SEEN_ONLY)
+def test_without_unseen_classes_their_figures_are_nan() -> None:
+    result = scores(torch.tensor([[1, 1], [0, 0]]), Split.from_names("farm", ["cow", "grass"]))
     assert math.isnan(result.miou_unseen) and math.isnan(result.hiou)
-    assert result.miou_seen == pytest.approx((1 / 2 + 0) / 2)
     assert result.table().splitlines()[-1] == "| 50.0 | 25.0 | – | – |"
-    absent = measure([[0, 0]], [[0, 0]])  # there are unseen classes, but no pixel of them
-    figures = {"pixel_accuracy": 1.0, "miou_seen": 1.0, "miou_unseen": None, "hiou": None}
-    iou = {"cow": 1.0, "grass": None, "sheep": None, "sky": None}
-    assert json.loads(json.dumps(absent.as_dict(), allow_nan=False)) == {**figures, "iou": iou}
 
 
 @settings(max_examples=20, deadline=None)
@@ -84,14 +72,13 @@ def test_updates_add_up_to_the_counts_of_a_plain_loop(sizes: list[tuple[int, int
     ("predicted", "label", "message"),
     [
         ([[4, 0]], [[0, 0]], "the prediction holds values 0 to 4; split 'farm' has the labels 0 to 3, and 255"),
-        ([[0, -1]], [[0, 0]], "the prediction holds values -1 to 0"),
         ([[0, 0]], [[0, -1]], "the label holds values -1 to 0"),
         ([[0, 0]], [[0]], r"the prediction is \(1, 2\) and the label \(1, 1\); wanted equal sizes"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(predicted: list, label: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        measure(predicted, label)
+        SegmentationMetrics(SPLIT).update(torch.tensor(predicted), torch.tensor(label))
 
 
 def test_large_counts_stay_exact() -> None:
@@ -111,14 +98,9 @@ def test_intervals_by_hand() -> None:
     assert math.isnan(low.iou["grass"])
     low, high = score_interval(confusions, SPLIT, level=0.4)
     assert (low.pixel_accuracy, high.pixel_accuracy) == (0.5, 0.5)
-
-
-def test_one_picture_has_no_width_and_a_seed_repeats() -> None:
     confusions = torch.randint(0, 9, (5, 4, 4))
-    for end in score_interval(confusions[:1], SPLIT, draws=9):
-        whole = scores(confusions[0], SPLIT)
-        assert end.iou == pytest.approx(whole.iou)
-        assert (end.pixel_accuracy, end.hiou) == pytest.approx((whole.pixel_accuracy, whole.hiou))
+    for end in score_interval(confusions[:1], SPLIT, draws=9):  # one picture has no width
+        assert end.summary() == pytest.approx(scores(confusions[0], SPLIT).summary())
     once, again, other = (score_interval(confusions, SPLIT, draws=50, seed=seed) for seed in (1, 1, 2))
     assert once == again != other
 
@@ -131,13 +113,9 @@ def test_matrices_of_pictures_add_up_to_what_evaluate_scores() -> None:
     assert torch.equal(evaluation.confusion_matrices(model, dataset, TOYS, limit=3), counts[:3])
 
 
-def pictures_with(hits: Tensor) -> Tensor:
-    """Confusions (P, 2, 2) of pictures with 10 pixels of class 0, so many of them right; the others are called 1."""
-    return torch.stack([torch.stack([hits, 10 - hits], 1), torch.zeros(len(hits), 2, dtype=torch.long)], 1)
-
-
 def test_change_of_iou_by_hand() -> None:
-    before, after = (pictures_with(torch.tensor([hits, hits])) for hits in (10, 5))
+    """Two pictures of 10 pixels of class 0, all of them right before, half of them called 1 after."""
+    before, after = (torch.tensor([[[hits, 10 - hits], [0, 0]]] * 2) for hits in (10, 5))
     found = iou_change(before, after, [0])  # every draw of two equal pictures gives the same
     assert (found.change, found.low, found.high) == (-0.5, -0.5, -0.5)
     assert str(found) == "-50.0 (-50.0 to -50.0)"

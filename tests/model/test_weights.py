@@ -8,7 +8,6 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,16 +28,11 @@ TEXT: Any = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "
 TOY: dict[str, Any] = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
 
 
-@pytest.fixture(autouse=True)
-def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """open_clip models small enough for a file a test."""
-    models = {"toy": TOY, "toy-quickgelu": {**TOY, "quick_gelu": True}}
-    for name, config in models.items():
-        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
-
-
 @pytest.fixture
-def model() -> open_clip.CLIP:
+def model(monkeypatch: pytest.MonkeyPatch) -> open_clip.CLIP:
+    """Small enough for a file a test; open_clip has its configuration as "toy", and as "toy-quickgelu"."""
+    for name, config in {"toy": TOY, "toy-quickgelu": {**TOY, "quick_gelu": True}}.items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
     return open_clip.CLIP(**TOY, quick_gelu=True).eval()
 
 
@@ -76,12 +70,9 @@ def test_openais_archive_is_read_without_its_code(model: open_clip.CLIP, tmp_pat
         load_clip("toy", str(path))
 
 
-def wrapped(state: dict[str, Tensor]) -> dict[str, Any]:
-    return {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}
-
-
 FORMS: dict[str, Callable[[Any, Path], object]] = {
-    "training.pt": lambda state, path: torch.save(wrapped(state), path), "a ünicode näme.bin": torch.save,
+    "training.pt": lambda state, path: torch.save({"state_dict": {f"module.{k}": state[k] for k in state}}, path),
+    "a ünicode näme.bin": torch.save,
     "old.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "open_clip_model.safetensors": save_file, "M.SAFETENSORS": save_file,
 }  # fmt: skip
@@ -112,8 +103,7 @@ def in_transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }  # fmt: skip
     parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
     parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    blocks = {"visual.transformer.resblocks.0": "vision_model.encoder.layers.0"}
-    blocks["visual.transformer.resblocks.1"] = "vision_model.encoder.layers.1"
+    blocks = {f"visual.transformer.resblocks.{i}": f"vision_model.encoder.layers.{i}" for i in (0, 1)}
     blocks["transformer.resblocks.0"] = "text_model.encoder.layers.0"
     for kind in ("weight", "bias"):
         theirs[f"vision_model.pre_layrnorm.{kind}"] = state[f"visual.ln_pre.{kind}"]
@@ -128,8 +118,7 @@ def in_transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) -> None:
-    state = in_transformers_names(model.state_dict())
-    (save_file if name.endswith("s") else torch.save)(state, tmp_path / name)
+    (save_file if name.endswith("s") else torch.save)(in_transformers_names(model.state_dict()), tmp_path / name)
     assert holds("toy", tmp_path / name, model.state_dict())
 
 
@@ -152,12 +141,11 @@ def test_other_weights_are_refused_by_what_differs(
     with pytest.raises(ValueError, match=f"other.pt holds no weights of toy: .*{message}") as refusal:
         load_clip("toy", str(tmp_path / "other.pt"))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
-
-
-def test_what_is_no_file(tmp_path: Path) -> None:
     for weights in ("opnai", "nowhere/ViT-B-32.pt", str(tmp_path)):
         with pytest.raises(ValueError, match=f"{weights} is no file, and no tag of ViT-B-32; .* openai, laion400m_e31"):
             load_clip("ViT-B-32", weights)
+    torch.save([1, 2], tmp_path / "other.pt")
+    assert read_weights(tmp_path / "other.pt") == {}
 
 
 # Files that would run code, or are none
@@ -166,17 +154,14 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {  # the content, and the reason that is given
     "a pickle": (lambda path: pickle.dumps({"state_dict": Intruder(path)}), "Weights only load failed"),
     "an old pickle": (lambda path: pickle.dumps(Intruder(path), protocol=0), "Weights only load failed"),
-    "torch.save": (lambda path: saved({"x": torch.zeros(1), "meta": Intruder(path)}), "Weights only load failed"),
     "an archive": (lambda path: archive({"x": Intruder(path)}), "it names (posix|nt).mkdir"),
     "an archive of no module": (lambda _: archive([1]), "attributes"),
     "an archive that is compressed": (lambda _: archive({"x": 1}, zipfile.ZIP_DEFLATED), "data.pkl is compressed"),
     "one number a trillion times": (lambda _: archive({"x": Stored((10**12,), (0,))}), "larger than its storage"),
-    "beyond the storage": (lambda _: archive({"x": Stored((4,), (2,))}), "requiring a storage size of 14"),
     "a missing storage": (lambda _: archive({"x": Stored((4,), (1,), "7")}), "no item named 'toy/data/7'"),
-    "modules in modules": (lambda _: archive({"x": reduce(lambda x, _: of(x=x), range(5000), of())}), "recursion"),
     "an archive cut": (lambda _: archive({"x": Stored((2,), (1,))})[:-200], "."), "nothing": (lambda _: b"", "."),
     "a text": (lambda _: b"no checkpoint", "."), "zip": (lambda _: b"PK\x03\x04" + bytes(99), "."),
-    "wrong operations": (lambda _: b"\x80\x02" + bytes(range(40, 120)), "."), "a memo": (lambda _: b"h\x09.", "."),
+    "wrong operations": (lambda _: b"\x80\x02" + bytes(range(40, 120)), "."),
 }  # fmt: skip
 
 
@@ -190,40 +175,22 @@ class Stored:
         return _rebuild_tensor_v2, self.arguments
 
 
-class Module:
-    """Of an archive's own classes: pickled by name."""
-
-
-Module.__module__, Module.__qualname__ = "__torch__", "Module"
-
-
-def of(**attributes: Any) -> Module:
-    module = Module()
-    module.__dict__.update(attributes)
-    return module
-
-
-def saved(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 def archive(attributes: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A TorchScript archive of one module."""
+    """A TorchScript archive of one module, of a class of its own, which is pickled by name."""
+    module_class = type("Module", (), {"__module__": "__torch__"})
 
     class Writer(pickle.Pickler):
         def persistent_id(self, value: Any) -> tuple | None:
             return ("storage", torch.HalfStorage, value.key, "cpu", 4) if isinstance(value, SimpleNamespace) else None
 
-    module: Any = of(**attributes) if isinstance(attributes, dict) else attributes
+    module: Any = attributes
+    if isinstance(attributes, dict):
+        module = module_class()
+        module.__dict__.update(attributes)
     content, tree = io.BytesIO(), io.BytesIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "__torch__", SimpleNamespace(Module=Module))
-        limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(100_000)
+        patch.setitem(sys.modules, "__torch__", SimpleNamespace(Module=module_class))
         Writer(tree, protocol=2).dump(module)
-        sys.setrecursionlimit(limit)
     with zipfile.ZipFile(content, "w", compression) as file:
         for name, data in {"data.pkl": tree.getvalue(), "data/0": bytes(8), "constants.pkl": b"\x80\x02)."}.items():
             file.writestr(f"toy/{name}", data)
@@ -240,17 +207,3 @@ def test_files_that_hold_no_tensors_are_refused_and_not_run(kind: str, suffix: s
     with pytest.raises(ValueError, match=message) as said:
         read_weights(path)
     assert "\n" not in str(said.value) and [file.name for file in tmp_path.iterdir()] == [path.name], "nothing ran"
-
-
-def test_an_archive_that_refers_to_one_module_a_billion_times(tmp_path: Path) -> None:
-    module = reduce(lambda module, _: of(a=module, b=module), range(30), of(weight=Stored((2, 2), (1, 2))))
-    (tmp_path / "model.pt").write_bytes(archive({"x": module}))
-    assert {name: value.shape for name, value in read_weights(tmp_path / "model.pt").items()} == {
-        f"x.{'a.' * 30}weight": (2, 2)
-    }
-
-
-@pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), {"state_dict": None}, {"epoch": 3}, None])
-def test_files_without_named_tensors_have_none(value: object, tmp_path: Path) -> None:
-    torch.save(value, tmp_path / "model.pt")
-    assert read_weights(tmp_path / "model.pt") == {}

@@ -7,16 +7,15 @@ import math
 import plain
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from sptseg.model import ops
-from sptseg.training import losses, present_pairs, segmentation_loss
+from sptseg.training import present_pairs, segmentation_loss
 
-few = settings(max_examples=15, deadline=None)
+kinds = pytest.mark.parametrize("kind", ["spt", "zegclip"])
 
 
 def random_labels(classes: int, *size: int) -> Tensor:
@@ -35,7 +34,6 @@ def test_focal_and_dice_of_four_pixels() -> None:
     assert terms["focal"].item() == pytest.approx(100 * focal)
     assert terms["dice"].item() == pytest.approx(dice)
     assert terms["total"].item() == pytest.approx(100 * focal + dice)
-    assert set(terms) == {"focal", "dice", "total"}
 
 
 def test_one_certain_pixel_and_an_absent_class() -> None:
@@ -52,22 +50,14 @@ def test_one_certain_pixel_and_an_absent_class() -> None:
     assert segmentation_loss(plain.one_hot(labels, 3), labels)["ssim"].abs() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["spt", "zegclip"])
-def test_a_batch_without_any_class_divides_by_one(kind: str) -> None:
-    terms = segmentation_loss(torch.zeros(1, 2, 2, 2), torch.full((1, 4, 4), 255), kind)
-    assert terms["focal"].item() == pytest.approx(100 * 2 * 0.75 * 0.25 * math.log(2), rel=1e-5)
-    assert terms.get("dice", torch.tensor(0.0)) == 0
-    assert terms["total"].isfinite()
-
-
 def difference(ours: Tensor, twin: Tensor) -> float:
     """Norm of the difference, over the twin's where that is not tiny."""
     return ((ours.double() - twin.double()).norm() / (twin.double().norm() + 1e-2)).item()
 
 
 @pytest.mark.parametrize("at_once", [1, 2**19])
-@pytest.mark.parametrize("kind", ["spt", "zegclip"])
-@few
+@kinds
+@settings(max_examples=15, deadline=None)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 5)), st.tuples(*[st.integers(1, 6)] * 2),
     st.tuples(*[st.integers(1, 30)] * 2), st.booleans(), st.none() | st.floats(0.5, 40),
@@ -96,13 +86,19 @@ def test_values_and_gradients_equal_the_plain_twin(
         assert difference(gradient, wanted) < 1e-3, name
 
 
-@pytest.mark.parametrize("kind", ["spt", "zegclip"])
+@kinds
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(kind: str, bfloat16: bool) -> None:
-    """At a size of several tiles of the window, uneven, most classes absent. SSIM's gradient alone is less exact in
-    float32, the plain twin's as well: it divides by differences of nearly equal numbers. Autocast's logits come in
-    bfloat16; the loss is computed in float32 all the same, and only its gradient is rounded."""
-    labels, dtype = random_labels(3, 2, 150, 101), torch.bfloat16 if bfloat16 else torch.float32
+@pytest.mark.parametrize("size", [(1, 1), (5, 42), (31, 70), (32, 33), (150, 101)])
+def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(
+    size: tuple[int, int], bfloat16: bool, kind: str
+) -> None:
+    """In one to several tiles of the window, uneven, most classes absent, specks of one at borders. SSIM's gradient
+    alone is less exact in float32, the plain twin's as well: it divides by differences of nearly equal numbers.
+    Autocast's logits come in bfloat16; the loss is computed in float32 all the same, only its gradient is rounded."""
+    labels, dtype = random_labels(3, 2, *size), torch.bfloat16 if bfloat16 else torch.float32
+    labels[1] = 1
+    labels[:, 4::27, ::31] = 0
+    labels[1, size[0] // 2 :] = 255
     ours = (2 * torch.randn(2, 12, 10, 7)).to(dtype).requires_grad_()
     twin = ours.detach().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -113,28 +109,6 @@ def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(kind: str, 
     (gradient,) = torch.autograd.grad(terms["total"], ours)
     (wanted,) = torch.autograd.grad(expected["total"], twin)
     assert gradient.dtype == dtype and difference(gradient, wanted) <= (4e-3 if bfloat16 else 1e-5)
-
-
-def test_softplus_is_as_exact_as_torchs() -> None:
-    z = torch.linspace(-15, 20, 4001)
-    assert_close(losses.softplus(z).double(), F.softplus(z.double()), rtol=1e-6, atol=0)
-    assert_close(losses.softplus(torch.tensor([-200.0, 0.0, 200.0])), torch.tensor([0.0, math.log(2), 200.0]))
-
-
-@pytest.mark.parametrize("kind", ["spt", "zegclip"])
-@pytest.mark.parametrize("size", [(1, 1), (5, 42), (31, 70), (32, 33), (64, 90)])
-def test_targets_are_added_in_tiles_without_seams(size: tuple[int, int], kind: str) -> None:
-    """A whole picture of one class, specks of another at borders of tiles and of the picture."""
-    labels = torch.full((2, *size), 1)
-    labels[:, 4::27, ::31] = 0
-    labels[1, size[0] // 2 :] = 255
-    ours = (2 * torch.randn(2, 4, 3, 5)).requires_grad_()
-    twin = ours.detach().double().requires_grad_()
-    value, wanted = (
-        f(x, labels, kind)["total"] for f, x in ((segmentation_loss, ours), (plain.segmentation_loss, twin))
-    )
-    assert_close(value.double(), wanted, rtol=1e-5, atol=0)
-    assert difference(*(torch.autograd.grad(v, x)[0] for v, x in ((value, ours), (wanted, twin)))) <= 1e-5
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -148,11 +122,7 @@ def test_extreme_logits_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("labels", "kind", "message"),
     [
-        (
-            torch.full((2, 4, 4), 3),
-            "spt",
-            r"the value 3; with 3 classes 0 to 2 and 255 \(ignored\) .* map unseen classes",
-        ),
+        (torch.full((2, 4, 4), 3), "spt", r"the value 3; with 3 classes 0 to 2 and 255 \(ignored\) .* map unseen"),
         (torch.full((2, 4, 4), -1), "spt", "the value -1"),
         (torch.zeros(2, 1, 4, 4), "spt", r"shape \(2, 1, 4, 4\); wanted \(2, height, width\)"),
         (torch.zeros(2, 4, 4), "dice", "'dice'; wanted 'spt' or 'zegclip'"),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import WORDS, small_clip
 from torch import Tensor
 from torch.testing import assert_close
+from toys import same
 
 from sptseg import scenes
 from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD
@@ -50,32 +51,23 @@ def units(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def test_every_phrase_of_a_scene_has_a_class_as_its_noun() -> None:
-    for seed in range(30):
-        scene = scenes.compose(seed, 64)
-        assert {pretraining.noun(phrase) for phrase in scene.phrases} == {
-            scenes.CLASSES[i] for i in np.unique(scene.label)
-        }
-
-
 # Encoders
 
 
-def test_embed_images_equals_open_clips_own_forward() -> None:
-    """With and without gradients, in value; the patches too."""
-    clip = small_clip()
+def test_embeddings_equal_open_clips_own() -> None:
+    """With and without gradients; the patches too; also of texts of different lengths, which share the longest's."""
+    clip, texts = small_clip(), ["tree", "a photo of a boat", "", " ".join(WORDS)]
     images = torch.randn(2, 3, 32, 32)
-    expected_image = clip.model.encode_image(images, normalize=True)
     clip.visual.output_tokens = True
-    _, tokens = clip.visual(images)
+    pooled, tokens = clip.visual(images)
     clip.model.requires_grad_(True)
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
             patches, image = embed_images(clip, images)
-        assert_close(image, expected_image, atol=1e-5, rtol=1e-5)
+        assert_close(image, F.normalize(pooled, dim=-1), atol=1e-5, rtol=1e-5)
         assert_close(patches, F.normalize(tokens @ clip.visual.proj, dim=-1), atol=1e-5, rtol=1e-5)
-    assert image.shape == (2, 32) and patches.shape == (2, 64, 32)
     assert embed_images(clip, images, dropout=0.75)[0].shape == (2, 16, 32)
+    assert_close(embed_texts(clip, texts), clip.model.encode_text(clip.tokenizer(texts), normalize=True))
 
 
 def test_embed_images_in_windows_equals_pictures_cut_into_them() -> None:
@@ -84,7 +76,6 @@ def test_embed_images_in_windows_equals_pictures_cut_into_them() -> None:
     state = clip.model.state_dict()
     images = torch.randn(2, 3, 32, 32)
     patches, image = embed_images(clip, images, window=4)
-    assert patches.shape == (2, 64, 32) and image.shape == (8, 32)
     name = "visual.positional_embedding"
     token, grid = state[name][:1], state[name][1:].unflatten(0, (8, 8))
     for i, (y, x) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
@@ -96,12 +87,6 @@ def test_embed_images_in_windows_equals_pictures_cut_into_them() -> None:
         found = patches.unflatten(1, (8, 8))[:, y : y + 4, x : x + 4].flatten(1, 2)
         assert_close(found, expected_patches, atol=1e-5, rtol=1e-5)
         assert_close(image[i::4], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_embed_texts_equals_encode_text() -> None:
-    """Also of texts of different lengths, which share the longest's."""
-    clip, texts = small_clip(), ["tree", "a photo of a boat", "", " ".join(WORDS)]
-    assert_close(embed_texts(clip, texts), clip.model.encode_text(clip.tokenizer(texts), normalize=True))
 
 
 # Losses
@@ -190,25 +175,21 @@ def test_batches_are_normalised_mirrored_at_random_and_cover_the_pool() -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
     phrases = [(f"{i}", f"{i} b", f"{i} c") for i in range(8)]
     source = pretraining.batches(images, phrases, 4, np.random.default_rng(0))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    upright = (torch.from_numpy(images) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     seen, mirrored = [], []
-    for _ in range(4):
-        pictures, words = next(source)
-        for picture, of in zip(pictures, words, strict=True):
-            i = int(of[0].split()[0])
-            seen.append(i)
-            assert sorted(of) == sorted(phrases[i])
-            upright = (torch.from_numpy(images[i]).permute(2, 0, 1) / 255 - mean) / std
-            mirrored.append(not torch.allclose(picture, upright, atol=1e-5))
-            assert_close(picture, upright.flip(2) if mirrored[-1] else upright, atol=1e-5, rtol=1e-5)
-    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
-    assert seen[:8] != seen[8:]
+    for pictures, words in (next(source) for _ in range(4)):
+        for picture, of in zip(pictures.permute(0, 2, 3, 1), words, strict=True):
+            seen.append(int(of[0].split()[0]))
+            assert sorted(of) == sorted(phrases[seen[-1]])
+            mirrored.append(not torch.allclose(picture, upright[seen[-1]], atol=1e-5))
+            assert_close(picture.flip(1) if mirrored[-1] else picture, upright[seen[-1]], atol=1e-5, rtol=1e-5)
+    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8)) and seen[:8] != seen[8:]
     assert 0 < sum(mirrored) < 16
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_retrieval_counts_scenes_whose_own_caption_is_the_closest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five captions two are moved to the next scene's place; and the tiny CLIP knows nearly all of a hundred."""
+    """Of five captions two are exchanged; and the tiny CLIP knows nearly all of a hundred."""
     right = torch.eye(5)
     monkeypatch.setattr(pretraining, "embed_images", lambda *_: (None, right))
     monkeypatch.setattr(pretraining, "embed_texts", lambda *_: right[[1, 0, 2, 3, 4]])
@@ -229,19 +210,10 @@ def test_a_pool_is_drawn_by_processes_from_seed_stage_and_number() -> None:
 # The run
 
 
-def test_the_control_has_clips_own_contrast_and_no_local_stage() -> None:
+def test_a_short_run_keeps_the_stages_and_the_control_has_clips_own_contrast_and_no_local_stage() -> None:
     plain, full = PretrainConfig.plain(seed=3), PretrainConfig()
     assert plain == replace(full, seed=3, stages=full.stages[:3], dense_losses=False)
     assert [stage.local_window for stage in full.stages] == [0, 0, 0, 4]
-
-
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here .*; use cpu"):
-        pretrain(replace(CONFIG, device="abacus"), tmp_path / "clip.safetensors")
-
-
-def test_a_short_run_keeps_the_stages_and_their_order() -> None:
-    full = PretrainConfig()
     total = sum(stage.images for stage in full.stages)
     short = full.scaled(total // 100)
     assert [stage.images for stage in short.stages] == [round(stage.images / 100) for stage in full.stages]
@@ -256,7 +228,7 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     draw, numbers, output = pretraining.draw_pool, [], tmp_path / "clip.safetensors"
     first = pretrain(replace(CONFIG, stages=STAGES[:1]), output).model.state_dict()
     kept: Any = read_tensors(output.with_suffix(".state"))
-    assert kept["step"] == 2 and all(torch.equal(value, kept["model"][name]) for name, value in first.items())
+    assert kept["step"] == 2 and same(kept["model"], first)
     settings = read_tensors(tmp_path / "whole.state")["config"]
     write_tensors(output.with_suffix(".state"), {**kept, "config": settings})
     monkeypatch.setattr(pretraining, "draw_pool", lambda *given: numbers.append(given[2]) or draw(*given))
@@ -264,16 +236,15 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     assert numbers == [1] and read_tensors(output.with_suffix(".state"))["step"] == 4
     change = (second["visual.proj"] - first["visual.proj"]).abs().max()
     assert 0 < change < 1e-3, "two small steps from where it stopped, no new start"
-    assert not torch.equal(second["visual.proj"], whole["visual.proj"]), "the pictures come in another order"
-    again = pretrain(CONFIG, output).model.state_dict()
-    assert numbers == [1] and all(torch.equal(value, again[name]) for name, value in second.items())
-    loaded = load_clip("tiny", str(output))
-    assert all(torch.equal(loaded.model.state_dict()[name], value.half().float()) for name, value in second.items())
-    assert loaded.class_embeddings(scenes.CLASSES).shape == (len(scenes.CLASSES), 256)
+    assert same(pretrain(CONFIG, output).model.state_dict(), second) and numbers == [1]
+    loaded = load_clip("tiny", str(output)).model.state_dict()
+    assert all(torch.equal(loaded[name], value.half().float()) for name, value in second.items())
     with pytest.raises(ValueError, match=r"clip\.state is of a run with other settings"):
         pretrain(replace(CONFIG, seed=9), output)
+    with pytest.raises(ValueError, match="device is 'abacus', which cannot be used here .*; use cpu"):
+        pretrain(replace(CONFIG, device="abacus"), output)
     repeated = pretrain(CONFIG, tmp_path / "repeated.safetensors").model.state_dict()
-    assert all(torch.equal(value, repeated[name]) for name, value in whole.items()), "made again from its seed"
+    assert same(repeated, whole), "made again from its seed"
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -164,6 +164,13 @@ def segment_command(
         raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 
 
+def in_folder(root: str, data: Data) -> Data:
+    """The data that `data check` and `data show` name by their folder alone."""
+    if data.data != Data.data:
+        raise ValueError(f"two folders are named, {root} and --data {data.data}; leave out one of them")
+    return replace(data, data=root)
+
+
 def check_command(
     root: tyro.conf.Positional[str],
     data: Annotated[Data, tyro.conf.arg(name="")],
@@ -180,7 +187,7 @@ def check_command(
     """
     if json_file is not None:
         output_place(json_file)
-    report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
+    report = check_dataset(in_folder(root, data).load("evaluation")[0], limit=limit)
     print(report.table())
     if json_file is not None:
         write(json_file, json.dumps(report.as_dict(), indent=1) + "\n")
@@ -203,7 +210,7 @@ def show_command(
         count: how many pictures.
     """
     plots.picture_place(out)
-    dataset, _ = replace(data, data=root).load("evaluation")
+    dataset, _ = replace(in_folder(root, data), seed=Data.seed).load("evaluation")
     plots.save_figure(show_samples(dataset, count, data.seed), out)
     print(f"wrote {out}")
 

@@ -80,6 +80,11 @@ class Train:
         report.raise_on_fault()
         if self.preflight_only:
             return
+        if self.resume != (state := self.output / training.STATE).is_file():
+            told = "is not there, so training begins anew"
+            print(
+                f"{state} {told if self.resume else 'of an earlier run is overwritten; --resume would go on from it'}"
+            )
         data = asdict(self.data.resolved("training"))
         about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
         training.fit(

@@ -232,6 +232,10 @@ WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
 }
 
 
+class Usual(int):
+    """A default, told apart from the same number where that is given."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Which pictures and classes.
@@ -252,8 +256,8 @@ class Data:
     data: str = "scenes"
     layout: Layout = "folder"
     subset: str = ""
-    images: int = 300
-    seed: int = 0
+    images: int = Usual(300)
+    seed: int = Usual(0)
     unseen: str = ""
     prompts: str = ""
     values: str = ""
@@ -272,6 +276,11 @@ class Data:
                 raise ValueError(f"{options} are for masks in files; scenes have none: give --data their folder")
             dataset = Scenes(self.images, self.seed, stream)
         else:
+            given = [name for name in ("images", "seed") if not isinstance(getattr(self, name), Usual)]
+            given += ["subset"] if self.subset and self.layout in ("folder", "camvid") else []
+            if given:
+                told = "scenes (or, --subset, of data sets that have several)"
+                raise ValueError(f"--{' and --'.join(given)} would do nothing to {self.data}, as of {told}: leave out")
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)
             if dataset.found and os.environ.get("RANK", "0") == "0":
@@ -302,5 +311,5 @@ class Data:
         return found | given
 
 
-SCENES_TO_TRAIN = Data(images=5000)
-SCENES_TO_SCORE = Data(seed=1000)  # the table's, apart from those that choices are made on
+SCENES_TO_TRAIN = Data(images=Usual(5000))
+SCENES_TO_SCORE = Data(seed=Usual(1000))  # the table's, apart from those that choices are made on

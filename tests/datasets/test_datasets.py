@@ -250,8 +250,9 @@ def test_camvid_layout(tmp_path: Path) -> None:
     save_image(tmp_path / "images/0001TP_006690.jpg")
     save_mask(tmp_path / "masks/0001TP_006690.png", [[0, 5, 10, 11]] * 3)
     assert label(datasets.camvid(tmp_path)) == [[0, 5, 10, 255]] * 3
-    by_name, _ = Data(str(tmp_path), "camvid", subset="train").load("training")
-    assert label(by_name) == [[0, 5, 10, 255]] * 3, "it has no subsets"
+    assert label(Data(str(tmp_path), "camvid").load("training")[0]) == [[0, 5, 10, 255]] * 3
+    with pytest.raises(ValueError, match="--subset would do nothing"):
+        Data(str(tmp_path), "camvid", subset="train").load("training")
 
 
 def test_scenes_are_drawn_alike_every_time_and_differ_by_index_seed_and_stream() -> None:

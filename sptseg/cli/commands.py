@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -125,7 +126,7 @@ def segment_command(
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
     results = [[folder / f"{stem}{end}" for end in ends] for stem in stems]
     coco_json, names_json, areas_csv = (folder / f"{beside}{name}" for name in ("coco.json", "names.json", "areas.csv"))
-    taken = [path.resolve() for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
+    taken = [os.path.realpath(path) for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     (plots.picture_place if out.suffix else partial(output_place, folder=True))(out)

@@ -20,16 +20,7 @@ import tyro
 from torch.utils.data import Dataset
 
 from sptseg.datasets import splits
-from sptseg.datasets.folders import (
-    ImageMaskFiles,
-    ImageMaskFolder,
-    Sample,
-    Scenes,
-    by_suffix,
-    lines,
-    paired,
-    require,
-)  # fmt: skip
+from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
 from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
 
@@ -271,16 +262,15 @@ class Data:
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
-            if self.values or self.reduce_zero_label or self.subset or self.layout != "folder":
-                options = "--layout, --subset, --values and --reduce-zero-label"
-                raise ValueError(f"{options} are for masks in files; scenes have none: give --data their folder")
+            if self != Data(images=self.images, seed=self.seed, unseen=self.unseen, prompts=self.prompts):
+                options = "--layout, --subset, --values, --reduce-zero-label and --max-pixels"
+                raise ValueError(f"{options} are for files; scenes have none: give --data their folder")
             dataset = Scenes(self.images, self.seed, stream)
         else:
             given = [name for name in ("images", "seed") if not isinstance(getattr(self, name), Usual)]
             given += ["subset"] if self.subset and self.layout in ("folder", "camvid") else []
             if given:
-                told = "scenes (or, --subset, of data sets that have several)"
-                raise ValueError(f"--{' and --'.join(given)} would do nothing to {self.data}, as of {told}: leave out")
+                raise ValueError(f"{self.data}, as {self.layout}, has no {' and no '.join(given)} to choose: leave out")
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)
             if dataset.found and os.environ.get("RANK", "0") == "0":
@@ -293,9 +283,10 @@ class Data:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
-            if not all(words.strip() for _, _, words in pairs):
-                raise ValueError(f"--prompts is {self.prompts!r}; wanted NAME=WORDS, such as car=automobile|van")
             told = {plain(name): words.strip() for name, _, words in pairs}
+            if len(told) < len(pairs) or not all(told.values()):
+                wanted = "NAME=WORDS, each name once, such as car=automobile|van"
+                raise ValueError(f"--prompts is {self.prompts!r}; wanted {wanted}")
             split = split.with_prompts({**dict(split.prompts), **told})
         return dataset, split
 

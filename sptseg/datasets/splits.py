@@ -36,10 +36,8 @@ def plain(name: str) -> str:
 
 
 def names(text: str) -> list[str]:
-    """The `plain` names in a text, between commas and semicolons of any script, tabs and line ends.
-
-    Raises ValueError for a blank name; a separator at the end, and more line ends or tabs than one, are none.
-    """
+    """The `plain` names in a text, between commas and semicolons of any script, tabs and line ends; none may be blank
+    but the last."""
     if re.search(r"(^|[,;，；、،؛])\s*[,;，；、،؛]", text):
         raise ValueError(f"a name is blank in {text[:200]!r}: write it, or take a separator away")
     return [name for name in map(plain, re.split(r"[,;\t\r\n，；、،؛]", text)) if name]
@@ -155,9 +153,7 @@ def context(unseen: Literal["otseg", "cascade"] = "otseg") -> Split:
 
 voc2012 = partial(published, "voc2012")  # PASCAL VOC 2012 without background: 20 classes, 15 seen; the devkit's colours
 coco_stuff = partial(published, "coco-stuff")  # COCO-Stuff 164k: 171 classes, 156 seen
-ade20k = partial(
-    published, "ade20k"
-)  # its scene parsing benchmark: 150 classes, none of them unseen, as in the next two
+ade20k = partial(published, "ade20k")  # its scene parsing benchmark: 150 classes, none unseen, as in the next two
 ade20k_847 = partial(published, "ade20k-847")
 cityscapes = partial(published, "cityscapes")  # the 19 classes of its benchmark, in its colours
 camvid = partial(published, "camvid")  # in the SegNet tutorial's form: 11 classes, 3 unseen (our choice)

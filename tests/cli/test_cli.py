@@ -128,7 +128,7 @@ def test_train_writes_a_folder_that_evaluate_reads(trained: Path, tmp_path: Path
 def test_presets_are_defaults(clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "state.pt").touch()
     main(["train", "--output", str(tmp_path), "--preset", "zegclip", "--images", "2", *clip, *SMALL, *STEPS])
-    assert f"{tmp_path}/state.pt of an earlier run is overwritten; --resume would" in capsys.readouterr().out
+    assert f"{tmp_path}/state.pt is overwritten; --resume goes on" in capsys.readouterr().out
     config: ModelConfig = load_model(tmp_path, load_clip("tiny", clip[-1])).config
     for name in ("decoder", "loss", "spectral_layers", "selection", "start", "seen_offset"):
         assert getattr(config, name) == getattr(ZEGCLIP, name), name
@@ -155,7 +155,7 @@ def test_train_goes_on_and_starts_from_checkpoints(
         *clip,
     ]
     main([*options, "--train.setting", "transductive", "--train.iterations", "1", "--train.learning-rate", "1e-9"])
-    assert f"{tmp_path}/state.pt is not there, so training begins anew" in capsys.readouterr().out
+    assert f"{tmp_path}/state.pt is not there: starting anew" in capsys.readouterr().out
     started, base = (load_model(folder, load_clip("tiny", clip[-1])) for folder in (tmp_path, trained))
     assert started.config == base.config
     for name, value in base.trained_state().items():

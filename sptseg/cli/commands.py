@@ -290,14 +290,15 @@ class Outlet(io.FileIO):
             return len(data)
 
     @classmethod
-    def of(cls, stream: TextIO) -> TextIO:
-        """The stream, through an outlet if it leads to a file; what its encoding lacks is printed as in \\u8349."""
+    def of(cls, stream: TextIO | None) -> TextIO:
+        """The stream, through an outlet if it leads to a file, and one for nobody if it is closed (`2>&-`); what its
+        encoding lacks is printed as in \\u8349."""
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
                 file = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
                 return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
-        return stream
+        return stream or io.StringIO()
 
 
 @contextmanager

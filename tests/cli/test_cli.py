@@ -298,6 +298,11 @@ def test_work_outlasts_those_who_read_what_is_printed(
         sys.stdout.close()
     assert json.loads(report.read_text())
     report.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as closed by a shell's 2>&-
+        main(command)
+    assert json.loads(report.read_text())
+    report.unlink()
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         assert refused(capsys, *command) == "what was printed is not whole: No space left on device"

@@ -19,11 +19,12 @@ def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
     the main one); leaves nothing there. Raises OSError with one sentence if nothing can be written there."""
     path = Path(path)
     try:
-        if is_device(path) or not is_main_process():
+        if (is_device(path) and not folder) or not is_main_process():
             return path
         if folder != path.is_dir() and path.exists():
             raise OSError(f"it is a {'file' if folder else 'folder'}, wanted a {'folder' if folder else 'file'}")
-        place = path.resolve() if folder else path.resolve().parent
+        place = Path(os.path.realpath(path))
+        place = place if folder else place.parent
         while not place.exists():
             place = place.parent
         tempfile.TemporaryFile(dir=place).close()
@@ -47,7 +48,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> Path:
         if is_device(path):
             path.write_bytes(data)
             return path
-        place = path.resolve()  # a link stays a link
+        place = Path(os.path.realpath(path))  # a link stays a link; of a circle `resolve` raises RuntimeError
         place.parent.mkdir(parents=True, exist_ok=True)
         rank = "" if is_main_process() else f".{os.environ['RANK']}"  # each its own, should several write
         part = place.with_name(f".{place.name[:200]}{rank}.part")

@@ -83,6 +83,8 @@ def collect(
 ) -> Predictions:
     """A model's predictions over a data set or its first `limit` pictures, as `sptseg.evaluate` makes them.
     `seen_offset` is taken from the scores of seen classes; None: the model's own. A thousand of VOC's take 3 GB."""
+    if split.ignore != IGNORE:
+        raise ValueError(f"failures are told of at most {IGNORE} classes; {split.name!r} has {len(split.classes)}")
     offset = model.config.seen_offset if seen_offset is None else seen_offset
     pictures, looked_at = [], evaluation.first_indices(dataset, limit)
     for sample, logits in evaluation.predictions(model, dataset, split, seen_offset=0.0, indices=looked_at):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -121,7 +122,7 @@ def segment_command(
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
     results = [[folder / f"{stem}{end}" for end in ends] for stem in stems]
     coco_json, names_json, areas_csv = (folder / f"{beside}{name}" for name in ("coco.json", "names.json", "areas.csv"))
-    taken = [path.resolve() for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
+    taken = [os.path.realpath(path) for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
         raise ValueError("results would overwrite pictures or each other: give another --out, or rename pictures")
     (plots.picture_place if out.suffix else partial(output_place, folder=True))(out)
@@ -160,6 +161,13 @@ def segment_command(
         raise ValueError(f"{len(unread)} of {len(files)} pictures cannot be read, and were left out: {unread[0]}")
 
 
+def in_folder(root: str, data: Data) -> Data:
+    """The data that `data check` and `data show` name by their folder alone."""
+    if data.data != Data.data:
+        raise ValueError(f"two folders are named, {root} and --data {data.data}; leave out one of them")
+    return replace(data, data=root)
+
+
 def check_command(
     root: tyro.conf.Positional[str],
     data: Annotated[Data, tyro.conf.arg(name="")],
@@ -175,7 +183,7 @@ def check_command(
         json_file: write the report there."""
     if json_file is not None:
         output_place(json_file)
-    report = check_dataset(replace(data, data=root).load("evaluation")[0], limit=limit)
+    report = check_dataset(in_folder(root, data).load("evaluation")[0], limit=limit)
     print(report.table())
     if json_file is not None:
         write(json_file, json.dumps(report.as_dict(), indent=1) + "\n")
@@ -197,7 +205,7 @@ def show_command(
         out: the picture to write.
         count: how many pictures."""
     plots.picture_place(out)
-    dataset, _ = replace(data, data=root).load("evaluation")
+    dataset, _ = replace(in_folder(root, data), seed=Data.seed).load("evaluation")
     plots.save_figure(show_samples(dataset, count, data.seed), out)
     print(f"wrote {out}")
 
@@ -274,14 +282,15 @@ class Outlet(io.FileIO):
             return len(data)
 
     @classmethod
-    def of(cls, stream: TextIO) -> TextIO:
-        """The stream, through an outlet if it leads to a file; what its encoding lacks is printed as in \\u8349."""
+    def of(cls, stream: TextIO | None) -> TextIO:
+        """The stream, through an outlet if it leads to a file, and one for nobody if it is closed (`2>&-`); what its
+        encoding lacks is printed as in \\u8349."""
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
                 file = io.BufferedWriter(cls(stream.fileno(), "w", closefd=False))
                 return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
-        return stream
+        return stream or io.StringIO()
 
 
 @contextmanager

@@ -63,6 +63,10 @@ class Train:
             model = load_model(self.start_from, own)
             if self.train.setting != "inductive":
                 model.config = replace(model.config, seen_offset=self.model.seen_offset)
+            usual, _ = training.in_setting(PRESETS[self.preset].model, self.train, self.train.setting)
+            asked, unasked, own = map(asdict, (self.model, usual, model.config))
+            if given := [n for n in asked if asked[n] not in (unasked[n], own[n]) and n != "clip_weights"]:
+                raise ValueError(f"{self.start_from} has its own {', '.join(given)}; leave these options out")
         elif self.train.setting == "transductive" and self.model.start == "random":
             raise ValueError(
                 "transductive training learns from the model's own labels: give --start-from an inductive checkpoint, "
@@ -77,6 +81,8 @@ class Train:
         report.raise_on_fault()
         if self.preflight_only:
             return
+        if self.resume != (state := self.output / training.STATE).is_file():
+            print(f"{state} {'is not there: starting anew' if self.resume else 'is overwritten; --resume goes on'}")
         data = asdict(self.data.resolved("training"))
         about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
         training.fit(

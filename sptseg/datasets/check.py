@@ -178,8 +178,8 @@ def sound(sample: Sample, split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 def show_samples(dataset: Dataset[Sample], count: int = 12, seed: int = 0) -> Figure:
     """Some images, drawn by seed, beside their masks with class names; a file that cannot be read says why."""
-    if count < 1:
-        raise ValueError(f"count is {count}; wanted at least 1 picture")
+    if count < 1 or seed < 0:
+        raise ValueError(f"count is {count}, seed {seed}; wanted at least 1 picture, and 0")
     split, length = dataset.split, len(dataset)  # pyright: ignore
     cells: list[tuple[str, np.ndarray | str, np.ndarray | None]] = []
     for index in sorted(np.random.default_rng(seed).choice(length, min(count, length), replace=False).tolist()):

@@ -5,6 +5,7 @@ An item is {"image": Image uint8 (3,H,W), "label": Mask int64 (H,W), "name": str
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchvision import tv_tensors
 
 from sptseg import scenes
 from sptseg.datasets import splits
-from sptseg.datasets.images import StrPath, by_name, images_by_name, listed, open_image, open_mask
+from sptseg.datasets.images import Note, StrPath, by_name, images_by_name, listed, open_image, open_mask
 from sptseg.datasets.splits import Split, composed
 from sptseg.system import bytes_of, claimed, write
 
@@ -169,6 +170,8 @@ class ImageMaskFolder(ImageMaskFiles):
         image_paths = images_by_name(images)
         wanted, mask_paths = sorted(image_paths) if names is None else names, by_suffix(masks, ".png")
         pairs = paired(wanted, image_paths, mask_paths, images, f"{masks}/NAME.png")
+        if names is None and (others := sorted(mask_paths.keys() - pairs.keys())):
+            warnings.warn(Note(masks, f"left out {len(others)} masks without an image: {listed(others)}"), stacklevel=2)
         super().__init__(pairs, split, np.arange(split.ignore + 1))
         self.map_values(value_map or {})
 
@@ -243,11 +246,12 @@ def folder_split(root: StrPath) -> Split:
         classes, numbers = [each[2] for each in numbers if each], []
     often = len(classes) < 2 * sum(map(bool, numbers))  # else "4 wheeler" is a name
     odd = r".*[:=,;]\s*\d+|#.*|\d+(\s*[:=,;)]|\.\s).*" + (r"|\d+\s.*" if often else "")
+    odd += r"|[-*\"'\[{].*|.*[,;:\"'\]}]|.*[^\S \xa0\u3000].*"  # of lists in other notations; columns
     for number, line in enumerate(classes, start=1):
         if not line or re.fullmatch(odd, line):
             raise ValueError(
                 f"{path}, line {number} is {line!r}; wanted the name of the class with mask value {number - 1}: line n "
-                "names value n - 1, so no blank lines, no remarks, and no numbers, unless all lines count from 0"
+                "names value n - 1, so no blank lines, remarks, marks, columns or numbers, but where all count from 0"
             )
     unseen = lines(root / "unseen.txt") if (root / "unseen.txt").is_file() else ()
     return Split.from_names(root.resolve().name, classes, unseen, f"{path}")

@@ -122,7 +122,7 @@ def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Im
     if not path.is_file():
         if re.match(r"\w{2,}:/", str(path)):
             raise FileNotFoundError(f"{path} is a web address; sptseg reads files only: download it")
-        got = "is a folder" if path.is_dir() else "does not exist"
+        got = "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "is a pipe or a device"
         raise FileNotFoundError(f"{path} {got}; wanted an image file: check the path")
     try:
         Image.MAX_IMAGE_PIXELS = limit if max_pixels is None else max_pixels

@@ -212,6 +212,10 @@ WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
 }
 
 
+class Usual(int):
+    """A default, told apart from the same number where that is given."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Which pictures and classes.
@@ -231,8 +235,8 @@ class Data:
     data: str = "scenes"
     layout: Layout = "folder"
     subset: str = ""
-    images: int = 300
-    seed: int = 0
+    images: int = Usual(300)
+    seed: int = Usual(0)
     unseen: str = ""
     prompts: str = ""
     values: str = ""
@@ -247,11 +251,15 @@ class Data:
     def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
-            if self.values or self.reduce_zero_label or self.subset or self.layout != "folder":
-                options = "--layout, --subset, --values and --reduce-zero-label"
-                raise ValueError(f"{options} are for masks in files; scenes have none: give --data their folder")
+            if self != Data(images=self.images, seed=self.seed, unseen=self.unseen, prompts=self.prompts):
+                options = "--layout, --subset, --values, --reduce-zero-label and --max-pixels"
+                raise ValueError(f"{options} are for files; scenes have none: give --data their folder")
             dataset = Scenes(self.images, self.seed, stream)
         else:
+            given = [name for name in ("images", "seed") if not isinstance(getattr(self, name), Usual)]
+            given += ["subset"] if self.subset and self.layout in ("folder", "camvid") else []
+            if given:
+                raise ValueError(f"{self.data}, as {self.layout}, has no {' and no '.join(given)} to choose: leave out")
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)
             if dataset.found and os.environ.get("RANK", "0") == "0":
@@ -264,9 +272,10 @@ class Data:
             split = split.with_unseen([] if self.unseen == "none" else names(self.unseen))
         if self.prompts:
             pairs = [pair.partition("=") for pair in names(self.prompts)]
-            if not all(words.strip() for _, _, words in pairs):
-                raise ValueError(f"--prompts is {self.prompts!r}; wanted NAME=WORDS, such as car=automobile|van")
             told = {plain(name): words.strip() for name, _, words in pairs}
+            if len(told) < len(pairs) or not all(told.values()):
+                wanted = "NAME=WORDS, each name once, such as car=automobile|van"
+                raise ValueError(f"--prompts is {self.prompts!r}; wanted {wanted}")
             split = split.with_prompts({**dict(split.prompts), **told})
         return dataset, split
 
@@ -282,5 +291,5 @@ class Data:
         return found | given
 
 
-SCENES_TO_TRAIN = Data(images=5000)
-SCENES_TO_SCORE = Data(seed=1000)  # the table's, apart from those that choices are made on
+SCENES_TO_TRAIN = Data(images=Usual(5000))
+SCENES_TO_SCORE = Data(seed=Usual(1000))  # the table's, apart from those that choices are made on

@@ -134,15 +134,15 @@ def label_spots(labels: Array, names: Sequence[str], letter: float = 0.024) -> I
 
 def show_image(ax: Axes, image: Array, title: str = "", cmap: str = "gray", highest: float = 255) -> AxesImage:
     """A picture without axes, its title above; values (H,W), from 0 to `highest`, through a colour map."""
-    readable = title.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
+    readable = marked(title.encode(errors="backslashreplace").decode(), ())  # a file's name may be no UTF-8
     ax.set_title(readable, fontsize=10, color=INK)
     ax.set_axis_off()
     return ax.imshow(image, cmap=cmap, vmin=0, vmax=highest, interpolation="nearest")
 
 
 def marked(name: str, unseen: Collection[str]) -> str:
-    """The name, with a mark if the class is unseen in training."""
-    return f"{name}{MARK}" if name in unseen else name
+    """The name, with a mark if the class is unseen in training, for matplotlib, which reads between $ as formulas."""
+    return f"{name}{MARK * (name in unseen)}".replace("$", r"\$")
 
 
 def write_names(ax: Axes, labels: Array, names: Sequence[str], unseen: Collection[str] = ()) -> None:

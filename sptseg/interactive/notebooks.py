@@ -182,6 +182,8 @@ def run_all(
     paths: Sequence[Path], given: Sequence[tuple[str, str]], output: Path, *, quick: bool, timeout: int, jobs: int
 ) -> Iterator[tuple[Path, Outcome]]:
     """Runs notebooks, `jobs` at a time, in the order in which they end; a failure stops none of the others."""
+    if timeout < 0 or jobs < 1:
+        raise ValueError(f"--timeout is {timeout}, --jobs {jobs}; wanted 0 (as usual) or seconds, and at least 1")
     defaults = {path: parameters(path) for path in paths}
     given = [*given, ("quick", "true")] if quick else given
     values = {path: chosen(given, known, path.stem) for path, known in defaults.items()}

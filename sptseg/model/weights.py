@@ -40,14 +40,15 @@ def read_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":  # a header's length, then JSON: safetensors, whatever the suffix
+                return load_file(path)
         if zipfile.is_zipfile(path) and (archived := read_archive(path)) is not None:
             return archived
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols: it reads them or refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no list of what the readers raise at other bytes
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(". ")[0][:100] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors only ({reason}); it is damaged or holds other Python "
             f"objects, which could run code; save it again with torch.save(model.state_dict(), ...)"

@@ -94,6 +94,8 @@ def ablate(
     go to `folder` as they come, so a stopped ablation goes on where it was. Names: as for `run_one`."""
     if train.setting != "inductive":
         raise ValueError(f"the setting {train.setting} goes behind a configuration's name, such as spt@{train.setting}")
+    if not seeds or len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds are {', '.join(map(str, seeds)) or 'none'}; wanted one or more, each once")
     results: list[dict[str, Any]] = []
     for name, config in configurations.items():
         for seed in seeds if config.trains else seeds[:1]:

@@ -76,6 +76,8 @@ def test_what_is_collected_and_refused() -> None:
         failures.collect(toy_model(), Toys(), SPLIT, limit=0)
     with pytest.raises(ValueError, match="label of picture 2 holds values 2 to 2; split 'two' has the labels 0 to 1"):
         failures.collect(toy_model(), Toys(), Split.from_names("two", ["grass", "water"]))
+    with pytest.raises(ValueError, match="told of at most 255 classes; 'many' has 256"):
+        failures.collect(toy_model(), Toys(), Split.from_names("many", [*map(str, range(256))]))
 
 
 def test_equal_scores_go_to_the_first_class() -> None:

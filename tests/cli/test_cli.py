@@ -125,20 +125,37 @@ def test_train_writes_a_folder_that_evaluate_reads(trained: Path, tmp_path: Path
     assert set(json.loads((tmp_path / "a.json").read_text())) == FIGURES
 
 
-def test_presets_are_defaults(clip: list[str], tmp_path: Path) -> None:
+def test_presets_are_defaults(clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state.pt").touch()
     main(["train", "--output", str(tmp_path), "--preset", "zegclip", "--images", "2", *clip, *SMALL, *STEPS])
+    assert f"{tmp_path}/state.pt is overwritten; --resume goes on" in capsys.readouterr().out
     config: ModelConfig = load_model(tmp_path, load_clip("tiny", clip[-1])).config
     for name in ("decoder", "loss", "spectral_layers", "selection", "start", "seen_offset"):
         assert getattr(config, name) == getattr(ZEGCLIP, name), name
     assert (config.prompt_tokens, config.decoder_layers) == (2, 2), "but what is given counts"
 
 
-def test_train_goes_on_and_starts_from_checkpoints(trained: Path, clip: list[str], tmp_path: Path) -> None:
+def test_train_goes_on_and_starts_from_checkpoints(
+    trained: Path, clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (trained / "model.safetensors").read_bytes()
     main(["train", "--output", str(trained), "--resume", "--images", "4", *clip, *SMALL, *STEPS])
     assert (trained / "model.safetensors").read_bytes() == before, "a finished run has nothing left to do"
-    options = ["train", "--output", str(tmp_path), "--start-from", str(trained), "--images", "4", *STEPS, *clip]
+    assert "anew" not in capsys.readouterr().out
+    options = [
+        "train",
+        "--output",
+        str(tmp_path),
+        "--resume",
+        "--start-from",
+        str(trained),
+        "--images",
+        "4",
+        *STEPS,
+        *clip,
+    ]
     main([*options, "--train.setting", "transductive", "--train.iterations", "1", "--train.learning-rate", "1e-9"])
+    assert f"{tmp_path}/state.pt is not there: starting anew" in capsys.readouterr().out
     started, base = (load_model(folder, load_clip("tiny", clip[-1])) for folder in (tmp_path, trained))
     assert started.config == base.config
     for name, value in base.trained_state().items():
@@ -208,7 +225,7 @@ def test_ablate_knows_its_runs_by_model_and_data(
 def test_data_check_and_show(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["data", "check", str(labelled), "--json", str(tmp_path / "report.json")])
     assert "grass" in capsys.readouterr().out and json.loads((tmp_path / "report.json").read_text())
-    main(["data", "show", str(labelled), "--out", str(tmp_path / "new" / "sheet.png"), "--count", "2"])
+    main(["data", "show", str(labelled), "--out", str(tmp_path / "new" / "sheet.png"), "--count", "1", "--seed", "9"])
     assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
     (labelled / "masks" / "a.png").write_bytes(b"junk")
     message = refused(capsys, "data", "check", labelled)
@@ -279,6 +296,11 @@ def test_work_outlasts_those_who_read_what_is_printed(
         patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
         main(command)
         sys.stdout.close()
+    assert json.loads(report.read_text())
+    report.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as closed by a shell's 2>&-
+        main(command)
     assert json.loads(report.read_text())
     report.unlink()
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:

@@ -55,7 +55,9 @@ MISREAD = """
 """
 TRAIN = "train --output out --images 2 --train.batch-size 1"
 WRONG = {
-    "evaluate --layout voc2012": "are for masks in files; scenes have none: give --data their folder",
+    "evaluate --layout voc2012": "are for files; scenes have none: give --data their folder",
+    "evaluate --max-pixels 99": "--max-pixels are for files; scenes have none",
+    "evaluate --prompts tree=grass,tree=water": "wanted NAME=WORDS, each name once",
     "evaluate --seed -1": "length is 300, seed -1; wanted at least 1, and 0",
     "evaluate --seen-offset nan": "--seen-offset is nan; wanted -1 to 1",
     "ablate --clip ViT-B-16 --seeds 0": "--clip is ViT-B-16; wanted tiny or tiny-plain",
@@ -72,8 +74,21 @@ WRONG = {
     "segment --classes grass": "no picture is named; wanted files or folders",
     "segment notes.txt --classes grass": "notes.txt is not an image that Pillow can read",
     "segment a.png --classes grass,unicorn": "the tiny CLIP does not know 'unicorn'",
+    "segment loop.png --classes grass": "loop.png does not exist",
+    "segment /dev/null --classes grass": "/dev/null is a pipe or a device; wanted an image file",
+    "segment a.png --classes grass,water --out /dev/null": "written to /dev/null (it is a file, wanted a folder)",
     "segment https://x.org/a.jpg --classes grass": "is a web address; sptseg reads files only",
     "segment a.png b.png --classes grass": "2 pictures do not fit into one file segmentation.png",
+    "segment a.png --classes tree,，boat": "a name is blank in 'tree,，boat': write it, or take a separator away",
+    "data check . --data b": "two folders are named, . and --data b; leave out one",
+    "data show . --seed 3 --images 300": "., as folder, has no images to choose: leave out",
+    "evaluate --data . --seed 0 --subset val": "., as folder, has no seed and no subset to choose: leave out",
+    "train --output out --data . --images 5000": "., as folder, has no images to choose",
+    "ablate --seeds": "seeds are none; wanted one or more, each once",
+    "ablate --seeds 0 1 0": "seeds are 0, 1, 0; wanted one or more, each once",
+    "notebooks run 00 --output out --timeout -1": "--timeout is -1, --jobs 1; wanted",
+    "notebooks check 00 --output out --jobs 0": "--timeout is 0, --jobs 0; wanted",
+    "train --output out --start-from embedded --prompt-tokens 5": "embedded has its own prompt_tokens; leave",
     "train --output out --start-from gone": "there is no checkpoint gone",
     f"{TRAIN} --unseen none": "has no unseen classes; use setting='supervised'",
     f"{TRAIN} --decoder none --prompt-tokens 0 --spectral-layers": "nothing to train",
@@ -92,6 +107,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         noise().save(name)
+    Path("loop.png").symlink_to("loop.png")
     Path("notes.txt").write_text("neither a picture nor a model")
 
     def offline(*_: object, **__: object) -> str:

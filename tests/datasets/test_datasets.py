@@ -67,6 +67,10 @@ def test_pairs_are_found_whatever_suffix_and_unicode_form(tmp_path: Path) -> Non
     dataset = ImageMaskFolder(tmp_path, ABC)
     assert dataset.names == ("a", "b", "caf\u00e9")
     assert [label(ImageMaskFolder(tmp_path, ABC, names=[name])) for name in ("b", "cafe\u0301")] == [MASK] * 2
+    save_mask(tmp_path / "masks/d.png", MASK)
+    with pytest.warns(Note, match=r"masks: left out 1 masks without an image: d"):
+        assert ImageMaskFolder(tmp_path, ABC).names == dataset.names
+    (tmp_path / "masks/d.png").unlink()
     (tmp_path / "images/notes.txt").write_text("not an image")
     with pytest.warns(Note, match=r"images: left out 1 entries that are no pictures Pillow reads: notes.txt"):
         assert ImageMaskFolder(tmp_path, ABC).names == dataset.names
@@ -159,6 +163,8 @@ def test_classes_are_read_by_position(tmp_path: Path, content: str, encoding: st
         (b"1: sky\n2: road\n", "line 1 is '1: sky'; wanted the name of the class with mask value 0"),
         (b"1 sky\n2 road\n", "line 1 is '1 sky'"), (b"0: sky\n2: road\n", "line 1 is '0: sky'"),
         (b"sky: 0\nroad: 1\n", "line 1 is 'sky: 0'"), (b"sky\n# roads\nroad\n", "line 2 is '# roads'"),
+        (b"sky,\nroad", "line 1 is 'sky,'"), (b"- sky\n- road", "line 1 is '- sky'"), (b"[\n'sky',", r"line 1 is '\['"),
+        (b'"sky"', "line 1 is '\"sky\"'"), (b"sky\t70 9 9", r"line 1 is 'sky\\t70 9 9'"), (b"sky\x0croad", "line 1 is"),
         ("café".encode("latin-1"), "save it as UTF-8"), ("sky\n".encode("utf-16-le"), "save it as UTF-8"),
     ],
 )  # fmt: skip
@@ -250,8 +256,9 @@ def test_camvid_layout(tmp_path: Path) -> None:
     save_image(tmp_path / "images/0001TP_006690.jpg")
     save_mask(tmp_path / "masks/0001TP_006690.png", [[0, 5, 10, 11]] * 3)
     assert label(datasets.camvid(tmp_path)) == [[0, 5, 10, 255]] * 3
-    by_name, _ = Data(str(tmp_path), "camvid", subset="train").load("training")
-    assert label(by_name) == [[0, 5, 10, 255]] * 3, "it has no subsets"
+    assert label(Data(str(tmp_path), "camvid").load("training")[0]) == [[0, 5, 10, 255]] * 3
+    with pytest.raises(ValueError, match="as camvid, has no subset to choose"):
+        Data(str(tmp_path), "camvid", subset="train").load("training")
 
 
 def test_scenes_are_drawn_alike_every_time_and_differ_by_index_seed_and_stream() -> None:

@@ -107,6 +107,7 @@ def test_segmentation_shows_picture_truth_prediction_and_a_legend_of_what_occurs
     legend = figure.axes[3].get_legend()
     assert legend and [text.get_text() for text in legend.get_texts()] == ["sky", "water*", "* unseen in training"]
     assert legend.get_patches()[1].get_facecolor()[:3] == pytest.approx([0, 200 / 255, 0])
+    plots.png_bytes(plots.gallery([("$a_{$", image, labels)], ["$x_{$", *NAMES[1:]], PALETTE))  # no formulas
 
 
 def test_contact_sheet_places_pictures_row_by_row() -> None:

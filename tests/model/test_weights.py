@@ -116,7 +116,7 @@ def in_transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "renamed.pts"])
 def test_transformers_names(name: str, model: open_clip.CLIP, tmp_path: Path) -> None:
     (save_file if name.endswith("s") else torch.save)(in_transformers_names(model.state_dict()), tmp_path / name)
     assert holds("toy", tmp_path / name, model.state_dict())

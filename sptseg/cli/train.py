@@ -63,8 +63,7 @@ class Train:
             model = load_model(self.start_from, own)
             if self.train.setting != "inductive":
                 model.config = replace(model.config, seen_offset=self.model.seen_offset)
-            usual, _ = training.in_setting(PRESETS[self.preset].model, self.train, self.train.setting)
-            asked, unasked, own = map(asdict, (self.model, usual, model.config))
+            asked, unasked, own = map(asdict, (self.model, PRESETS[self.preset].model, model.config))
             if given := [n for n in asked if asked[n] not in (unasked[n], own[n]) and n != "clip_weights"]:
                 raise ValueError(f"{self.start_from} has its own {', '.join(given)}; leave these options out")
         elif self.train.setting == "transductive" and self.model.start == "random":

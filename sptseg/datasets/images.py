@@ -135,7 +135,7 @@ def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Im
                 image = _upright(opened)
                 if eight_bits and deep:
                     image = _scaled(image, path, notes)
-    except Unreadable:
+    except (Unreadable, PermissionError):
         raise
     except UnidentifiedImageError as error:
         raise Unreadable(

@@ -36,8 +36,8 @@ def plain(name: str) -> str:
 
 def names(text: str) -> list[str]:
     """The `plain` names in a text, between commas and semicolons of any script, tabs and line ends; none may be blank
-    but the last."""
-    if re.search(r"(^|[,;，；、،؛])\s*[,;，；、،؛]", text):
+    but the first and the last."""
+    if re.search(r"[^\s,;，；、،؛]\s*[,;，；、،؛]\s*[,;，；、،؛]", text):
         raise ValueError(f"a name is blank in {text[:200]!r}: write it, or take a separator away")
     return [name for name in map(plain, re.split(r"[,;\t\r\n，；、،؛]", text)) if name]
 

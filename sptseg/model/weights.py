@@ -39,10 +39,11 @@ def read_weights(source: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
+    with path.open("rb") as file:
+        start = file.read(9)
     try:
-        with path.open("rb") as file:
-            if file.read(9)[8:] == b"{":  # a header's length, then JSON: safetensors, whatever the suffix
-                return load_file(path)
+        if start[8:] == b"{":  # a header's length, then JSON: safetensors, whatever the suffix
+            return load_file(path)
         if zipfile.is_zipfile(path) and (archived := read_archive(path)) is not None:
             return archived
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols: it reads them or refuses

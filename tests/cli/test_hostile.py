@@ -79,7 +79,6 @@ WRONG = {
     "segment a.png --classes grass,water --out /dev/null": "written to /dev/null (it is a file, wanted a folder)",
     "segment https://x.org/a.jpg --classes grass": "is a web address; sptseg reads files only",
     "segment a.png b.png --classes grass": "2 pictures do not fit into one file segmentation.png",
-    "segment a.png --classes tree,，boat": "a name is blank in 'tree,，boat': write it, or take a separator away",
     "data check . --data b": "two folders are named, . and --data b; leave out one",
     "data show . --seed 3 --images 300": "., as folder, has no images to choose: leave out",
     "evaluate --data . --seed 0 --subset val": "., as folder, has no seed and no subset to choose: leave out",

@@ -108,6 +108,8 @@ def test_names_stand_between_separators_of_any_script() -> None:
         assert names(text) == ["sand", "moon"]
     assert names("tv  monitor , car|automobile, a/b") == ["tv monitor", "car|automobile", "a/b"]
     assert names("") == names(" ,；") == []
+    with pytest.raises(ValueError, match="a name is blank in 'sand, ；moon'"):
+        names("sand, ；moon")
 
 
 def test_a_name_is_the_same_in_every_unicode_form_and_with_other_blanks() -> None:

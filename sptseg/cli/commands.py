@@ -205,7 +205,7 @@ def show_command(
         out: the picture to write.
         count: how many pictures."""
     plots.picture_place(out)
-    dataset, _ = replace(in_folder(root, data), seed=Data.seed).load("evaluation")
+    dataset, _ = in_folder(root, data).load("evaluation")
     plots.save_figure(show_samples(dataset, count, data.seed), out)
     print(f"wrote {out}")
 

@@ -212,10 +212,6 @@ WORDS = {"voc2012": FACTS["voc2012"]["words"]} | {
 }
 
 
-class Usual(int):
-    """A default, told apart from the same number where that is given."""
-
-
 @dataclass(frozen=True)
 class Data:
     """Which pictures and classes.
@@ -235,8 +231,8 @@ class Data:
     data: str = "scenes"
     layout: Layout = "folder"
     subset: str = ""
-    images: int = Usual(300)
-    seed: int = Usual(0)
+    images: int = 300
+    seed: int = 0
     unseen: str = ""
     prompts: str = ""
     values: str = ""
@@ -256,10 +252,8 @@ class Data:
                 raise ValueError(f"{options} are for files; scenes have none: give --data their folder")
             dataset = Scenes(self.images, self.seed, stream)
         else:
-            given = [name for name in ("images", "seed") if not isinstance(getattr(self, name), Usual)]
-            given += ["subset"] if self.subset and self.layout in ("folder", "camvid") else []
-            if given:
-                raise ValueError(f"{self.data}, as {self.layout}, has no {' and no '.join(given)} to choose: leave out")
+            if self.subset and self.layout in ("folder", "camvid"):
+                raise ValueError(f"{self.data}, as {self.layout}, has no subsets: leave out --subset {self.subset}")
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)
             if dataset.found and os.environ.get("RANK", "0") == "0":
@@ -291,5 +285,5 @@ class Data:
         return found | given
 
 
-SCENES_TO_TRAIN = Data(images=Usual(5000))
-SCENES_TO_SCORE = Data(seed=Usual(1000))  # the table's, apart from those that choices are made on
+SCENES_TO_TRAIN = Data(images=5000)
+SCENES_TO_SCORE = Data(seed=1000)  # the table's, apart from those that choices are made on

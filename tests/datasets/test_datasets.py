@@ -257,7 +257,7 @@ def test_camvid_layout(tmp_path: Path) -> None:
     save_mask(tmp_path / "masks/0001TP_006690.png", [[0, 5, 10, 11]] * 3)
     assert label(datasets.camvid(tmp_path)) == [[0, 5, 10, 255]] * 3
     assert label(Data(str(tmp_path), "camvid").load("training")[0]) == [[0, 5, 10, 255]] * 3
-    with pytest.raises(ValueError, match="as camvid, has no subset to choose"):
+    with pytest.raises(ValueError, match="as camvid, has no subsets"):
         Data(str(tmp_path), "camvid", subset="train").load("training")
 
 

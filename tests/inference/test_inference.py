@@ -286,10 +286,12 @@ def test_files_of_a_segmentation(plain: Segmentation, tmp_path: Path) -> None:
         found.save(tmp_path / f"a.{suffix}")
         assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
     found.save_labels(tmp_path / "labels.png")
-    colours = np.concatenate([found.palette, np.full((254, 3), 255)])  # white from 2 to 255
-    with Image.open(tmp_path / "labels.png") as file:
-        assert file.mode == "P" and np.array_equal(np.asarray(file), found.labels) and (found.labels == 255).any()
-        assert np.array_equal(np.asarray(file.convert("RGB")), colours[found.labels])
+    plain.save_labels(tmp_path / "plain.png")
+    for name, result in {"labels": found, "plain": plain}.items():
+        colours = np.pad(result.palette, ((0, 256 - len(result.palette)), (0, 0)), constant_values=255)  # else white
+        with Image.open(tmp_path / f"{name}.png") as file:
+            assert file.mode == "P" and np.array_equal(np.asarray(file), result.labels)
+            assert np.array_equal(np.asarray(file.convert("RGB")), colours[result.labels])
     found.save_scores(tmp_path / "scores.npz")
     with np.load(tmp_path / "scores.npz") as file:
         assert file["names"].tolist() == ["grass", "tree", "none"] and file["scores"].shape == (3, 8, 14)

@@ -33,7 +33,7 @@ def test_words_are_numbered_and_cut_at_blanks_and_commas() -> None:
     assert rows.tolist() == [[9, 1, 6, 5, 10, 0, 0, 0], [9, 10, 0, 0, 0, 0, 0, 0]] and rows.dtype == torch.long
 
 
-def test_the_tiny_clip_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_the_tiny_clip_comes_back_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision: what is read is the written weights, rounded once."""
     clip = new_tiny_clip(WORDS)
     save_tiny_clip(clip, tmp_path / "tiny.safetensors")
@@ -44,6 +44,9 @@ def test_the_tiny_clip_comes_back_from_its_file(tmp_path: Path) -> None:
     assert same(loaded.model.state_dict(), rounded)
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert {value.dtype for value in load_file(tmp_path / "tiny.safetensors").values()} == {torch.float16}
+    monkeypatch.setattr("sptseg.model.clip.__file__", str(tmp_path / "sptseg" / "model" / "clip.py"))
+    with pytest.raises(FileNotFoundError, match=r"the embedded file tiny_clip\.safetensors is missing .*reinstall"):
+        load_clip()
 
 
 @pytest.mark.parametrize("templates", [("a photo of a {}",), ("a photo of a {}", "a {}", "{}")])

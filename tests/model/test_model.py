@@ -48,7 +48,7 @@ def select_tokens(model: SptSeg) -> None:
 def test_clip_stays_in_evaluation_mode() -> None:
     model = new_model(dropout=0.1).train()
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert model.training and dropouts and all(module.training for module in dropouts)
+    assert dropouts and all(module.training for module in dropouts)
     assert not any(module.training for module in model.encoder.visual.modules())
     assert not any(parameter.requires_grad for parameter in model.clip.model.parameters())
     assert not any(module.training for module in model.eval().modules())

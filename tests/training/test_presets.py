@@ -23,7 +23,7 @@ from toys import child_environment, toy_model
 
 from sptseg.checkpoints.checkpoint import read_header
 from sptseg.cli import main
-from sptseg.datasets import IMAGENET_MEAN, IMAGENET_STD, Scenes, splits
+from sptseg.datasets import CLIP_MEAN, IMAGENET_MEAN, IMAGENET_STD, Scenes, splits
 from sptseg.datasets.transforms import test_transform as transform_of
 from sptseg.inference import augmentation, evaluate, segment
 from sptseg.model import DENSE_CLIP, SPT_RELEASED, ZEGCLIP, ModelConfig, build_model, read_out
@@ -199,7 +199,7 @@ def test_the_recipe_of_each_data_set() -> None:
         window, other = config.image_size
         assert [window, config.window_stride * window, config.short_side, config.softmax_scale] == sizes
         assert (config.readout, config.normalization, config.bicubic, config.trains) == (readout, "clip", True, False)
-        assert config.templates == IMAGENET_TEMPLATES and window == other
+        assert config.templates == IMAGENET_TEMPLATES and window == other and augmentation(config).mean == CLIP_MEAN
     assert len(set(IMAGENET_TEMPLATES)) == len(IMAGENET_TEMPLATES) == 80
     some = [IMAGENET_TEMPLATES[i] for i in (0, 39, 73, 79)]
     assert some == ["a bad photo of a {}.", "a photo of a {}.", "itap of a {}.", "a tattoo of the {}."]

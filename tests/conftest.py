@@ -26,6 +26,7 @@ REFERENCE = Path(__file__).parent / "reference"
 DEVICE = os.environ.get("SPTSEG_TEST_DEVICE", "cpu")  # of tests/gpu; all others mean the CPU, and no GPU is seen
 if DEVICE == "cpu":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+torch.set_num_threads(1)  # sums in the same order everywhere, and tests side by side do not fight for cores
 settings.register_profile("any machine", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")
@@ -38,6 +39,7 @@ class Reference:
     kind: str
     tensors: dict[str, Tensor]
     config: dict
+    state: dict[str, Tensor]
     imported: Imported
 
     def __getitem__(self, name: str) -> Tensor:
@@ -61,10 +63,6 @@ class Reference:
         least = floor * torch.cat([each.flatten() for name, each in expected.items() if "." in name]).norm()
         return {name: float((found[name] - each).norm() / max(each.norm(), least)) for name, each in expected.items()}
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        return {k.removeprefix("state/"): v for k, v in self.tensors.items() if k.startswith("state/")}
-
 
 @cache
 def load_reference(kind: str) -> Reference:
@@ -73,19 +71,13 @@ def load_reference(kind: str) -> Reference:
         config = json.loads(file.metadata()["config"])
     state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
     sizes = {key: config[key] for key in ("image_size", "heads", "decoder_heads")}
-    return Reference(kind, tensors, config, import_research(state, **sizes))
+    return Reference(kind, tensors, config, state, import_research(state, **sizes))
 
 
 @pytest.fixture(scope="session", params=["spt", "zegclip"])
 def reference(request: pytest.FixtureRequest) -> Reference:
     """Both reference sets, one after the other."""
     return load_reference(request.param)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Sums in the same order everywhere, and tests that run side by side do not fight for cores."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -49,6 +49,12 @@ class Toys(Dataset[Sample]):
         return {"image": tv_tensors.Image(image), "label": tv_tensors.Mask(label), "name": str(index)}
 
 
+def child_environment() -> dict[str, str]:
+    """For processes that import the package and the tests' helpers, on the CPU, with one thread."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
 class Intruder:
     """Would make a folder if it were unpickled."""
 

@@ -38,11 +38,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # what li
 
 
 @pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions in float32 proper, where cuDNN would take TF32 by default."""
-    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = allowed
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @contextmanager
@@ -106,16 +104,15 @@ def test_a_hundred_steps(options: dict[str, Any]) -> None:
 def test_a_stopped_run_goes_on_with_the_same_bits(precision: str, tmp_path: Path) -> None:
     """With dropout, whichever process reads the pictures; in PyTorch's deterministic mode, as attention on GPUs adds up
     its gradients in any order otherwise."""
+    run = {"dropout": 0.1, "iterations": 8, "save_every": 2, "precision": precision}
     torch.use_deterministic_algorithms(True)
     try:
-        run = {"dropout": 0.1, "iterations": 8, "save_every": 2, "precision": precision}
         whole = trained(**run, workers=1).model.trained_state()
         with pytest.raises(KeyboardInterrupt):
             trained(**run, output=tmp_path, reads=21)
-        resumed = trained(**run, output=tmp_path, resume=True).model.trained_state()
+        assert same(trained(**run, output=tmp_path, resume=True).model.trained_state(), whole)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert same(resumed, whole)
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
@@ -149,11 +146,11 @@ def test_pictures_in_windows_and_their_analysis() -> None:
 @pytest.mark.parametrize("name", ["voc", "coco-stuff"])
 def test_a_step_of_a_preset_and_its_memory(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With random weights; time and memory are printed."""
-    preset, split = PRESETS[name], {"voc": splits.voc2012, "coco-stuff": splits.coco_stuff}[name]()
-    small = {} if GPU else {"clip": TINY, "image_size": (64, 64)}
-    config = replace(preset.model, clip_weights=None, templates=TEMPLATES, **small)
-    split = split if GPU else splits.scenes()  # of words that the tiny CLIP knows
-    train = preset.train if GPU else replace(preset.train, batch_size=2)
+    preset, config = PRESETS[name], replace(PRESETS[name].model, clip_weights=None, templates=TEMPLATES)
+    split, train = splits.BY_NAME[preset.data.layout](), preset.train
+    if not GPU:  # of words that the tiny CLIP knows
+        split, train = splits.scenes(), replace(train, batch_size=2)
+        config = replace(config, clip=TINY, image_size=(64, 64))
     with accelerated_by(DEVICE):
         report = preflight(build_model(config).to(DEVICE), Toys(32), split, train)
     with capsys.disabled():

@@ -18,6 +18,7 @@ from toys import SPLIT, Toys, toy_config, toy_model
 import sptseg
 from sptseg.cli import main
 from sptseg.datasets import Scenes
+from sptseg.inference import Scores
 from sptseg.model import Clip
 from sptseg.model.clip import WordTokenizer
 
@@ -92,10 +93,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(clip: Clip, tmp_path: Path) -> No
         assert (value - theirs[name]).norm() <= 1e-2 * theirs[name].norm() + 1e-6, name
 
 
-# The files in data/ keep the promise of data/README.md on scenes that nothing was chosen on
-
-
-def scored(model: str, scenes: int) -> sptseg.Scores:
+def scored(model: str, scenes: int) -> Scores:
     dataset = Scenes(scenes, seed=31_337)
     return sptseg.evaluate(sptseg.load_model(model), dataset, dataset.split, progress=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import Reference
@@ -92,7 +94,7 @@ def test_losses_and_gradients(reference: Reference) -> None:
         special = {"input_image": image.grad, "input_text": text.grad}
         special |= {f"backbone.{kind}prompt_embeddings": each for kind, each in zip(("deep_", ""), deep, strict=True)}
         ours_name = our_name(name, reference.kind == "spt")
-        gradient = special[name] if name in special else ours[ours_name]
+        gradient: Any = special[name] if name in special else ours[ours_name]
         checked.add(ours_name)
         if key.endswith("attn.k.bias") and ".layers.2." not in key:  # rounding only: softmax ignores a shift of keys
             assert gradient.norm() < 1e-3 * ours[ours_name.replace("bias", "weight")].norm()

@@ -49,9 +49,7 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
         write(tmp_path, "gone")
 
 
-def test_processes_that_write_the_same_file_do_not_share_a_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_write_one_file_share_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each renames its own; the part of the main process, which alone tries the place, has the name that the next run
     cleans up."""
     parts = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sptseg.model.clip import Clip
-from sptseg.model.config import DENSE_CLIP, ModelConfig
+from sptseg.model.config import ModelConfig
 from sptseg.model.decoder import START_THRESHOLD
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.model.towers import run_block
@@ -48,7 +48,7 @@ def select_tokens(model: SptSeg) -> None:
 def test_clip_stays_in_evaluation_mode() -> None:
     model = new_model(dropout=0.1).train()
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert model.training and dropouts and all(module.training for module in dropouts)
+    assert dropouts and all(module.training for module in dropouts)
     assert not any(module.training for module in model.encoder.visual.modules())
     assert not any(parameter.requires_grad for parameter in model.clip.model.parameters())
     assert not any(module.training for module in model.eval().modules())
@@ -74,34 +74,6 @@ def test_any_grid_and_any_number_of_classes(grid: tuple[int, int], classes: int,
         model(torch.zeros(1, 3, 32, 30), text)
 
 
-@torch.no_grad()
-def test_prompts_are_there_up_to_their_depth() -> None:
-    for depth, prompted in ((0, 1), (1, 2), (None, 3)):
-        states = list(new_model(prompt_depth=depth).encoder.states(torch.randn(1, 3, 16, 24)))
-        assert [s.shape[1] for s in states] == [1 + 3 + 24] * prompted + [1 + 24] * (3 - prompted)
-
-
-@torch.no_grad()
-def test_dense_clip_equals_open_clips_own_patch_tokens() -> None:
-    clip = small_clip()
-    for p in clip.visual.ln_post.parameters():
-        p.copy_(torch.randn_like(p))
-    model = new_model(clip, **BARE, decoder=DENSE_CLIP.decoder).eval()
-    assert not [p for p in model.parameters() if p.requires_grad]
-    images, text = torch.randn(2, 3, 32, 32), text_of(4)
-    clip.visual.output_tokens = True
-    pooled, tokens = clip.visual(images)
-    clip.visual.output_tokens = False
-    unit = F.normalize(tokens @ clip.visual.proj, dim=-1)  # (B, N, E)
-    patches, image = model.encoder(images)
-    assert_close(patches.flatten(2).transpose(1, 2), unit, atol=1e-4, rtol=0)
-    assert_close(image, F.normalize(pooled, dim=-1), atol=1e-4, rtol=0)
-    scaled = clip.model.logit_scale.exp() * unit @ text.T
-    logits = model(images, text).flatten(2).transpose(1, 2)
-    assert_close(logits.sigmoid(), scaled.softmax(dim=-1), atol=2e-4, rtol=0)
-    assert_close(model(images, text).sigmoid().sum(dim=1), torch.ones(2, 8, 8), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize(("decoder", "selection"), [("spectral", True), ("spectral", False), ("cross_attention", True)])
 @torch.no_grad()
@@ -115,12 +87,13 @@ def test_a_dense_start_is_dense_clip(decoder: str, selection: bool, layers: int)
     scale = model.clip.model.logit_scale.exp()
     assert_close(logits, scale * (cosine - START_THRESHOLD), atol=1e-3, rtol=1e-4)
     dense = new_model(**BARE, decoder="none").eval()(images, text)
+    assert_close(dense.sigmoid(), (scale * cosine).softmax(dim=1), atol=2e-4, rtol=0)
     for found in (logits, dense):  # rounding may swap equals
         assert_close(cosine.gather(1, found.argmax(1, keepdim=True))[:, 0], cosine.amax(1), atol=1e-5, rtol=0)
 
 
 def test_each_switch_of_a_dense_start_stands_alone() -> None:
-    """Taken one by one they leave the other weights as released; together they are `start="dense_clip"` to the bit."""
+    """They leave the other weights as released."""
 
     def seeded(**switches: object) -> Any:
         torch.manual_seed(0)
@@ -134,9 +107,6 @@ def test_each_switch_of_a_dense_start_stands_alone() -> None:
         own = seeded(**switch).state_dict()
         other = {n for n, v in released.state_dict().items() if n not in own or not torch.equal(own[n], v)}
         assert bool(other) == bool(part) and all(part in name for name in other), (switch, other)
-    patches = torch.randn(2, 32, 5, 6)
-    explicit = seeded(start="dense_clip", residual=True, norms="rms", logit_scale=True)
-    assert torch.equal(explicit(patches, image, text), seeded(start="dense_clip")(patches, image, text))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +117,6 @@ def test_each_switch_of_a_dense_start_stands_alone() -> None:
         ({"spectral_band": (0.3, 0.3)}, r"spectral_band is \(0.3, 0.3\); wanted the lower frequency first"),
         ({"decoder": "cross_attention", "residual": True}, "residual and branches are of the spectral decoder"),
         ({"decoder_layers": 0}, "decoder_layers is 0; wanted 1 to 100"),
-        ({"decoder_heads": True}, "decoder_heads is True; wanted int"),
         ({"dropout": 1.0}, "dropout is 1.0; wanted 0 <= dropout < 1"),
         ({"templates": ("a photo",)}, "wanted one or more texts with one {} each"),
         ({"templates": ("a {}", 1)}, r"templates is \('a {}', 1\); wanted tuple\[str, ...\]"),
@@ -210,6 +179,10 @@ def test_torch_compile_gets_one_graph_for_any_batch_and_number_of_classes() -> N
         {"start": "dense_clip", "residual": False, "norms": "layer", "logit_scale": False},
         {"spectral_layers": (), "decoder": "cross_attention", "logit_scale": True},
         {"spectral_layers": (), "decoder": "cross_attention"},
+        {"spectral_layers": (0, 2), "readout": "maskclip"},
+        {"readout": "sclip"},
+        {"spectral_layers": (), "readout": "clearclip"},
+        {"spectral_layers": (0, 2), "readout": "naclip"},
         {"spectral_layers": (), "decoder": "cross_attention", "start": "dense_clip"},
     ],
     ids=lambda changes: ",".join(changes) or "released",

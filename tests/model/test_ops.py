@@ -64,10 +64,8 @@ def test_windows_round_trip_over_padding(grid: ops.Grid, size: int) -> None:
     padded[:, : grid[0], : grid[1]] = features
     assert torch.equal(ops.pad_to_multiple(features, size), padded)
     windows = ops.to_windows(padded, size)
-    for row in range(height // size):  # the plain twin
-        for column in range(width // size):
-            rows, columns = slice(row * size, row * size + size), slice(column * size, column * size + size)
-            assert torch.equal(windows[:, row * (width // size) + column], padded[:, rows, columns].flatten(1, 2))
+    twin = padded.unfold(1, size, size).unfold(2, size, size)  # (B, rows, columns, E, size, size)
+    assert torch.equal(windows, twin.flatten(4).mT.flatten(1, 2))
     assert torch.equal(ops.from_windows(windows, size, (height, width)), padded)
     features = ops.tokens_to_grid(ops.grid_to_tokens(padded.permute(0, 3, 1, 2)), (height, width))
     assert torch.equal(features.permute(0, 2, 3, 1), padded)
@@ -100,11 +98,10 @@ def test_both_inverses_take_the_real_part_at_the_edges(grid: ops.Grid) -> None:
 
 def test_fourier_filter_stays_in_float32_under_autocast_and_keeps_the_type() -> None:
     features, weight = torch.randn(1, 6, 6, 2), random_filter((6, 6))
+    expected = ops.fourier_filter(features, weight)
     with torch.autocast("cpu", torch.bfloat16):
-        full, half = ops.fourier_filter(features, weight), ops.fourier_filter(features.bfloat16(), weight)
-    assert torch.equal(full, ops.fourier_filter(features, weight))
-    assert half.dtype == torch.bfloat16
-    assert_close(half.float(), ops.fourier_filter(features, weight), atol=0.2, rtol=0.05)
+        assert torch.equal(ops.fourier_filter(features, weight), expected)
+        assert_close(ops.fourier_filter(features.bfloat16(), weight), expected.bfloat16(), atol=0.2, rtol=0.05)
 
 
 @pytest.mark.parametrize("source", [(8, 8), (9, 6)])
@@ -120,9 +117,8 @@ def test_low_frequencies_stay_aligned_across_odd_and_even_grids(source: ops.Grid
     assert torch.equal(ops.resample_filter(weight, source, source), weight)
     resampled = ops.resample_filter(weight, source, target)
     # the highest sample of an odd axis lies below 0.5; between it and its mirror image, interpolation is flat
-    highest = [(length // 2) / length for length in source]
-    rows = torch.fft.fftfreq(target[0]).abs() <= highest[0] + 1e-6
-    covered = rows[:, None] & (torch.fft.rfftfreq(target[1]) <= highest[1] + 1e-6)
+    rows, columns = ((length // 2) / length + 1e-6 for length in source)
+    covered = (torch.fft.fftfreq(target[0]).abs() <= rows)[:, None] & (torch.fft.rfftfreq(target[1]) <= columns)
     assert_close(resampled[covered], expected[covered], atol=1e-5, rtol=0)
 
 
@@ -144,12 +140,12 @@ def test_band_filter_cuts_waves_and_keeps_the_type() -> None:
 @given(grids, grids)
 def test_positions_resize_bilinearly(source: ops.Grid, target: ops.Grid) -> None:
     """A plane over the grid stays one where the new centres lie between the old ones; the class token's row stays."""
-    y, x = torch.meshgrid(torch.arange(source[0]) + 0.5, torch.arange(source[1]) + 0.5, indexing="ij")
-    plane = torch.stack([y / source[0], x / source[1]], dim=-1).flatten(0, 1)
-    token = torch.tensor([[7.0, -7.0]])
-    resized = ops.resize_positions(torch.cat([token, plane]), source, target)
+
+    def plane(grid: ops.Grid) -> Tensor:
+        centres = [(torch.arange(length) + 0.5) / length for length in grid]
+        return torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)
+
+    token, ends = torch.tensor([[7.0, -7.0]]), 0.5 / torch.tensor(source)
+    resized = ops.resize_positions(torch.cat([token, plane(source)]), source, target)
     assert torch.equal(resized[:1], token)
-    new_y, new_x = torch.meshgrid(torch.arange(target[0]) + 0.5, torch.arange(target[1]) + 0.5, indexing="ij")
-    axes = zip((new_y, new_x), target, source, strict=True)
-    expected = torch.stack([(new / length).clamp(0.5 / old, 1 - 0.5 / old) for new, length, old in axes], dim=-1)
-    assert_close(resized[1:], expected.flatten(0, 1), atol=1e-5, rtol=0)
+    assert_close(resized[1:], plane(target).clamp(ends, 1 - ends), atol=1e-5, rtol=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.testing import assert_close
-from toys import SPLIT, Toys, data_folder, toy_config, toy_model
+from toys import SPLIT, Toys, child_environment, data_folder, same, toy_config, toy_model
 
 from sptseg.checkpoints import load_model
 from sptseg.datasets import Scenes
@@ -34,28 +32,23 @@ folder, runs, odd = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]
 import torch
 torch.set_num_threads(1)
 from accelerate import PartialState
-from toys import SPLIT, Toys, toy_config, toy_model
+from toys import SPLIT, ActsAt, Toys, toy_config, toy_model
 from sptseg.cli import main
 from sptseg.inference.evaluation import evaluate
 from sptseg.training.loop import fit
 
-histories = {name: fit(toy_model(), Toys(), SPLIT, toy_config(**run), output=f"{folder}/{name}").history
-             for name, run in runs.items()}
+losses = {name: [row["total"] for row in fit(toy_model(), Toys(), SPLIT, toy_config(**run),
+          output=f"{folder}/{name}").history] for name, run in runs.items()}
 state = PartialState()
 assert state.num_processes == 2, state
 rank = state.process_index
 pictures = Toys(**odd)
 scores = evaluate(toy_model(), pictures, SPLIT, progress=False).as_dict()
 
-class Stopped(Toys):
-    def __getitem__(self, index):
-        if rank == 1 and len(self.read) == 5:  # in the third iteration, on one process only
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().__getitem__(index)
-
+stopped = ActsAt(lambda: os.kill(os.getpid(), signal.SIGTERM), *[5] * rank)  # in the third iteration, on one only
 config = toy_config(iterations=6)
 try:
-    fit(toy_model(dropout=0.1), Stopped(), SPLIT, config, output=folder + "/stopped")
+    fit(toy_model(dropout=0.1), stopped, SPLIT, config, output=folder + "/stopped")
     code = 0
 except SystemExit as error:
     code = error.code
@@ -65,7 +58,7 @@ fit(toy_model(dropout=0.1), Toys(), SPLIT, config, output=folder + "/unstopped")
 
 main(["evaluate", "--images", "3", "--workers", "0", "--json", f"{folder}/new/scores.json"])
 main(["ablate", "--output", f"{folder}/table", "--configurations", "dense-clip", "--validation.images", "2"])
-found = {"histories": histories, "scores": scores, "read": pictures.read, "code": code, "rest": len(rest.read)}
+found = {"losses": losses, "scores": scores, "read": pictures.read, "code": code, "rest": len(rest.read)}
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 state.destroy_process_group()
 """
@@ -73,11 +66,9 @@ state.destroy_process_group()
 
 def launched(folder: Path, *program: str) -> subprocess.CompletedProcess[str]:
     """A program in two processes."""
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
-    return subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    options: Any = {"env": child_environment(), "capture_output": True, "text": True}
+    return subprocess.run(launch, cwd=folder, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,38 +83,34 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+def found(folder: Path, name: str) -> list[Any]:
+    """What both processes noted."""
+    return [json.loads((folder / f"{rank}.json").read_text())[name] for rank in (0, 1)]
 
 
 def test_evaluation_counts_each_of_an_odd_number_of_pictures_once(two: Path) -> None:
     expected = evaluate(toy_model(), Toys(**ODD), SPLIT, progress=False).as_dict()
-    assert sorted(index for each in found(two) for index in each["read"]) == [0, 1, 2, 3, 4]
-    assert [each["scores"] for each in found(two)] == [expected, expected]
+    one, other = found(two, "read")
+    assert sorted(one + other) == [0, 1, 2, 3, 4]
+    assert found(two, "scores") == [expected, expected]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_is_one_processs_with_the_whole_batch(name: str, two: Path, tmp_path: Path) -> None:
+def test_training_is_one_processs_with_the_whole_batch(name: str, two: Path) -> None:
     """Micro-batches too: two processes of two each are one batch of one process; transductive labels are per batch."""
-    alone = fit(toy_model(), Toys(), SPLIT, toy_config(**{**RUNS[name], "accumulation": 1}), output=tmp_path)
-    for row, other in zip(alone.history, found(two)[0]["histories"][name], strict=True):
-        assert other["total"] == pytest.approx(row["total"], rel=1e-4)
-    start = toy_model().trained_state()
-    shared = weights(two / name)
-    for part, value in weights(tmp_path).items():
+    alone = fit(toy_model(), Toys(), SPLIT, toy_config(**{**RUNS[name], "accumulation": 1}))
+    losses, shared = found(two, "losses")[0][name], load_file(two / name / "model.safetensors")
+    assert losses == pytest.approx([row["total"] for row in alone.history], rel=1e-4)
+    for part, value in alone.model.trained_state().items():
         assert_close(shared[part], value, atol=1e-5, rtol=0, msg=part)
+    start = toy_model().trained_state()
     assert any((shared[part] - value).abs().max() > 1e-3 for part, value in start.items()), "there was training"
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_iteration(two: Path) -> None:
-    assert [each["code"] for each in found(two)] == [143, 143]
-    assert [each["rest"] for each in found(two)] == [3 * 2, 3 * 2], "the other three iterations were left"
-    resumed = weights(two / "stopped")
-    assert all(resumed[name].equal(value) for name, value in weights(two / "unstopped").items())
+    assert found(two, "code") == [143, 143]
+    assert found(two, "rest") == [3 * 2, 3 * 2], "the other three iterations were left"
+    assert same(*(load_file(two / name / "model.safetensors") for name in ("stopped", "unstopped")))
 
 
 def test_commands_print_and_write_once(two: Path) -> None:
@@ -152,5 +139,4 @@ def test_of_a_fault_one_process_speaks(command: str, said: str, tmp_path: Path) 
     assert done.returncode != 0 and done.stdout == ""
     spoken = [line for line in done.stderr.splitlines() if said in line]
     assert len(spoken) == 1
-    own = done.stderr[: done.stderr.index("torch/distributed/elastic")]
-    assert "Traceback" not in own, "but for the launcher's"
+    assert "Traceback" not in done.stderr[: done.stderr.index("torch/distributed/elastic")], "but for the launcher's"

@@ -89,9 +89,7 @@ def test_values_and_gradients_equal_the_plain_twin(
 @kinds
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (5, 42), (31, 70), (32, 33), (150, 101)])
-def test_the_loss_and_its_gradient_are_exact_to_a_hundred_thousandth(
-    size: tuple[int, int], bfloat16: bool, kind: str
-) -> None:
+def test_loss_and_gradient_are_exact_to_a_hundred_thousandth(size: tuple[int, int], bfloat16: bool, kind: str) -> None:
     """In one to several tiles of the window, uneven, most classes absent, specks of one at borders. SSIM's gradient
     alone is less exact in float32, the plain twin's as well: it divides by differences of nearly equal numbers.
     Autocast's logits come in bfloat16; the loss is computed in float32 all the same, only its gradient is rounded."""

@@ -1,4 +1,4 @@
-"""What is found before the first iteration: faulty data, unfit names, targets, steps; and that nothing is changed."""
+"""What is found before the first iteration, which changes nothing; what a run reads, in which order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from PIL import Image
 from torchvision import tv_tensors
 from toys import SPLIT, Toys, same, toy_config, toy_model
 
-from sptseg.datasets import IGNORE, Sample, Split
+from sptseg.datasets import IGNORE, Augmentation, Sample, Split
 from sptseg.model import SptSeg
 from sptseg.training import fit, preflight
+from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading
 
 CONFIG = toy_config(iterations=1000)
 
@@ -75,10 +76,7 @@ def test_model_and_generators_stay_as_they_are_and_the_first_loss_is_the_one_tha
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"dataset": Bands(0, 1, names="grass boat water tree house")}, "label values: 1 is 'boat' and 'water', 2 is 'wa"),
     ({"dataset": Bands(0, 1, names="grass water boat")}, "other' (3 classes)"),
-    (
-        {"split": SPLIT.with_prompts({"boat": "ship"})},
-        "a first step cannot be made: the tiny CLIP does not know 's",
-    ),
+    ({"split": SPLIT.with_prompts({"boat": "ship"})}, "a first step cannot be made: the tiny CLIP does not know 's"),
     ({"split": SPLIT.with_prompts({"boat": "Tree"})}, "class names given twice: Tree, tree; name each class once"),
     ({"split": SPLIT.with_unseen([])}, "use setting='supervised'"),
     ({"dataset": Bands(2, IGNORE)}, "every pixel of the first 4 training pictures is ignored: there is nothing to"),
@@ -114,3 +112,80 @@ def test_a_loss_that_is_not_finite(model: SptSeg) -> None:
         weight[0] = float("nan")
     assert "the loss is nan at iteration 0, on " in preflight(model, Bands(0, 1), SPLIT, CONFIG).faults[0]
     assert weight.isnan().sum() == 1, "the model stays as it was"
+
+
+AUGMENT = Augmentation(crop=16, resize_base=(64, 16))
+
+
+def new_stream(dataset: Any = None, seed: int = 0, setting: Setting = "inductive") -> TrainingStream:
+    return TrainingStream(Toys() if dataset is None else dataset, AUGMENT, label_table(SPLIT, setting)[1], seed)
+
+
+@pytest.mark.parametrize(
+    ("setting", "queries", "targets"),
+    [
+        ("inductive", (0, 1, 3), [0, 1, 255, 2, 255]),
+        ("transductive", (0, 1, 2, 3, 4), [0, 1, -1, 3, -1]),
+        ("supervised", (0, 1, 2, 3, 4), [0, 1, 2, 3, 4]),
+    ],
+)
+def test_targets_of_a_setting(setting: Setting, queries: tuple[int, ...], targets: list[int]) -> None:
+    """Of the classes 0 to 4, with 2 and 4 unseen; what is no class is ignored."""
+    found, table = label_table(SPLIT, setting)
+    assert found == queries
+    assert table.tolist() == [*targets, *[255] * 251]
+
+
+def test_a_position_is_the_same_whatever_was_read_before() -> None:
+    """Within an epoch, over epochs, backwards, and whatever the global generator did, which stays as it is."""
+    expected = [new_stream()[p] for p in range(14)]
+    stream = new_stream()
+    for p in (13, 2, 7, 2, 0):
+        before = torch.manual_seed(p).get_state()
+        image, label, name = stream[p]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(image, expected[p].image) and torch.equal(label, expected[p].target)
+        assert name == expected[p].name
+    assert image.shape == (3, 16, 16) and label.shape == (16, 16)
+
+
+def test_an_epoch_reads_every_picture_once_in_its_own_order() -> None:
+    """By seed and position, as is the augmentation."""
+    dataset = Toys(7)
+    for seed in (0, 1):
+        stream = new_stream(dataset, seed)
+        for position in range(14):
+            stream[position]
+    epochs = [tuple(dataset.read[i : i + 7]) for i in (0, 7, 14, 21)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(epochs)) == 4
+    images = [new_stream([Toys()[0]] * 3, seed)[p].image for seed in (0, 1) for p in (0, 1, 2, 3)]
+    assert len(torch.stack(images).unique(dim=0)) == 8
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+def test_workers_read_the_same() -> None:
+    """Batches (B, ...) of what the stream has at their positions."""
+    positions, stream = Positions(range(3), 4, 1, 0, 1), new_stream()
+    for workers in (0, 2):
+        for i, batch in enumerate(loading(new_stream(), positions, workers, pin_memory=False)):
+            expected = [stream[position] for position in range(4 * i, 4 * i + 4)]
+            assert torch.equal(batch.image, torch.stack([each.image for each in expected]))
+            assert torch.equal(batch.target, torch.stack([each.target for each in expected]))
+            assert batch.name == [each.name for each in expected]
+        assert i == 2
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3)])
+def test_processes_and_micro_batches_share_every_iteration(processes: int, accumulation: int) -> None:
+    """Each position once, and in each iteration exactly that iteration's."""
+    ranks = [Positions(range(2, 5), 24, accumulation, rank, processes) for rank in range(processes)]
+    read = [list(rank) for rank in ranks]
+    assert {len(batches) for batches in read} == {len(ranks[0])} == {3 * accumulation}
+    assert {len(batch) for batches in read for batch in batches} == {24 // processes // accumulation}
+    for i in range(3):
+        there = slice(i * accumulation, (i + 1) * accumulation)
+        found = sorted(p for batches in read for batch in batches[there] for p in batch)
+        assert found == list(range((i + 2) * 24, (i + 3) * 24))
+    if processes * accumulation > 1:
+        with pytest.raises(ValueError, match=rf"batch_size 25 cannot be shared by {processes} processes x .*choose a"):
+            Positions(range(2), 25, accumulation, 0, processes)

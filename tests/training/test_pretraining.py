@@ -51,9 +51,6 @@ def units(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-# Encoders
-
-
 def test_embeddings_equal_open_clips_own() -> None:
     """With and without gradients; the patches too; also of texts of different lengths, which share the longest's."""
     clip, texts = small_clip(), ["tree", "a photo of a boat", "", " ".join(WORDS)]
@@ -72,9 +69,8 @@ def test_embeddings_equal_open_clips_own() -> None:
 
 def test_embed_images_in_windows_equals_pictures_cut_into_them() -> None:
     """Each patch says what it would in a picture of its window alone, at its own place; image embeddings row by row."""
-    clip = small_clip()
+    clip, images = small_clip(), torch.randn(2, 3, 32, 32)
     state = clip.model.state_dict()
-    images = torch.randn(2, 3, 32, 32)
     patches, image = embed_images(clip, images, window=4)
     name = "visual.positional_embedding"
     token, grid = state[name][:1], state[name][1:].unflatten(0, (8, 8))
@@ -89,17 +85,11 @@ def test_embed_images_in_windows_equals_pictures_cut_into_them() -> None:
         assert_close(image[i::4], expected, atol=1e-5, rtol=1e-5)
 
 
-# Losses
-
-
 def test_contrast_is_the_mean_of_both_directions() -> None:
     a, b = units(5, 8), units(5, 8)
-    expected = 0.0
-    for i in range(5):
-        for one, others in ((a[i], b), (b[i], a)):
-            odds = [math.exp(7 * float(one @ other)) for other in others]
-            expected -= math.log(odds[i] / sum(odds)) / 10
-    assert float(pretraining.contrast(a, b, SCALE)) == pytest.approx(expected, rel=1e-5)
+    odds = (7 * a @ b.T).exp()
+    expected = -((odds / odds.sum(0)).diag().log() + (odds / odds.sum(1)[:, None]).diag().log()).mean() / 2
+    assert_close(pretraining.contrast(a, b, SCALE), expected)
 
 
 @pytest.mark.parametrize("coverage", [0.01, 0.3, 1.0])
@@ -107,12 +97,9 @@ def test_dense_loss_by_loops(coverage: float) -> None:
     log_p = torch.randn(3, 6, 4).log_softmax(dim=-1)
     present = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
     own, won = [], []
-    for picture, here in zip(log_p, present, strict=True):
-        p = picture.exp()  # (patches, nouns)
-        own += [math.log(float(row[here].sum())) for row in p]
-        for i in here.nonzero().flatten().tolist():
-            best = sorted(p[:, i].log().tolist(), reverse=True)[: math.ceil(coverage * 6)]
-            won.append(sum(best) / len(best))
+    for picture, here in zip(log_p, present, strict=True):  # (patches, nouns)
+        own += [math.log(row[here].exp().sum()) for row in picture]
+        won += [float(of_noun.topk(math.ceil(coverage * 6)).values.mean()) for of_noun in picture.T[here]]
     expected = -np.mean(own) - np.mean(won)
     assert float(pretraining.dense_loss(log_p, present, coverage)) == pytest.approx(expected, rel=1e-5)
 
@@ -122,13 +109,9 @@ def test_local_losses_by_loops() -> None:
     log_p, local = (torch.randn(2, 5, 3).log_softmax(dim=-1).requires_grad_() for _ in range(2))
     present = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool)
     losses = pretraining.local_losses(log_p, local, present, 0.3)
-    taught = []
-    for picture, window, here in zip(log_p.tolist(), local.tolist(), present.tolist(), strict=True):
-        for patch, own in zip(picture, window, strict=True):
-            odds = [math.exp(value) if there else 0.0 for value, there in zip(own, here, strict=True)]
-            taught.append(-sum(o / sum(odds) * value for o, value in zip(odds, patch, strict=True)))
-    assert losses["taught"].item() == pytest.approx(np.mean(taught), rel=1e-5)
-    assert losses["local"].item() == pytest.approx(pretraining.dense_loss(local, present, 0.3).item())
+    odds = local.exp() * present[:, None]
+    assert_close(losses["taught"], -(odds / odds.sum(-1, keepdim=True) * log_p).sum(-1).mean())
+    assert_close(losses["local"], pretraining.dense_loss(local, present, 0.3))
     gradients = torch.autograd.grad(losses["taught"], [log_p, local], allow_unused=True)
     assert gradients[0].count_nonzero() > 0 and gradients[1] is None
 
@@ -138,12 +121,9 @@ def test_phrase_loss_by_loops() -> None:
     owner = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], dtype=torch.bool)
     expected = []
     for phrase, owns in zip(phrases, owner, strict=True):
-        odds = []
-        for picture in patches:
-            similarity = [7 * float(patch @ phrase) for patch in picture]
-            weights = [math.exp(s) for s in similarity]
-            odds.append(math.exp(sum(w * s for w, s in zip(weights, similarity, strict=True)) / sum(weights)))
-        expected.append(-math.log(sum(o for o, own in zip(odds, owns, strict=True) if own) / sum(odds)))
+        similarity = 7 * patches @ phrase  # (pictures, patches)
+        odds = (similarity.softmax(dim=1) * similarity).sum(dim=1).exp()
+        expected.append(-math.log(odds[owns].sum() / odds.sum()))
     found = float(pretraining.phrase_loss(patches, phrases, owner, SCALE))
     assert found == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
 
@@ -166,9 +146,6 @@ def test_caption_losses_reach_every_part(dense: bool, stage: Stage, names: set[s
     for name in ("visual.conv1.weight", "text_projection", "logit_scale"):
         gradient = clip.model.get_parameter(name).grad
         assert gradient is not None and gradient.any()
-
-
-# Pictures
 
 
 def test_batches_are_normalised_mirrored_at_random_and_cover_the_pool() -> None:
@@ -205,9 +182,6 @@ def test_a_pool_is_drawn_by_processes_from_seed_stage_and_number() -> None:
     for i, kind in enumerate(("scene", "closeup", "scene")):
         expected = scenes.compose((pretraining.STREAM, 5, 1, i), 64, kind)
         assert np.array_equal(images[i], expected.image) and phrases[i] == expected.phrases
-
-
-# The run
 
 
 def test_a_short_run_keeps_the_stages_and_the_control_has_clips_own_contrast_and_no_local_stage() -> None:

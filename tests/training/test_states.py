@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import SPLIT, ActsAt, Intruder, Toys, data_folder, interrupt, same, toy_config, toy_model
+from toys import SPLIT, ActsAt, Intruder, Toys, child_environment, data_folder, interrupt, same, toy_config, toy_model
 
 from sptseg import scenes
 from sptseg.datasets import ImageMaskFolder, Scenes, Unreadable, splits
@@ -61,14 +61,9 @@ def test_the_scaler_of_half_precision_goes_along(tmp_path: Path) -> None:
     assert trainers[1].accelerator.scaler.get_scale() == 1024.0 and trainers[1].done == 3
 
 
-# Faults
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_stops_at_an_unreadable_picture_with_its_name_and_goes_on_once_it_is_whole(
-    workers: int, tmp_path: Path
-) -> None:
+def test_a_run_names_an_unreadable_picture_and_goes_on_once_it_is_whole(workers: int, tmp_path: Path) -> None:
     """In one line, also from a data-loading process, whose exceptions bring their traceback as text."""
     masks = {f"p{i}": np.asarray(Toys()[i % 6]["label"]) for i in range(32)}
     data = ImageMaskFolder(data_folder(tmp_path / "data", masks, SPLIT.classes, SPLIT.names(SPLIT.unseen)))
@@ -87,19 +82,14 @@ def test_a_run_stops_at_an_unreadable_picture_with_its_name_and_goes_on_once_it_
 
 def test_pictures_that_make_the_loss_no_number_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message holds the names of the batch and the iteration; the last state stays a good one."""
-    original, steps = loop.step, itertools.count()
-
-    def step(*arguments: Any) -> dict[str, float]:
-        return {**original(*arguments), **({"total": math.nan} if next(steps) == 3 else {})}
-
-    monkeypatch.setattr(loop, "step", step)
+    original, losses = loop.step, iter([0.0, 0.0, 0.0, math.nan])
+    monkeypatch.setattr(loop, "step", lambda *given: {**original(*given), "total": next(losses)})
     model, config = toy_model(), toy_config(save_every=2)
     stream = TrainingStream(Toys(), training_augmentation(model, config), torch.arange(256), 0)
     names = ", ".join(stream[position].name for position in range(12, 16))
     with pytest.raises(FloatingPointError) as raised:
         fit(model, Toys(), SPLIT, config, output=tmp_path)
-    advice = "lower learning_rate, or use precision='no'"
-    assert str(raised.value) == f"the loss is nan at iteration 3, on {names}; {advice}"
+    assert str(raised.value).startswith(f"the loss is nan at iteration 3, on {names}; lower learning_rate, or ")
     assert read_tensors(tmp_path / STATE)["iteration"] == 2
 
 
@@ -117,9 +107,6 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: 
         fit(model, Toys(), SPLIT, toy_config(save_every=1), output=tmp_path)
     state = read_tensors(tmp_path / STATE)
     assert state["iteration"] == 2 and all(value.isfinite().all() for value in state["model"].values())
-
-
-# Identity: by what CLIP and pictures hold, whatever they are called and wherever they lie
 
 
 def test_folders_are_told_apart_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +201,8 @@ def kill_runs(folder: Path) -> int:
 @pytest.mark.slow
 def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
     """kill -9 at random moments, in a process of its own: forks want a single thread."""
-    here = Path(__file__).parent
     script = f"import test_states as t; print(t.kill_runs(t.Path({str(tmp_path)!r})))"
-    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    options: Any = {"cwd": Path(__file__).parent, "env": child_environment(), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", script], timeout=500, **options)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) > 4

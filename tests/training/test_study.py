@@ -76,15 +76,15 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     }  # fmt: skip
     chosen = {rate: json.loads((one / f"tiny/scenes/with/rate-{rate}" / RESULT).read_text()) for rate in (1e-3, 1e-2)}
     record = json.loads((one / "record.json").read_text())
-    row = next(row for row in record["rows"] if row["row"] == "with")
-    assert row["rate"] == max(chosen, key=lambda rate: chosen[rate]["scores"]["hiou"])
-    assert row["seeds"] == [0, 1] and [*row["curve"]] == ["2", "3"] and len(row["spectra"]["gain_low"]) == 2
-    assert set(row["spoilt"]) == {"blur", "noise", "jpeg", "contrast", "colour", "all spoilt"}
+    rows = {row["row"]: row for row in record["rows"]}
+    assert rows["with"]["rate"] == max(chosen, key=lambda rate: chosen[rate]["scores"]["hiou"])
+    assert rows["with"]["seeds"] == [0, 1] and [*rows["with"]["curve"]] == ["2", "3"]
+    assert len(rows["with"]["spectra"]["gain_low"]) == 2
     pair = {pair["pictures"]: pair for pair in record["pairs"] if pair["other"] == "read"}
     assert set(pair) == {"test", "blur", "noise", "jpeg", "contrast", "colour", "all spoilt"}
-    means = {row["row"]: np.mean([score["miou_seen"] for score in row["scores"]]) for row in record["rows"]}
+    means = {name: np.mean([score["miou_seen"] for score in rows[name]["scores"]]) for name in ("with", "read")}
     assert pair["test"]["miou_seen"][0] == pytest.approx(means["with"] - means["read"])
-    spoilt = {each["row"]: each["spoilt"]["jpeg"]["miou_seen"] for each in record["rows"] if each["spoilt"]}
+    spoilt = {name: rows[name]["spoilt"]["jpeg"]["miou_seen"] for name in ("with", "read")}
     assert pair["jpeg"]["miou_seen"][0] == pytest.approx(spoilt["with"] - spoilt["read"])
 
     steps, original = iter(range(99)), loop.step
@@ -105,9 +105,8 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
         result = json.loads(file.read_text())
         del result["asked"]["model"]["window_stride"], result["asked"]["model"]["bicubic"]
         file.write_text(json.dumps(result))
-    before = {file: file.stat().st_mtime_ns for file in two.rglob(RESULT)}
+    before = [(file, file.stat().st_mtime_ns) for file in sorted(two.rglob(RESULT))]
     main([*command, str(two)])
-    assert before == {file: file.stat().st_mtime_ns for file in two.rglob(RESULT)}, "nothing is run again"
     assert (two / "tables.md").read_text() == tables
     more = {**PLAN["after"], "offset 0": {"rows": ["with"], "seen_offset": 0.0}}
     plan.write_text(json.dumps({**PLAN, "after": more, "pairs": [*PLAN["pairs"], ["b", "with", "with, offset 0"]]}))
@@ -116,14 +115,13 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     said = capsys.readouterr().out
     assert "Not scored, as the plan did not ask for it when these runs ended: offset 0 of tiny/scenes/with/3-s" in said
     assert said.endswith(tables[tables.index("\n## ") :] + "\n"), "all else is there"
+    assert before == [(file, file.stat().st_mtime_ns) for file in sorted(two.rglob(RESULT))], "nothing is run again"
     plan.write_text(json.dumps({**PLAN, "scenes": {**PLAN["scenes"], "test": [4, 1000]}}))
     with pytest.raises(ValueError, match="other settings of scenes.test; choose another output folder"):
         Study(Plan.read(plan), two).work((1, 1), math.inf, print)
 
 
-def test_the_time_limit_ends_the_work_and_faulty_plans_and_shares_are_refused(
-    plan: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_time_limits_end_the_work_and_faulty_plans_are_refused(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     assert not Study(Plan.read(plan), plan.parent).work((1, 1), time.monotonic() + 0.1, said.append)
     assert "runs are left, the first tiny/scenes/" in said[-1]
@@ -143,25 +141,23 @@ def test_the_plan_of_the_project_can_be_read() -> None:
     assert {part.clip for part in plan.parts} <= set(EMBEDDED_CLIPS)
 
 
-TWO = Split.from_names("two", ["grass", "boat"], unseen=["boat"])
-
-
-def counted(*hits: tuple[int, int]) -> Tensor:
-    """Pictures (P, 3, 2) with ten pixels of each class, of which so many are right, and none of another class's."""
-    return torch.tensor([[[a, b], [10, 10], [a, b]] for a, b in hits])
+def counted(*hits: int) -> Tensor:
+    """Pictures (P, 1, 3, 2), of one data set, with ten pixels of each class, of which so many of the first and five of
+    the second are right, and none of another class's."""
+    return torch.tensor([[[[a, 5], [10, 10], [a, 5]]] for a in hits])
 
 
 def test_an_interval_over_seeds_and_pictures_by_hand() -> None:
     """Mine less other, lower end, upper end; a quarter of the draws holds one of two seeds (or pictures) only."""
-    mine = torch.stack([counted((3, 5))[:, None], counted((6, 5))[:, None]])  # two seeds, a picture, one data set
-    other = torch.stack([counted((2, 5))[:, None], counted((3, 5))[:, None]])
-    ends = interval(mine, other, TWO)  # mIoU(S) 0.3 less 0.2, and 0.6 less 0.3
+    split = Split.from_names("two", ["grass", "boat"], unseen=["boat"])
+    mine, other = torch.stack([counted(3), counted(6)]), torch.stack([counted(2), counted(3)])  # two seeds, a picture
+    ends = interval(mine, other, split)  # mIoU(S) 0.3 less 0.2, and 0.6 less 0.3
     assert ends["miou_seen"] == pytest.approx([0.2, 0.1, 0.3]) == ends["gap"]
     assert ends["miou_unseen"] == [0, 0, 0]
-    mine, other = counted((6, 5), (4, 5))[None, :, None], counted((2, 5), (4, 5))[None, :, None]  # a seed, two pictures
-    assert interval(mine, other, TWO)["miou_seen"] == pytest.approx([0.2, 0.0, 0.4])  # pooled 10/20 less 6/20
+    mine, other = counted(6, 4)[None], counted(2, 4)[None]  # a seed, two pictures
+    assert interval(mine, other, split)["miou_seen"] == pytest.approx([0.2, 0.0, 0.4])  # pooled 10/20 less 6/20
     mine, other = torch.cat([mine, other], dim=2), torch.cat([other, other], dim=2)  # the mean over two data sets
-    assert interval(mine, other, TWO)["miou_seen"] == pytest.approx([0.1, 0.0, 0.2])
+    assert interval(mine, other, split)["miou_seen"] == pytest.approx([0.1, 0.0, 0.2])
 
 
 def test_shares_keep_to_their_locks_and_pools_their_pictures(tmp_path: Path) -> None:

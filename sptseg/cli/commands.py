@@ -112,10 +112,8 @@ def segment_command(
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
     if out.suffix and len(files) != 1:
-        raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
-            f"{shlex.quote(str(out.with_suffix('')))}"
-        )
+        folder = shlex.quote(str(out.with_suffix("")))
+        raise ValueError(f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {folder}")
     folder, beside = (out.parent, f"{out.stem}-") if out.suffix else (out, "")
     stems = [out.stem if out.suffix else file.stem for file in files]
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")

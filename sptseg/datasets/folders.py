@@ -115,10 +115,9 @@ class ImageMaskFiles(Dataset[Sample]):
         label = self._label(mask_path)
         height, width = label.shape
         if (width, height) != image.size:
-            raise ValueError(
-                f"{mask_path} is {width} x {height} pixels, its image {image_path} is {image.width} x {image.height} "
-                "(upright, as its EXIF orientation says); wanted equal sizes: export the mask at the image's size"
-            )
+            told = f"{mask_path} is {width} x {height} pixels, its image {image_path} is {image.width} x {image.height}"
+            wanted = "wanted equal sizes: export the mask at the image's size"
+            raise ValueError(f"{told} (upright, as its EXIF orientation says); {wanted}")
         return {"image": tv_tensors.Image(image), "label": _mask(label), "name": self.names[index]}
 
     def _label(self, path: Path) -> np.ndarray:
@@ -261,10 +260,8 @@ def require(root: Path, parts: Mapping[str, str]) -> list[Path]:
     if missing:
         got = "has no" if root.is_dir() else f"{'is no folder' if root.exists() else 'does not exist'}; it lacks"
         inside = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
-        raise FileNotFoundError(
-            f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}, found "
-            f"{', '.join(inside) or 'nothing'}: check the path, or put the data there"
-        )
+        told = f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}, found"
+        raise FileNotFoundError(f"{told} {', '.join(inside) or 'nothing'}: check the path, or put the data there")
     return [paths[0] for paths in found.values()]
 
 

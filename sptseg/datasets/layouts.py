@@ -3,7 +3,6 @@
 `root` is a path, an item and what is ignored as in `folders`; FileNotFoundError says what is missing, and where it
 comes from."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from sptseg.datasets import splits
 from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
 from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
+from sptseg.system import is_main_process
 
 # Mask values of the classes in the order of `splits`. COCO-Stuff's PNGs hold id - 1 of the ids 1 to 182; no mask
 # has the eleven left out (README and labels.txt of github.com/nightrome/cocostuff). Cityscapes: labels.py of
@@ -254,7 +254,7 @@ class Data:
         else:
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)
-            if dataset.found and os.environ.get("RANK", "0") == "0":
+            if dataset.found and is_main_process():
                 masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
                 print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
             dataset.max_pixels = self.max_pixels

@@ -104,10 +104,9 @@ class Trainer:
         about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if config.setting != "supervised" and not split.unseen:
-            raise ValueError(
-                f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen"
-                " (commands: --train.setting supervised, or --unseen)"
-            )
+            how = "use setting='supervised', or name some with with_unseen"
+            in_commands = "(commands: --train.setting supervised, or --unseen)"
+            raise ValueError(f"split {split.name!r} has no unseen classes; {how} {in_commands}")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("this model has nothing to train, as dense CLIP; give it prompts or a decoder")
         self.model, self.split, self.config = model, split, config

@@ -29,11 +29,12 @@ from sptseg.model import EMBEDDED_CLIPS, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
 from sptseg.training import PretrainConfig, beside_published, pretrain, retrieval
 
+Pictures = Annotated[Data, tyro.conf.arg(name="")]
 JsonFile = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
 def evaluate_command(
-    data: Annotated[Data, tyro.conf.arg(name="")],
+    data: Pictures,
     which: Annotated[Which, tyro.conf.arg(name="")],
     seen_offset: float | None = None,
     limit: int | None = None,
@@ -159,10 +160,7 @@ def segment_command(
 
 
 def check_command(
-    root: tyro.conf.Positional[str],
-    data: Annotated[Data, tyro.conf.arg(name="")],
-    limit: int | None = None,
-    json_file: JsonFile = None,
+    root: tyro.conf.Positional[str], data: Pictures, limit: int | None = None, json_file: JsonFile = None
 ) -> None:
     """Counts the pictures, sizes and classes of a data set, and names its faulty files.
 
@@ -182,10 +180,7 @@ def check_command(
 
 
 def show_command(
-    root: tyro.conf.Positional[str],
-    data: Annotated[Data, tyro.conf.arg(name="")],
-    out: Path = Path("contact-sheet.png"),
-    count: int = 12,
+    root: tyro.conf.Positional[str], data: Pictures, out: Path = Path("contact-sheet.png"), count: int = 12
 ) -> None:
     """Writes a sheet of pictures beside their masks, with class names.
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sptseg.datasets.images import StrPath, by_name, images_by_name, listed, ope
 from sptseg.datasets.splits import Split, composed
 from sptseg.system import bytes_of, claimed, write
 
-_STREAMS = ("evaluation", "training")
+Stream = Literal["evaluation", "training"]
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
 STRENGTHS: dict[Corruption, tuple[float, float, float]] = {  # weak, middle, strong
     "blur": (0.7, 1.2, 2.0),  # standard deviation of a Gaussian, pixels
@@ -46,17 +46,12 @@ class Scenes(Dataset[Sample]):
     `one_colour`: the same scenes, but all stuff is gray and differs in texture only."""
 
     def __init__(
-        self,
-        length: int,
-        seed: int = 0,
-        stream: Literal["evaluation", "training"] = "evaluation",
-        size: int = 128,
-        one_colour: bool = False,
+        self, length: int, seed: int = 0, stream: Stream = "evaluation", size: int = 128, one_colour: bool = False
     ) -> None:
         if length < 1 or seed < 0:
             raise ValueError(f"Scenes: length is {length}, seed {seed}; wanted at least 1, and 0")
         self.split, self.one_colour, self.size = splits.scenes(), one_colour, size
-        self.seed = _STREAMS.index(stream), seed
+        self.seed = get_args(Stream).index(stream), seed
         kind = f"{stream}-one-colour" if one_colour else stream
         self.names = tuple(f"{kind}-{seed}-{index}" for index in range(length))
 

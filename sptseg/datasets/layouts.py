@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from torch.utils.data import Dataset
 
-from sptseg.datasets import splits
+from sptseg.datasets import folders, splits
 from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
 from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
@@ -193,7 +193,6 @@ def names_in(path: Path) -> list[str]:
     return [Path(line.split()[0]).stem for line in lines(path)]
 
 
-Stream = Literal["evaluation", "training"]
 Layout = Literal[
     "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes",
     "camvid",
@@ -239,12 +238,12 @@ class Data:
     reduce_zero_label: bool = False
     max_pixels: int | None = None
 
-    def resolved(self, stream: Stream) -> Self:
+    def resolved(self, stream: folders.Stream) -> Self:
         """The same with the subset named."""
         usual = FACTS.get(self.layout, {}).get("subsets", ("", ""))
         return replace(self, subset=self.subset or usual[-1 if stream == "evaluation" else -2])
 
-    def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
+    def load(self, stream: folders.Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
             if self.values or self.reduce_zero_label or self.subset or self.layout != "folder":

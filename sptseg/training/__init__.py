@@ -12,4 +12,4 @@ from sptseg.training.presets import (
 )
 from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
 from sptseg.training.report import interval, write_report
-from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table, loading
+from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table

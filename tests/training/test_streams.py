@@ -8,8 +8,8 @@ import pytest
 import torch
 from toys import SPLIT, Toys
 
-from sptseg.datasets import Augmentation
-from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading
+from sptseg.datasets import Augmentation, read_batches
+from sptseg.training.stream import Positions, Setting, TrainingStream, collate, label_table
 
 AUGMENT = Augmentation(crop=16, resize_base=(64, 16))
 
@@ -68,7 +68,7 @@ def test_workers_read_the_same() -> None:
     """Batches (B, ...) of what the stream has at their positions."""
     positions, stream = Positions(range(3), 4, 1, 0, 1), new_stream()
     for workers in (0, 2):
-        for i, batch in enumerate(loading(new_stream(), positions, workers, pin_memory=False)):
+        for i, batch in enumerate(read_batches(new_stream(), positions, collate, workers, pin_memory=False)):
             expected = [stream[position] for position in range(4 * i, 4 * i + 4)]
             assert torch.equal(batch.image, torch.stack([each.image for each in expected]))
             assert torch.equal(batch.target, torch.stack([each.target for each in expected]))

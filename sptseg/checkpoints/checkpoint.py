@@ -126,10 +126,8 @@ def assembled(header: Mapping[str, Any], state: Mapping[str, Tensor], clip: Clip
     known = str(header.get("clip"))
     renamed = len(known) == clips.OLD_FINGERPRINT and clip.name != config.clip  # it does not tell activations apart
     if config.clip != IMPORTED and (renamed or known != clips.fingerprint(clip, like=known)):
-        raise ValueError(
-            f"it was trained on another CLIP than this {clip.name} with weights {clip.weights}; give the one that it "
-            f"was trained on, {config.clip} with weights {config.clip_weights}"
-        )
+        told = f"it was trained on another CLIP than this {clip.name} with weights {clip.weights}; give the one that it"
+        raise ValueError(f"{told} was trained on, {config.clip} with weights {config.clip_weights}")
     model = build_model(config, clip)
     model.load_state_dict(state, strict=False)
     model.about = header.get("about", {})
@@ -150,10 +148,9 @@ def find_checkpoint(source: str | Path) -> Path:
     try:
         return Path(hf_hub_download(str(source), WEIGHTS_FILE))
     except (OSError, ValueError) as error:  # huggingface_hub's own are of these two kinds
-        raise FileNotFoundError(
-            f"{source} is no path here, and its {WEIGHTS_FILE} could not be had from the Hub "
-            f"({type(error).__name__}); check name and network; closed ones need `hf auth login`"
-        ) from error
+        told = f"{source} is no path here, and its {WEIGHTS_FILE} could not be had from the Hub"
+        advice = "check name and network; closed ones need `hf auth login`"
+        raise FileNotFoundError(f"{told} ({type(error).__name__}); {advice}") from error
 
 
 def is_hub_id(source: object) -> bool:
@@ -181,10 +178,8 @@ def read_header(path: Path) -> dict[str, Any]:
         if found != FORMAT:
             raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint of sptseg ({' '.join(str(error).split())}); wanted one written by sptseg train, "
-            f"or by sptseg import, which reads those of the research code"
-        ) from error
+        wanted = "wanted one written by sptseg train, or by sptseg import, which reads those of the research code"
+        raise ValueError(f"{path} is no checkpoint of sptseg ({' '.join(str(error).split())}); {wanted}") from error
     return header
 
 

@@ -102,11 +102,10 @@ def import_research(
         read = {name: torch.cat(prompts) if name == "encoder.prompts" else state[theirs[name]] for name in own}
         model.load_state_dict(read, strict=False)
     except Exception as error:  # of whatever part meets with other tensors than it has
-        raise ValueError(
-            f"{'the checkpoint' if isinstance(source, Mapping) else source} is no whole one of SPT-SEG's or ZegCLIP's "
-            f"research code, or does not go with image_size {size}, heads {heads} and decoder_heads {decoder_heads}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+        what = "the checkpoint" if isinstance(source, Mapping) else source
+        told = f"{what} is no whole one of SPT-SEG's or ZegCLIP's research code, or does not go with image_size"
+        given = f"{size}, heads {heads} and decoder_heads {decoder_heads}"
+        raise ValueError(f"{told} {given}: {' '.join(str(error).split())}") from error
     known = {*PROMPTS, *(theirs.get(name) for name in own), *(f"backbone.{name}" for name in clip.visual.state_dict())}
     if clip.tokenizer is not refuse_text:
         known |= {f"text_encoder.{name}" for name in clip.model.state_dict()}

@@ -30,11 +30,12 @@ from sptseg.model import EMBEDDED_CLIPS, synonyms
 from sptseg.system import is_main_process, one_voice, output_place, processes, write
 from sptseg.training import PretrainConfig, beside_published, pretrain, retrieval
 
+Pictures = Annotated[Data, tyro.conf.arg(name="")]
 JsonFile = Annotated[Path | None, tyro.conf.arg(name="json")]
 
 
 def evaluate_command(
-    data: Annotated[Data, tyro.conf.arg(name="")],
+    data: Pictures,
     which: Annotated[Which, tyro.conf.arg(name="")],
     seen_offset: float | None = None,
     limit: int | None = None,
@@ -113,10 +114,8 @@ def segment_command(
         raise ValueError("no picture is named; wanted files or folders: sptseg segment street.jpg --classes ...")
     files = [file for path in pictures for file in (sorted_images(path) if path.is_dir() else [path])]
     if out.suffix and len(files) != 1:
-        raise ValueError(
-            f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out "
-            f"{shlex.quote(str(out.with_suffix('')))}"
-        )
+        folder = shlex.quote(str(out.with_suffix("")))
+        raise ValueError(f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {folder}")
     folder, beside = (out.parent, f"{out.stem}-") if out.suffix else (out, "")
     stems = [out.stem if out.suffix else file.stem for file in files]
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
@@ -169,10 +168,7 @@ def in_folder(root: str, data: Data) -> Data:
 
 
 def check_command(
-    root: tyro.conf.Positional[str],
-    data: Annotated[Data, tyro.conf.arg(name="")],
-    limit: int | None = None,
-    json_file: JsonFile = None,
+    root: tyro.conf.Positional[str], data: Pictures, limit: int | None = None, json_file: JsonFile = None
 ) -> None:
     """Counts the pictures, sizes and classes of a data set, and names its faulty files.
 
@@ -192,10 +188,7 @@ def check_command(
 
 
 def show_command(
-    root: tyro.conf.Positional[str],
-    data: Annotated[Data, tyro.conf.arg(name="")],
-    out: Path = Path("contact-sheet.png"),
-    count: int = 12,
+    root: tyro.conf.Positional[str], data: Pictures, out: Path = Path("contact-sheet.png"), count: int = 12
 ) -> None:
     """Writes a sheet of pictures beside their masks, with class names.
 

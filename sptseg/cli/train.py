@@ -67,10 +67,8 @@ class Train:
             if given := [n for n in asked if asked[n] not in (unasked[n], own[n]) and n != "clip_weights"]:
                 raise ValueError(f"{self.start_from} has its own {', '.join(given)}; leave these options out")
         elif self.train.setting == "transductive" and self.model.start == "random":
-            raise ValueError(
-                "transductive training learns from the model's own labels: give --start-from an inductive checkpoint, "
-                "such as runs/voc/halfway.safetensors"
-            )
+            wanted = "give --start-from an inductive checkpoint, such as runs/voc/halfway.safetensors"
+            raise ValueError(f"transductive training learns from the model's own labels: {wanted}")
         else:
             weights = clip_weights(self.model.clip, self.model.clip_weights or "")
             model = build_model(replace(self.model, clip_weights=weights))
@@ -202,7 +200,6 @@ def with_preset(command: str, arguments: Sequence[str]) -> Train | Ablate:
 def clip_weights(clip: str, weights: str) -> str | None:
     """The weights asked for; a real CLIP must name them, so that nobody trains on random ones unawares."""
     if clip not in EMBEDDED_CLIPS and not weights:
-        raise ValueError(
-            f"--clip {clip} needs --clip-weights: an open_clip tag such as openai, a file, or none for random weights"
-        )
+        wanted = "an open_clip tag such as openai, a file, or none for random weights"
+        raise ValueError(f"--clip {clip} needs --clip-weights: {wanted}")
     return None if weights in ("", "none") else weights

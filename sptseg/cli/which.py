@@ -55,10 +55,8 @@ class Which:
             config = replace(UNTRAINED[name], readout=readout, clip_weights=weights)
             return build_model(fitted(config, loaded), loaded).eval()
         if self.readout:
-            raise ValueError(
-                f"--readout {self.readout} goes with --model dense-clip, training-free or untrained; {name} has the "
-                f"one that it was trained with"
-            )
+            told = f"--readout {self.readout} goes with --model dense-clip, training-free or untrained"
+            raise ValueError(f"{told}; {name} has the one that it was trained with")
         if not self.clip:
             return load_model(name)
         if self.clip == "tiny-plain" and (own := name.replace("embedded", "embedded-plain")) in EMBEDDED:

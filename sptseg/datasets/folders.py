@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from sptseg.datasets.images import Note, StrPath, by_name, images_by_name, liste
 from sptseg.datasets.splits import Split, composed
 from sptseg.system import bytes_of, claimed, write
 
-_STREAMS = ("evaluation", "training")
+Stream = Literal["evaluation", "training"]
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
 STRENGTHS: dict[Corruption, tuple[float, float, float]] = {  # weak, middle, strong
     "blur": (0.7, 1.2, 2.0),  # standard deviation of a Gaussian, pixels
@@ -47,17 +47,12 @@ class Scenes(Dataset[Sample]):
     `one_colour`: the same scenes, but all stuff is gray and differs in texture only."""
 
     def __init__(
-        self,
-        length: int,
-        seed: int = 0,
-        stream: Literal["evaluation", "training"] = "evaluation",
-        size: int = 128,
-        one_colour: bool = False,
+        self, length: int, seed: int = 0, stream: Stream = "evaluation", size: int = 128, one_colour: bool = False
     ) -> None:
         if length < 1 or seed < 0:
             raise ValueError(f"Scenes: length is {length}, seed {seed}; wanted at least 1, and 0")
         self.split, self.one_colour, self.size = splits.scenes(), one_colour, size
-        self.seed = _STREAMS.index(stream), seed
+        self.seed = get_args(Stream).index(stream), seed
         kind = f"{stream}-one-colour" if one_colour else stream
         self.names = tuple(f"{kind}-{seed}-{index}" for index in range(length))
 
@@ -116,10 +111,9 @@ class ImageMaskFiles(Dataset[Sample]):
         label = self._label(mask_path)
         height, width = label.shape
         if (width, height) != image.size:
-            raise ValueError(
-                f"{mask_path} is {width} x {height} pixels, its image {image_path} is {image.width} x {image.height} "
-                "(upright, as its EXIF orientation says); wanted equal sizes: export the mask at the image's size"
-            )
+            told = f"{mask_path} is {width} x {height} pixels, its image {image_path} is {image.width} x {image.height}"
+            wanted = "wanted equal sizes: export the mask at the image's size"
+            raise ValueError(f"{told} (upright, as its EXIF orientation says); {wanted}")
         return {"image": tv_tensors.Image(image), "label": _mask(label), "name": self.names[index]}
 
     def _label(self, path: Path) -> np.ndarray:
@@ -265,10 +259,8 @@ def require(root: Path, parts: Mapping[str, str]) -> list[Path]:
     if missing:
         got = "has no" if root.is_dir() else f"{'is no folder' if root.exists() else 'does not exist'}; it lacks"
         inside = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
-        raise FileNotFoundError(
-            f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}, found "
-            f"{', '.join(inside) or 'nothing'}: check the path, or put the data there"
-        )
+        told = f"{root} {got} {', '.join(missing)}; wanted a folder with {', '.join(parts)}, found"
+        raise FileNotFoundError(f"{told} {', '.join(inside) or 'nothing'}: check the path, or put the data there")
     return [paths[0] for paths in found.values()]
 
 

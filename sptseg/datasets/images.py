@@ -132,35 +132,26 @@ def _load(path: StrPath, max_pixels: int | None, eight_bits: bool = False) -> Im
                 if getattr(opened, "is_animated", False) and opened.format not in ("MPO", "PSD"):  # previews, layers
                     notes = ["of several frames or pages the first is taken"]
                 deep = opened.mode[0] in "IF" or re.search(";16[BLN]", str(opened.tile))
-                image = _upright(opened)
+                opened.load()
+                with contextlib.suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data say nothing
+                    ImageOps.exif_transpose(opened, in_place=True)
+                image: Image.Image = opened
                 if eight_bits and deep:
                     image = _scaled(image, path, notes)
     except (Unreadable, PermissionError):
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable(
-            f"{path} is not an image that Pillow can read ({path.stat().st_size} bytes); wanted JPEG, PNG or the like: "
-            "convert it, or take it out of the folder"
-        ) from error
+        told = f"{path} is not an image that Pillow can read ({path.stat().st_size} bytes)"
+        raise Unreadable(f"{told}; wanted JPEG, PNG or the like: convert it, or take it out of the folder") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise Unreadable(
-            f"{path} has more pixels than the safe limit of {Image.MAX_IMAGE_PIXELS}; shrink it, or if you trust the "
-            "file, raise the limit with --max-pixels (in Python PIL.Image.MAX_IMAGE_PIXELS)"
-        ) from error
+        told = f"{path} has more pixels than the safe limit of {Image.MAX_IMAGE_PIXELS}; shrink it, or if you trust the"
+        raise Unreadable(f"{told} file, raise it: --max-pixels (in Python PIL.Image.MAX_IMAGE_PIXELS)") from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise Unreadable(f"{path} is damaged or cut off ({error}); wanted a whole image: copy it again") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     for note in notes:
         warnings.warn(Note(path, note), stacklevel=3)
-    return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image, decoded, turned as its EXIF orientation says; damaged EXIF data say nothing."""
-    image.load()
-    with contextlib.suppress(SyntaxError, ValueError, struct.error):
-        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 

@@ -3,7 +3,6 @@
 `root` is a path, an item and what is ignored as in `folders`; FileNotFoundError says what is missing, and where it
 comes from."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +15,11 @@ import numpy as np
 import tyro
 from torch.utils.data import Dataset
 
-from sptseg.datasets import splits
+from sptseg.datasets import folders, splits
 from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
 from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
+from sptseg.system import is_main_process
 
 # Mask values of the classes in the order of `splits`. COCO-Stuff's PNGs hold id - 1 of the ids 1 to 182; no mask
 # has the eleven left out (README and labels.txt of github.com/nightrome/cocostuff). Cityscapes: labels.py of
@@ -193,7 +193,6 @@ def names_in(path: Path) -> list[str]:
     return [Path(line.split()[0]).stem for line in lines(path)]
 
 
-Stream = Literal["evaluation", "training"]
 Layout = Literal[
     "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes",
     "camvid",
@@ -239,12 +238,12 @@ class Data:
     reduce_zero_label: bool = False
     max_pixels: int | None = None
 
-    def resolved(self, stream: Stream) -> Self:
+    def resolved(self, stream: folders.Stream) -> Self:
         """The same with the subset named."""
         usual = FACTS.get(self.layout, {}).get("subsets", ("", ""))
         return replace(self, subset=self.subset or usual[-1 if stream == "evaluation" else -2])
 
-    def load(self, stream: Stream) -> tuple[Dataset[Sample], Split]:
+    def load(self, stream: folders.Stream) -> tuple[Dataset[Sample], Split]:
         """The data set and its split."""
         if self.data == "scenes":
             if self != Data(images=self.images, seed=self.seed, unseen=self.unseen, prompts=self.prompts):
@@ -256,7 +255,7 @@ class Data:
                 raise ValueError(f"{self.data}, as {self.layout}, has no subsets: leave out --subset {self.subset}")
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)
-            if dataset.found and os.environ.get("RANK", "0") == "0":
+            if dataset.found and is_main_process():
                 masks = f"masks {dataset.found}, such as {dataset._files[-1][1]}"
                 print(f"{self.layout}, {stream}: {len(dataset)} images, {masks}", file=sys.stderr)
             dataset.max_pixels = self.max_pixels

@@ -64,10 +64,9 @@ class WordTokenizer:
             words = text.lower().replace(",", " ").split()
             unknown = [word for word in words if word not in self.ids]
             if unknown:
-                raise ValueError(
-                    f"the tiny CLIP does not know {', '.join(map(repr, unknown))} (in {text!r}); it knows the words "
-                    f"{', '.join(self.words)}; use these, or a CLIP that knows any word, such as ViT-B-16-quickgelu"
-                )
+                told = f"the tiny CLIP does not know {', '.join(map(repr, unknown))} (in {text!r}); it knows the words"
+                others = "use these, or a CLIP that knows any word, such as ViT-B-16-quickgelu"
+                raise ValueError(f"{told} {', '.join(self.words)}; {others}")
             if len(words) > self.context_length - 2:
                 raise ValueError(f"{text!r} has {len(words)} words; this CLIP reads at most {self.context_length - 2}")
             row[: len(words) + 2] = torch.tensor([start, *(self.ids[word] for word in words), end])
@@ -174,10 +173,9 @@ def check_public(name: str, weights: str | None) -> None:
     """Refuses CLIP weights that not everybody can load: files (no path in a checkpoint is opened) and random ones."""
     embedded = weights is None and name in EMBEDDED_CLIPS
     if not embedded and weights not in open_clip.list_pretrained_tags_by_model(name):
-        raise ValueError(
-            f"its CLIP, {name!r} with weights {weights!r}, is not public, and no path in a checkpoint is opened; give "
-            f"one of yours: load_model(..., clip=load_clip(NAME, FILE)), or --clip NAME --clip-weights FILE"
-        )
+        told = f"its CLIP, {name!r} with weights {weights!r}, is not public, and no path in a checkpoint is opened"
+        yours = "load_model(..., clip=load_clip(NAME, FILE)), or --clip NAME --clip-weights FILE"
+        raise ValueError(f"{told}; give one of yours: {yours}")
 
 
 def load_clip(name: str = TINY, weights: str | None = None) -> Clip:

@@ -50,10 +50,8 @@ def read_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no list of what the readers raise at other bytes
         reason = " ".join(str(error).split()).partition(". ")[0][:100] or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors only ({reason}); it is damaged or holds other Python "
-            f"objects, which could run code; save it again with torch.save(model.state_dict(), ...)"
-        ) from error
+        told = f"{path} cannot be read as a checkpoint of tensors only ({reason}); it is damaged, or holds objects"
+        raise ValueError(f"{told} that could run code; save it again: torch.save(model.state_dict(), ...)") from error
 
 
 def read_archive(path: Path) -> dict[str, Tensor] | None:

@@ -13,4 +13,4 @@ from sptseg.training.presets import (
 from sptseg.training.pretraining import PretrainConfig, pretrain, retrieval
 from sptseg.training.report import interval, study_record, write_report
 from sptseg.training.state import STATE
-from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table, loading
+from sptseg.training.stream import Example, Positions, Setting, TrainingStream, label_table

@@ -19,14 +19,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
-from sptseg.datasets import Augmentation, Sample, Split
+from sptseg.datasets import Augmentation, Sample, Split, read_batches
 from sptseg.inference import evaluate, new_accelerator
 from sptseg.model import SptSeg, fingerprint, upsample
 from sptseg.system import ended_helpers, output_place, write
 from sptseg.training import state
 from sptseg.training.config import TrainConfig, learning_rate, training_augmentation
 from sptseg.training.losses import present_pairs, segmentation_loss
-from sptseg.training.stream import UNSEEN_PIXEL, Positions, TrainingStream, label_table, loading, mixed_seed
+from sptseg.training.stream import UNSEEN_PIXEL, Positions, TrainingStream, collate, label_table, mixed_seed
 
 
 class FitResult(NamedTuple):
@@ -104,10 +104,9 @@ class Trainer:
         about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if config.setting != "supervised" and not split.unseen:
-            raise ValueError(
-                f"split {split.name!r} has no unseen classes; use setting='supervised', or name some with with_unseen"
-                " (commands: --train.setting supervised, or --unseen)"
-            )
+            how = "use setting='supervised', or name some with with_unseen"
+            in_commands = "(commands: --train.setting supervised, or --unseen)"
+            raise ValueError(f"split {split.name!r} has no unseen classes; {how} {in_commands}")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("this model has nothing to train, as dense CLIP; give it prompts or a decoder")
         self.model, self.split, self.config = model, split, config
@@ -141,7 +140,7 @@ class Trainer:
         stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
         share = config.batch_size, config.accumulation, self.rank, self.accelerator.num_processes
         positions, cuda = Positions(range(self.done, config.iterations), *share), self.accelerator.device.type == "cuda"
-        self.batches = loading(stream, positions, config.workers, pin_memory=cuda)
+        self.batches = read_batches(stream, positions, collate, config.workers, pin_memory=cuda)
         hidden = not (self.main and config.progress)
         self.bar = tqdm(total=config.iterations, initial=self.done, desc="training", disable=hidden, mininterval=1)
         self.logged, self.time = self.done, time.perf_counter()

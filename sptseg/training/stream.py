@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sptseg.datasets import IGNORE, Augmentation, Sample, Split, read_batches, train_transform
+from sptseg.datasets import IGNORE, Augmentation, Sample, Split, train_transform
 
 Setting = Literal["inductive", "transductive", "supervised"]
 UNSEEN_PIXEL = -1
@@ -91,8 +91,3 @@ class Positions:
             for part in range(self.accumulation):
                 start = iteration * self.batch_size + (part * self.processes + self.rank) * self.micro
                 yield list(range(start, start + self.micro))
-
-
-def loading(stream: TrainingStream, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Example]:
-    """The batches of a training stream, read ahead by `workers` processes."""
-    return read_batches(stream, positions, collate, workers, pin_memory)

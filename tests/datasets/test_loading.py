@@ -28,11 +28,12 @@ Pair = namedtuple("Pair", "image names")
 
 READ = """
 import sys
-from sptseg.datasets import Augmentation, ImageMaskFolder
-from sptseg.training import Positions, TrainingStream, label_table, loading
+from sptseg.datasets import Augmentation, ImageMaskFolder, read_batches
+from sptseg.training import Positions, TrainingStream, label_table
+from sptseg.training.stream import collate
 data = ImageMaskFolder(sys.argv[1])
 stream = TrainingStream(data, Augmentation(crop=512), label_table(data.split, "inductive")[1], 0)
-for batch in loading(stream, Positions(range(6), 8, 1, 0, 1), 2, False):
+for batch in read_batches(stream, Positions(range(6), 8, 1, 0, 1), collate, 2, False):
     print(tuple(batch.image.shape))
 """
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision import tv_tensors
 from toys import SPLIT, Toys, same, toy_config, toy_model
 
-from sptseg.datasets import IGNORE, Augmentation, Sample, Split
+from sptseg.datasets import IGNORE, Augmentation, Sample, Split, read_batches
 from sptseg.model import SptSeg
 from sptseg.training import fit, preflight
-from sptseg.training.stream import Positions, Setting, TrainingStream, label_table, loading
+from sptseg.training.stream import Positions, Setting, TrainingStream, collate, label_table
 
 CONFIG = toy_config(iterations=1000)
 
@@ -167,7 +167,7 @@ def test_workers_read_the_same() -> None:
     """Batches (B, ...) of what the stream has at their positions."""
     positions, stream = Positions(range(3), 4, 1, 0, 1), new_stream()
     for workers in (0, 2):
-        for i, batch in enumerate(loading(new_stream(), positions, workers, pin_memory=False)):
+        for i, batch in enumerate(read_batches(new_stream(), positions, collate, workers, pin_memory=False)):
             expected = [stream[position] for position in range(4 * i, 4 * i + 4)]
             assert torch.equal(batch.image, torch.stack([each.image for each in expected]))
             assert torch.equal(batch.target, torch.stack([each.target for each in expected]))

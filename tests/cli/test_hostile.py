@@ -17,20 +17,19 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
-import torch
 from conftest import refused
 from PIL import Image
-from safetensors.torch import load_file, save
 from toys import Intruder, data_folder, noise
 
-from sptseg.checkpoints.checkpoint import load_model, read_header, save_model
+from sptseg.checkpoints.checkpoint import load_model
 from sptseg.cli import which
 from sptseg.cli.commands import main
 from sptseg.datasets import folders
+from sptseg.datasets.images import open_mask
 from sptseg.inference.evaluation import evaluate
 from sptseg.inference.segmentation import segment
 from sptseg.model.clip import new_tiny_clip
-from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG
+from sptseg.model.config import DENSE_CLIP
 from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training.stream import label_table
 
@@ -153,39 +152,24 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+PNG = encoded(noise(), "PNG")
+
+
 def bomb(width: int, height: int) -> bytes:
-    """A PNG header that promises a huge picture."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    """A PNG whose header promises another size."""
+    header = PNG[12:16] + struct.pack(">II", width, height) + PNG[24:29]
+    return PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + PNG[33:]
 
 
-PNG, WEBP = encoded(noise(), "PNG"), encoded(noise(), "WEBP")
-FRAMES: dict[str, Any] = {"save_all": True, "append_images": [noise("L")]}
-SOUND = {  # file name, content, (width, height)
-    "1 x 1": ("a.png", encoded(noise(size=(1, 1)), "PNG"), (1, 1)),
-    "CMYK": ("a.jpg", encoded(noise("CMYK"), "JPEG"), (40, 30)),
-    "palette, transparent": ("a.png", encoded(noise("P"), "PNG", transparency=0), (40, 30)),
-    "animated WebP": ("a.webp", encoded(noise(), "WEBP", **FRAMES), (40, 30)),
-    "bytes behind the end": ("a.png", PNG + bytes(1000), (40, 30)),
-}
-
-
-@pytest.mark.parametrize("kind", SOUND)
-def test_odd_pictures_are_segmented(kind: str, model: SptSeg, tmp_path: Path) -> None:
-    name, content, size = SOUND[kind]
-    (tmp_path / name).write_bytes(content)
-    main(["segment", str(tmp_path / name), "--classes", "grass,water", "--out", str(tmp_path / "out")])
-    with Image.open(tmp_path / "out" / "a-labels.png") as labels:
-        assert labels.size == size
+def test_odd_pictures_are_segmented(model: SptSeg, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG + bytes(1000))
+    noise(size=(1, 1)).save(tmp_path / "b.png")
+    main(["segment", str(tmp_path), "--classes", "grass,water", "--out", str(tmp_path / "out")])
+    assert [open_mask(tmp_path / f"out/{name}-labels.png").shape for name in "ab"] == [(30, 40), (1, 1)]
 
 
 BROKEN = {
-    "empty": b"", "half a PNG": PNG[: len(PNG) // 2], "half a WebP": WEBP[: len(WEBP) // 2], "zeros": bytes(5000),
-    "wrong check sum": PNG[:29] + bytes(4) + PNG[33:], "less data than promised": bomb(100, 100),
+    "zeros": bytes(5000), "wrong check sum": PNG[:29] + bytes(4) + PNG[33:], "less data than promised": bomb(100, 100),
     "bomb of one row": bomb(2**28, 1), "no width": bomb(0, 10), "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }  # fmt: skip
 
@@ -197,22 +181,16 @@ def test_broken_pictures(kind: str, here: Path, model: SptSeg, capsys: pytest.Ca
     assert not Path("segmentation.png").exists()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """One picture and its mask, three classes."""
-    return data_folder(tmp_path / "data", {"a": np.full((30, 40), 1)})
-
-
 MASKS = {
-    "RGB": PNG, "turned": encoded(Image.new("L", (30, 40)), "PNG"), "bomb": bomb(60_000, 60_000),
-    "value -1": encoded(Image.fromarray(np.full((30, 40), -1, np.int32)), "TIFF"),
+    "bomb": bomb(60_000, 60_000), "value -1": encoded(Image.fromarray(np.full((30, 40), -1, np.int32)), "TIFF"),
     "palette, value 7": encoded(Image.new("L", (40, 30), 7).convert("P"), "PNG"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_wrong_masks(kind: str, folder: Path, model: SptSeg, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_masks(kind: str, model: SptSeg, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Evaluation stops there, and `data check` names the file in its report too."""
+    folder = data_folder(tmp_path / "data", {"a": np.full((30, 40), 1)})
     mask, report = folder / "masks" / "a.png", folder / "report.json"
     mask.write_bytes(MASKS[kind])
     assert str(mask) in refused(capsys, "evaluate", "--data", folder, "--json", report) and not report.exists()
@@ -220,30 +198,13 @@ def test_wrong_masks(kind: str, folder: Path, model: SptSeg, capsys: pytest.Capt
     assert len(json.loads(report.read_text())["faults"]) == 1
 
 
-@pytest.mark.parametrize(
-    "kind", ["a pickle", "half", "one bit", "other tensors", "huge header", "a path", "huge pictures", "code"]
-)
-def test_checkpoints_of_strangers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused in a moment and in little memory, whatever sizes they name, and no path in them is opened."""
-    config = replace(EMBEDDED_CONFIG, image_size=(32, 32), prompt_tokens=1, decoder_layers=1)
-    path = save_model(build_model(config), tmp_path / "model.safetensors")
-    whole, header, tensors = path.read_bytes(), read_header(path), load_file(path)
-
-    def changed(**options: object) -> bytes:
-        return save(tensors, metadata={"sptseg": json.dumps(header | {"config": header["config"] | options})})
-
-    contents = {
-        "a pickle": pickle.dumps({"state_dict": {}}), "half": whole[: len(whole) // 2],
-        "one bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "huge header": bytes(7) + b"\x80{",
-        "other tensors": save({"a": torch.ones(3)}, metadata={"sptseg": json.dumps(header)}),
-        "a path": changed(clip="/etc/passwd"), "huge pictures": changed(image_size=[10**9, 10**9]),
-        "code": changed(templates=["{0.__class__}"]),
-    }  # fmt: skip
-    path.write_bytes(contents[kind])
+@pytest.mark.parametrize("content", [pickle.dumps({"state_dict": {}}), b""])
+def test_checkpoints_of_strangers(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "out"
+    path.write_bytes(content)
     assert str(path) in refused(capsys, "evaluate", "--model", path, "--images", "1")
-    start = ["--images", "2", "--start-from", path]
-    assert str(path) in refused(capsys, "train", "--output", tmp_path / "out", *start)
-    assert not (tmp_path / "out").exists()
+    assert str(path) in refused(capsys, "train", "--output", out, "--images", "2", "--start-from", path)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -1,7 +1,5 @@
 """What is found in data sets: counts, faulty files, values that mean something else; and samples to look at."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -14,11 +12,8 @@ import torch
 from PIL import Image
 from toys import Bands, data_folder
 
-from sptseg.datasets import camvid, splits
+from sptseg.datasets import IGNORE, ImageMaskFolder, camvid, splits
 from sptseg.datasets.check import MOST_LISTED, check_dataset, evenly, show_samples, survey
-from sptseg.datasets.folders import ImageMaskFolder
-from sptseg.datasets.plots import png_bytes
-from sptseg.datasets.splits import IGNORE
 
 CAMVID = Path(os.environ.get("SPTSEG_CAMVID", Path(__file__).resolve().parents[3] / "shared/camvid"))
 
@@ -57,26 +52,21 @@ def test_check_counts_pixels_images_and_sizes() -> None:
     }  # fmt: skip
 
 
-def test_every_faulty_file_is_collected(tmp_path: Path) -> None:
+def test_every_faulty_file_and_every_note_is_collected(tmp_path: Path) -> None:
     sound = [0, 1, 2, 255]
     data = folder(tmp_path, {"a": sound, "b": sound, "c": [9, 0, 0, 0], "d": sound, "e": [255] * 4})
     (tmp_path / "images/b.png").write_bytes(b"no picture")
+    for name in "ae":
+        Image.fromarray(np.full((2, 4), 4000, np.uint16)).save(tmp_path / f"images/{name}.png")
     Image.new("L", (2, 4)).save(tmp_path / "masks/d.png")
     report = check_dataset(data, progress=False)
     assert len(report.faults) == 3
     for text, fault in zip(("b.png is not an image", "mask value 9", "wanted equal sizes"), report.faults, strict=True):
         assert text in fault
     assert report.images == [1, 1, 1] and report.all_ignored == ["e"]
-    assert report.warnings == ["1 images: no labelled pixel: e"]
+    note = "2 images: no more than 12 of its 16 bits are used: scaled as 12-bit values: a, e"
+    assert report.warnings == [note, "1 images: no labelled pixel: e"]
     assert "Faults: 3" in report.table() and "| 5 of 5 | 3 |" in report.table()
-
-
-def test_what_is_noted_of_pictures_is_reported_with_their_names(tmp_path: Path) -> None:
-    data = folder(tmp_path, {name: [0, 1, 2, 2] for name in "abc"})
-    for name in "ac":
-        Image.fromarray(np.full((2, 4), 4000, np.uint16)).save(tmp_path / f"images/{name}.png")
-    text = "2 images: no more than 12 of its 16 bits are used: scaled as 12-bit values: a, c"
-    assert check_dataset(data, progress=False).warnings == [text]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +89,6 @@ def test_samples_that_no_training_run_could_use(change: dict, words: str) -> Non
     [
         ("ab", [[0, 255, 0, 255]], "the masks hold 2 values, 0, 255: if these are the 2 classes,", {255: 1}),
         ("abc", [[0, 127, 0, 0], [254, 0, 0, 0]], "the masks hold 3 values, 0, 127, 254:", {127: 1, 254: 2}),
-        ("ab", [[5, 5, 9, 9]], "the masks hold 2 values, 5, 9:", {5: 0, 9: 1}),
-        ("abc", [[0, 1, 2, 3], [0, 1, 2, 2]], "one above the last class: if the masks count from 1", None),
         ("ab", [[1, 2, 1, 255]], "one above the last class: if the masks count from 1", None),
         ("abcd", [[0, 255, 255, 0]], "255 is ignored and has 50.0% of the pixels, while b, c, d never occur", {255: 1}),
         ("abc", [[0, 1, 1, 1], [0, 1, 0, 255]], "the masks hold 3 values, 0, 1, 255", {255: 2}),
@@ -139,12 +127,10 @@ def test_samples_are_shown_with_masks_and_names_and_what_is_broken(tmp_path: Pat
     assert {"grass", "tree*"} <= {text.get_text() for ax in figure.axes for text in ax.texts}
     legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert legend == ["grass", "water", "tree*", "boat", "* unseen in training"]
-
     data = folder(tmp_path, {"a": [0, 1, 2, 255]})
     (tmp_path / "masks/a.png").write_bytes(b"")
     figure = show_samples(data)
     assert any("is not" in " ".join(text.get_text().split()) for ax in figure.axes for text in ax.texts)
-    assert png_bytes(figure).startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not on this machine; set SPTSEG_CAMVID")

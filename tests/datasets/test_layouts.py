@@ -1,17 +1,14 @@
 """Data sets as released: read like their prepared forms, tables that meet the published lists, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from conftest import refused
-from miniatures import CONTEXT_IDS, LABELS_TXT, MINIATURES, ade20k_847, context, listing, mask, voc
+from miniatures import CONTEXT_IDS, LABELS_TXT, MINIATURES, context, listing, mask, voc
 from scipy.io import savemat
 
 from sptseg import datasets
@@ -19,23 +16,19 @@ from sptseg.cli.commands import main
 from sptseg.datasets import layouts, splits
 from sptseg.datasets.layouts import Data
 from sptseg.datasets.splits import IGNORE
-from sptseg.inference import evaluate
-from sptseg.model import DENSE_CLIP, build_model
-from sptseg.model.clip import new_tiny_clip
+
+Roots = tuple[str, Path, Path]  # a layout, and its data as released and as prepared
 
 
 @pytest.fixture
-def roots(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Path]:
-    """A layout and its two roots."""
+def roots(request: pytest.FixtureRequest, tmp_path: Path) -> Roots:
     released, prepared = tmp_path / "raw/data", tmp_path / "converted/data"
     MINIATURES[request.param](released, prepared)
     return request.param, released, prepared
 
 
 @pytest.mark.parametrize("roots", MINIATURES, indirect=True)
-def test_released_and_prepared_give_the_same(
-    roots: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_released_and_prepared_give_the_same(roots: Roots, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Picture by picture and label by label, and in `data check`."""
     layout, *folders = roots
     other = "folder" if layout == "cityscapes" else layout
@@ -72,22 +65,6 @@ def test_sbd_adds_what_voc_neither_trains_nor_validates_on(form: str, tmp_path: 
     dataset = datasets.voc2012(released if form == "released" else prepared, "trainaug")
     assert dataset.names == names
     assert [dataset[i]["label"][0, ::16].tolist() for i in range(2)] == [[255, 255, 0, 15], [1, 255, 19, 2]]
-
-
-def test_847_classes_are_scored_alike(tmp_path: Path) -> None:
-    folders = tmp_path / "raw", tmp_path / "converted"
-    present = ade20k_847(*folders)
-    split = splits.ade20k_847()
-    words = [word for text in split.texts() for word in text.split("|")]
-    assert len(words) == len(set(words)) > 1100, "no word is two classes'"
-    clip = new_tiny_clip(tuple({each for word in words for each in word.split()} | {"a", "photo", "of"}))
-    model = build_model(replace(DENSE_CLIP, image_size=(64, 64)), replace(clip, model=clip.model.eval())).eval()
-    found = [datasets.ade20k_847(folder, "validation") for folder in folders]
-    ours, theirs = (evaluate(model, each, split, progress=False).as_dict() for each in found)
-    assert ours == theirs and present <= {name for name, iou in ours["iou"].items() if iou is not None}
-
-
-# Tables
 
 
 def test_tables_meet_the_published_lists() -> None:
@@ -130,9 +107,6 @@ def test_context_is_mapped_by_name(tmp_path: Path) -> None:
         datasets.context(tmp_path, "val")
 
 
-# What is refused
-
-
 def refusal(capsys: pytest.CaptureFixture[str], layout: str, root: Path) -> str:
     """What `data check` says after which masks were found."""
     subset = "trainaug" if layout == "voc2012" else "train"
@@ -142,17 +116,21 @@ def refusal(capsys: pytest.CaptureFixture[str], layout: str, root: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("roots", "file", "value"),
+    ("roots", "file", "value", "part", "wanted"),
     [
-        ("voc2012", "../benchmark_RELEASE/dataset/cls/2008_2.mat", 21),
-        ("coco-stuff", "stuffthingmaps_trainval2017/train2017/000000000009.png", 11),
-        ("context-otseg", "trainval/2008_2.mat", 460),
-        ("cityscapes", "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", 34),
+        ("voc2012", "../benchmark_RELEASE/dataset/cls/2008_2.mat", 21,
+         "../benchmark_RELEASE", "../../VOCaug/dataset/ (SBD's masks; or SegmentationClassAug/ from mmseg"),
+        ("coco-stuff", "stuffthingmaps_trainval2017/train2017/000000000009.png", 11,
+         "images", "images/train2017/ or train2017/ (the photographs)"),
+        ("context-otseg", "trainval/2008_2.mat", 460,
+         "trainval", "(Context's masks; or SegmentationClassContext/ from mmseg"),
+        ("cityscapes", "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", 34,
+         "gtFine", "gtFine/train/ (the masks)"),
     ],
     indirect=["roots"],
-)
-def test_unknown_values_and_damaged_masks_are_named(
-    roots: tuple[str, Path, Path], file: str, value: int, capsys: pytest.CaptureFixture[str]
+)  # fmt: skip
+def test_unknown_values_damaged_masks_and_missing_parts_are_named(
+    roots: Roots, file: str, value: int, part: str, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout, root, _ = roots
     path = root / file
@@ -165,23 +143,7 @@ def test_unknown_values_and_damaged_masks_are_named(
     if path.suffix == ".mat":
         savemat(path, {"other": 1})
         assert "no mask of Context or SBD (KeyError('GTcls'))" in refusal(capsys, layout, root)
-
-
-@pytest.mark.parametrize(
-    ("roots", "moved", "wanted"),
-    [
-        ("voc2012", "../benchmark_RELEASE", "../../VOCaug/dataset/ (SBD's masks; or SegmentationClassAug/ from mmseg"),
-        ("coco-stuff", "images", "images/train2017/ or train2017/ (the photographs)"),
-        ("context-otseg", "trainval", "(Context's masks; or SegmentationClassContext/ from mmseg"),
-        ("cityscapes", "gtFine", "gtFine/train/ (the masks)"),
-    ],
-    indirect=["roots"],
-)
-def test_missing_parts_are_named(
-    roots: tuple[str, Path, Path], moved: str, wanted: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    layout, root, _ = roots
-    (root / moved).rename(root.parent / "elsewhere")
+    (root / part).rename(root.parent / "elsewhere")
     message = refusal(capsys, layout, root)
     assert f"{root} has no " in message and wanted in message
     assert f", found {', '.join(sorted(x.name for x in root.iterdir()))}: check the path" in message

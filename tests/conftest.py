@@ -34,7 +34,7 @@ WORDS = ("a", "photo", "of", "grass", "water", "tree", "boat", "house")
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference set (see reference/reduce.py): tensors by name, sizes, and the model imported from its state."""
+    """One reference set (see reference/README.md): tensors by name, sizes, and the model imported from its state."""
 
     kind: str
     tensors: dict[str, Tensor]

@@ -1,7 +1,5 @@
 """Data sets of a few photographs as their authors release them, beside the same masks as others prepare them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +51,10 @@ def voc(released: Path, prepared: Path) -> set[str]:
     more = {"2008_2": (2, 0, 20, 3), "2008_5": (14, 7, 7, 0), "2007_1": (9,) * 4, "2007_3": (9,) * 4}
     sbd = released.parent / "benchmark_RELEASE/dataset"
     for root in (released, prepared):
+        for name in {**own, **more}:
+            photograph(root / f"JPEGImages/{name}.{'jpg' if name in own else 'JPG'}")
         for name, values in own.items():
-            photograph(root / f"JPEGImages/{name}.jpg")
             mask(root / f"SegmentationClass/{name}.png", *values)
-        for name in more.keys() - own.keys():
-            photograph(root / f"JPEGImages/{name}.JPG")
         listing(root / "ImageSets/Segmentation/train.txt", "2007_1")
         listing(root / "ImageSets/Segmentation/val.txt", "2007_3", "2007_4")
     for name, values in more.items():
@@ -139,7 +136,5 @@ def ade20k_847(released: Path, prepared: Path) -> set[str]:
 
 
 # By layout: makes both below two roots, and returns classes in the validation masks.
-MINIATURES = {
-    "voc2012": voc, "coco-stuff": coco_stuff, "context-otseg": context, "ade20k-847": ade20k_847,
-    "cityscapes": cityscapes,
-}  # fmt: skip
+MINIATURES = {"voc2012": voc, "coco-stuff": coco_stuff, "context-otseg": context, "cityscapes": cityscapes}
+MINIATURES["ade20k-847"] = ade20k_847

@@ -1,7 +1,5 @@
 """Spectra of waves, noise and filters known beforehand; models without a band or a part."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -11,9 +9,8 @@ import torch
 from toys import SPLIT, Toys, toy_model
 
 from sptseg.analysis import spectra
-from sptseg.datasets import images
-from sptseg.datasets.folders import Scenes
-from sptseg.model.encoder import SpectralPrompt
+from sptseg.datasets import Scenes, luminance
+from sptseg.model import SpectralPrompt
 
 
 def wave(rows: float, columns: float, height: int = 64, width: int = 64, phase: float = 0.0) -> np.ndarray:
@@ -40,7 +37,6 @@ def test_the_rings_add_up_to_the_variance(shape: tuple[int, int]) -> None:
     """Parseval; even and odd sides count their frequencies differently."""
     maps = np.random.default_rng(0).normal(2, 3, (2, *shape))
     found = spectra.radial_power(maps, window=False)
-    assert found.count.sum() == math.prod(shape)
     assert np.allclose((found.power * found.count).sum(-1) / math.prod(shape), maps.var(axis=(1, 2)))
 
 
@@ -60,9 +56,7 @@ def test_slope_of_a_power_law() -> None:
     radius[0, 0] = np.inf
     phases = np.exp(2j * np.pi * np.random.default_rng(2).random((40, 128, 128)))
     maps = np.fft.ifft2(phases / radius, axes=(1, 2)).real
-    found = spectra.radial_power(maps)
-    assert found.slope() == pytest.approx(-2, abs=0.1)
-    assert found.slope() == pytest.approx(found.mean().slope())
+    assert spectra.radial_power(maps).slope() == pytest.approx(-2, abs=0.1)
 
 
 def test_shares_of_two_waves_and_powers_relative_to_white_noise() -> None:
@@ -84,15 +78,13 @@ def test_a_band_and_the_rest_make_the_picture() -> None:
     stripes[:, 16:] = 255
     found = spectra.filter_picture(stripes, 0.2, spectra.FINEST, reject=True)
     assert found[:, 2:14].max() < 60 and found[:, 18:30].min() > 195
-    assert found.min() == 0 and found.max() == 255
     colours = np.array([[[255, 0, 0], [0, 255, 0], [255, 255, 255]]], np.uint8)
-    assert np.allclose(images.luminance(colours), [[0.299, 0.587, 1]])
-    assert np.allclose(images.luminance(colours[..., 0]), [[1, 0, 1]])
+    assert np.allclose(luminance(colours), [[0.299, 0.587, 1]])
 
 
-def test_pictures_without_a_band() -> None:
+def test_bands_cover_the_plane_once_and_pictures_can_lack_one() -> None:
     edges = [edge for band in spectra.OCTAVES for edge in band]
-    assert edges[0] == 0 and edges[-1] > math.sqrt(0.5) and edges[1:-1:2] == edges[2::2], "they cover the plane once"
+    assert edges[0] == 0 and edges[-1] > math.sqrt(0.5) and edges[1:-1:2] == edges[2::2]
     plain = Scenes(1, seed=3)
     lacking = spectra.WithoutBand(plain, (0.1, 0.2))  # of 128 pixels: rings 12.8 to 25.6
     assert len(lacking) == 1 and torch.equal(lacking[0]["label"], plain[0]["label"])
@@ -103,29 +95,24 @@ def test_pictures_without_a_band() -> None:
 @pytest.mark.parametrize("part", ["high", "low", "spectral_prompts", "deep_prompts"])
 def test_a_part_is_off_and_comes_back(part: spectra.Part) -> None:
     model, pictures = toy_model().eval(), torch.randn(2, 3, 32, 32)
-    text, names = model.class_embeddings(SPLIT.texts()), set(model.state_dict())
+    text = model.class_embeddings(SPLIT.texts())
     with torch.inference_mode():
         whole = model(pictures, text)
         with pytest.raises(RuntimeError, match="stop"), spectra.switched_off(model, part):
-            assert not torch.allclose(model(pictures, text), whole, rtol=1e-3)
             with spectra.switched_off(model, part):  # off already
                 pass
             assert not torch.allclose(model(pictures, text), whole, rtol=1e-3), "still off"
             raise RuntimeError("stop")
         assert torch.equal(model(pictures, text), whole)
-    assert set(model.state_dict()) == names
 
 
-def test_without_prompts_the_encoder_is_one_built_without() -> None:
+def test_without_prompts_the_encoder_is_one_built_without_and_a_branch_that_is_off_gives_zeros() -> None:
+    """8 heads of width 4: 7 low-frequency heads fill channels 4 to 31 of 32."""
     model, plain = toy_model().eval(), toy_model(prompt_tokens=0, spectral_layers=()).eval()
     pictures = torch.randn(2, 3, 32, 32)
     with torch.inference_mode(), spectra.switched_off(model, "spectral_prompts", "deep_prompts"):
         assert torch.allclose(model.encoder(pictures)[0], plain.encoder(pictures)[0], atol=1e-6)
-
-
-def test_a_branch_that_is_off_gives_zeros_in_its_channels() -> None:
-    """8 heads of width 4: 7 low-frequency heads fill channels 4 to 31 of 32."""
-    model, tokens = toy_model().eval(), (torch.randn(1, 16, 32), (4, 4))
+    tokens = torch.randn(1, 16, 32), (4, 4)
     attention: Any = model.decoder.layers[0].attention
     with spectra.switched_off(model, "low"):
         found = attention(*tokens)
@@ -165,24 +152,13 @@ def test_prompt_effect_by_hand() -> None:
     assert effects.energy[0] == pytest.approx(0.25, rel=1e-5) and effects.alignment[0] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("gain", [0.3, -2.0])
-def test_a_constant_gain_is_that_gain_everywhere(gain: float) -> None:
-    prompt = SpectralPrompt((6, 8), 3)
-    with torch.no_grad():
-        prompt.weight.copy_(torch.tensor([gain, 0.0]))
-    response = spectra.filter_response(prompt)
-    assert response.shape == (6, 8, 3) and np.allclose(response, gain, atol=1e-6)
-    found = spectra.filter_radial(response)
-    assert found.index.tolist() == pytest.approx([k / 6 for k in range(5)])  # to the corner: sqrt(0.5) * 6 is 4.2
-    assert np.allclose(found[["gain", "gain_low", "gain_high"]], abs(gain), atol=1e-6)
-    assert np.allclose(found[["phase", "phase_low", "phase_high"]], 0 if gain > 0 else 180, atol=1e-3)
-
-
 def test_means_and_quantiles_of_a_ring() -> None:
     """Ring 1 of a grid of 4 x 4 has the 8 neighbours of frequency 0; gains 0 to 7, all but the first with phase -90."""
     response = np.zeros((4, 4, 1), complex)
     response[[0, 0, 1, 3, 1, 1, 3, 3], [1, 3, 0, 0, 1, 3, 1, 3], 0] = -1j * np.arange(8)
-    ring = spectra.filter_radial(response).loc[0.25]
+    found = spectra.filter_radial(response)
+    assert found.index.tolist() == [0, 0.25, 0.5, 0.75]  # to the corner: sqrt(0.5) * 4 is 2.8
+    ring = found.loc[0.25]
     assert ring[["gain", "gain_low", "gain_high"]].tolist() == pytest.approx([3.5, 0.7, 6.3])
     assert ring[["phase", "phase_high"]].tolist() == pytest.approx([90 * 7 / 8, 90])
 

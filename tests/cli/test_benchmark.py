@@ -1,7 +1,5 @@
 """The benchmark runs every suite at tiny sizes, and its ratios, spreads and peaks are what they say."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable
@@ -12,9 +10,7 @@ import pytest
 import torch
 
 from sptseg.cli import benchmark
-from sptseg.cli.benchmark import Work, compare, drawn_labels, line, peak_memory
-
-CPU = torch.device("cpu")
+from sptseg.cli.benchmark import Work, compare, line, peak_memory
 
 
 @pytest.mark.parametrize("suite", ["inference", "training", "loss"])
@@ -35,20 +31,13 @@ def test_every_suite(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(rows) == len(report["rows"]) and all(row.get("ratio", 1) > 0 for row in rows.values())
     against = {name: row["against"] for name, row in rows.items() if "ratio" in row}
     if suite == "inference":
-        for width in ("float32", "bf16"):
-            for count in (20, 171):
-                assert against[f"{count} classes, {width}"] == f"bare encoder, {width}"
-            assert against[f"read-out naclip, {width}"] == f"read-out plain, {width}"
+        assert against["171 classes, bf16"] == "bare encoder, bf16"
+        assert against["read-out naclip, float32"] == "read-out plain, float32"
         assert against["plain PyTorch, 20 classes, float32"] == against["bare encoder, bf16"] == "bare encoder, float32"
         assert rows["171 classes, picture of 256 x 256, float32, above the weights"]["peak_gib"] == 1
     elif suite == "training":
         assert set(against.values()) == {"bare encoder, forward, batch 2"}
-        for name in (
-            "step, batch 2, 20 classes",
-            "step, batch 2, 171 classes",
-            "plain PyTorch, step, batch 2, 20 classes",
-        ):
-            assert rows[name]["ratio"] > 1 and ("peak_gib" in rows[name]) == (not name.startswith("plain"))
+        assert rows["step, batch 2, 171 classes"]["ratio"] > 1 and "peak_gib" in rows["step, batch 2, 171 classes"]
         few, many = (rows[f"steps, loading included, {count} classes"] for count in (20, 171))
         assert few["hours_voc"] == pytest.approx(20_000 * 16 / few["per_second"] / 3600)
         assert few["hours_context"] == pytest.approx(2 * few["hours_voc"])
@@ -72,19 +61,10 @@ def test_ratios_are_medians_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def allocate(mebibytes: int) -> Work:
     torch.zeros(1)
-
-    def work() -> None:
-        kept = torch.ones(mebibytes * 2**18)
-        kept.mul_(2).mul_(0.5).mul_(2).mul_(0.5)
-
-    return work
+    return lambda: torch.ones(mebibytes * 2**18).mul_(2).mul_(0.5).mul_(2).mul_(0.5)
 
 
 @pytest.mark.slow
 def test_peak_memory_is_what_was_allocated() -> None:
-    assert peak_memory(partial(allocate, 256), CPU) == pytest.approx(0.25, abs=0.05)
-
-
-def test_every_label_of_the_drawn_maps_occurs() -> None:
-    labels = drawn_labels(2, 50, [0, 3, 7])
-    assert labels.shape == (2, 50, 50) and labels.unique().tolist() == [0, 3, 7]
+    found = peak_memory(partial(allocate, 256), torch.device("cpu"))
+    assert found == pytest.approx(0.25, abs=0.05)

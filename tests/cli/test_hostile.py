@@ -1,59 +1,38 @@
-"""Clumsy and hostile input on the command line: one sentence, exit code 2, no traceback, no half-written file.
+"""Clumsy and hostile input on the command line: one sentence, exit code 2, no traceback, no half-written file."""
 
-Whatever is odd but sound must work: pictures of all kinds and shapes, hundreds of classes, names in any script.
-"""
-
-from __future__ import annotations
-
-import io
+import csv
 import json
 import pickle
-import struct
-import zlib
+import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
 import pytest
-import torch
 from conftest import refused
 from PIL import Image
-from safetensors.torch import load_file, save
 from toys import Intruder, data_folder, noise
 
-from sptseg.checkpoints.checkpoint import load_model, read_header, save_model
-from sptseg.cli import which
-from sptseg.cli.commands import main
-from sptseg.datasets import folders
-from sptseg.inference.evaluation import evaluate
-from sptseg.inference.segmentation import segment
-from sptseg.model.clip import new_tiny_clip
-from sptseg.model.config import DENSE_CLIP, EMBEDDED_CONFIG
-from sptseg.model.spt_seg import SptSeg, build_model
-from sptseg.training.stream import label_table
+from sptseg import DENSE_CLIP, build_model, evaluate, load_model, scenes, segment
+from sptseg.cli import main, which
+from sptseg.datasets import ImageMaskFolder
+from sptseg.datasets.images import Note, open_mask
+from sptseg.model import new_tiny_clip
+from sptseg.training import label_table
 
 
 @pytest.fixture(scope="module")
-def embedded() -> SptSeg:
-    return load_model()
+def model() -> Iterator[None]:
+    """The embedded model is loaded once for all commands."""
+    given = {"embedded": load_model()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(which, "load_model", lambda name, *rest: given.get(name) or load_model(name, *rest))
+        yield
 
 
-@pytest.fixture
-def model(embedded: SptSeg, monkeypatch: pytest.MonkeyPatch) -> SptSeg:
-    """The embedded model, loaded once for all commands."""
-    given = {"embedded": embedded}
-    monkeypatch.setattr(which, "load_model", lambda name, *rest: given.get(name) or load_model(name, *rest))
-    return embedded
-
-
-MISREAD = """
-    nonsense|-x|data|evaluate --no|evaluate --images x|evaluate --layout foo|train|train --output|import x
-    train --output out --preset foo|train --output out --train.iterations -9
-    train --output out --train.learning-rate nan
-"""
-TRAIN = "train --output out --images 2 --train.batch-size 1"
 WRONG = {
     "evaluate --layout voc2012": "are for files; scenes have none: give --data their folder",
     "evaluate --max-pixels 99": "--max-pixels are for files; scenes have none",
@@ -72,8 +51,11 @@ WRONG = {
     "evaluate --clip tiny --clip-weights notes.txt": "notes.txt is no tiny CLIP",
     "evaluate --images 1 --json /dev/full": "/dev/full could not be written (No space left on device)",
     "segment --classes grass": "no picture is named; wanted files or folders",
-    "segment notes.txt --classes grass": "notes.txt is not an image that Pillow can read",
-    "segment a.png --classes grass,unicorn": "the tiny CLIP does not know 'unicorn'",
+    "segment a.png --classes grass,🌳": "the tiny CLIP does not know '🌳'",
+    "segment a.png --classes ' , ,'": "the list of classes is empty; name at least one",
+    "segment a.png --classes 'grass, grass ,water'": "class names given twice: grass;",
+    "segment a.png --classes grass --out a.xyz": "ends in .xyz, which is no picture that can be written; use .png",
+    "segment a.png --classes 'grass,,water'": "a name is blank in 'grass,,water': write it, or take",
     "segment loop.png --classes grass": "loop.png does not exist",
     "segment /dev/null --classes grass": "/dev/null is a pipe or a device; wanted an image file",
     "segment a.png --classes grass,water --out /dev/null": "written to /dev/null (it is a file, wanted a folder)",
@@ -86,10 +68,6 @@ WRONG = {
     "notebooks run 00 --output out --timeout -1": "--timeout is -1, --jobs 1; wanted",
     "notebooks check 00 --output out --jobs 0": "--timeout is 0, --jobs 0; wanted",
     "train --output out --start-from embedded --prompt-tokens 5": "embedded has its own prompt_tokens; leave",
-    "train --output out --start-from gone": "there is no checkpoint gone",
-    f"{TRAIN} --unseen none": "has no unseen classes; use setting='supervised'",
-    f"{TRAIN} --decoder none --prompt-tokens 0 --spectral-layers": "nothing to train",
-    "train --output out --train.setting transductive --start random": "give --start-from an inductive checkpoint",
     "ablate --configurations spt,unicorn": "there is no configuration unicorn; there are dense-clip, ",
     "ablate --train.setting supervised": "the setting supervised goes behind a configuration's name",
     "import gone.pth --output out": "there is no checkpoint file gone.pth",
@@ -98,43 +76,20 @@ WRONG = {
 }
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: two pictures, a text; nothing can be downloaded."""
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_arguments(
+    line: str, model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder with two pictures and a text, and without a network."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", Mock(side_effect=OSError("no route to host")))
     for name in ("a.png", "b.png"):
         noise().save(name)
     Path("loop.png").symlink_to("loop.png")
     Path("notes.txt").write_text("neither a picture nor a model")
-
-    def offline(*_: object, **__: object) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
-    return tmp_path
-
-
-@pytest.mark.parametrize("line", WRONG)
-def test_wrong_arguments(line: str, here: Path, model: SptSeg, capsys: pytest.CaptureFixture[str]) -> None:
-    assert WRONG[line] in refused(capsys, *line.split())
-    left = {path.name for path in here.rglob("*") if path.is_file()}
-    assert left - {"first-batch.png"} == {"a.png", "b.png", "notes.txt"}, "nothing is half done"
-
-
-@pytest.mark.parametrize("line", [line.strip() for line in MISREAD.strip().replace("\n", "|").split("|")])
-def test_unknown_and_missing_options(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(line.split())
-    said = capsys.readouterr().err
-    assert "--help" in said or ("Expected one of" in said and "Traceback" not in said)
-
-
-@pytest.mark.parametrize(
-    "classes", [" , ,", "grass, grass ,water", "🌳", "\0", "a" * 100_000], ids=lambda text: repr(text[:12])
-)
-def test_wrong_class_lists(classes: str, here: Path, model: SptSeg, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, "segment", "a.png", "--classes", classes)
-    assert not Path("segmentation.png").exists()
+    assert WRONG[line] in refused(capsys, *shlex.split(line))
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left == {"a.png", "b.png", "loop.png", "notes.txt"}, "nothing is half done"
 
 
 def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
@@ -149,7 +104,7 @@ def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
     root = data_folder(tmp_path / "data", {"a": result.labels * 0}, classes, ["c255"])
     Image.fromarray(image).save(root / "images" / "a.png")
     result.save_labels(root / "masks" / "a.png")
-    data = folders.ImageMaskFolder(root)
+    data = ImageMaskFolder(root)
     assert data.split.ignore == 65535
     assert evaluate(model, data, data.split, seen_offset=0.0, progress=False).pixel_accuracy == 1.0
     half = result.labels.copy()
@@ -161,102 +116,32 @@ def test_847_classes_are_segmented_saved_and_scored(tmp_path: Path) -> None:
         label_table(data.split, "inductive")
 
 
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    image.save(buffer := io.BytesIO(), form, **options)
-    return buffer.getvalue()
+def test_odd_pictures_are_segmented(model: None, tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes() + bytes(1000))
+    noise(size=(1, 1)).save(tmp_path / "b.png")
+    main(["segment", str(tmp_path), "--classes", "grass,water", "--out", str(tmp_path / "out")])
+    assert [open_mask(tmp_path / f"out/{name}-labels.png").shape for name in "ab"] == [(30, 40), (1, 1)]
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG header that promises a huge picture."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-
-
-PNG, WEBP = encoded(noise(), "PNG"), encoded(noise(), "WEBP")
-FRAMES: dict[str, Any] = {"save_all": True, "append_images": [noise("L")]}
-SOUND = {  # file name, content, (width, height)
-    "1 x 1": ("a.png", encoded(noise(size=(1, 1)), "PNG"), (1, 1)),
-    "CMYK": ("a.jpg", encoded(noise("CMYK"), "JPEG"), (40, 30)),
-    "palette, transparent": ("a.png", encoded(noise("P"), "PNG", transparency=0), (40, 30)),
-    "animated WebP": ("a.webp", encoded(noise(), "WEBP", **FRAMES), (40, 30)),
-    "bytes behind the end": ("a.png", PNG + bytes(1000), (40, 30)),
-}
-
-
-@pytest.mark.parametrize("kind", SOUND)
-def test_odd_pictures_are_segmented(kind: str, model: SptSeg, tmp_path: Path) -> None:
-    name, content, size = SOUND[kind]
-    (tmp_path / name).write_bytes(content)
-    main(["segment", str(tmp_path / name), "--classes", "grass,water", "--out", str(tmp_path / "out")])
-    with Image.open(tmp_path / "out" / "a-labels.png") as labels:
-        assert labels.size == size
-
-
-BROKEN = {
-    "empty": b"", "half a PNG": PNG[: len(PNG) // 2], "half a WebP": WEBP[: len(WEBP) // 2], "zeros": bytes(5000),
-    "wrong check sum": PNG[:29] + bytes(4) + PNG[33:], "less data than promised": bomb(100, 100),
-    "bomb of one row": bomb(2**28, 1), "no width": bomb(0, 10), "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_broken_pictures(kind: str, here: Path, model: SptSeg, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "a.png").write_bytes(BROKEN[kind])
-    assert "a.png" in refused(capsys, "segment", here / "a.png", "--classes", "grass,water")
-    assert not Path("segmentation.png").exists()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """One picture and its mask, three classes."""
-    return data_folder(tmp_path / "data", {"a": np.full((30, 40), 1)})
-
-
-MASKS = {
-    "RGB": PNG, "turned": encoded(Image.new("L", (30, 40)), "PNG"), "bomb": bomb(60_000, 60_000),
-    "value -1": encoded(Image.fromarray(np.full((30, 40), -1, np.int32)), "TIFF"),
-    "palette, value 7": encoded(Image.new("L", (40, 30), 7).convert("P"), "PNG"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MASKS)
-def test_wrong_masks(kind: str, folder: Path, model: SptSeg, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("value", "kind"), [(-1, np.int32), (7, np.uint8)])
+def test_wrong_masks(value: int, kind: type, model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Evaluation stops there, and `data check` names the file in its report too."""
+    folder = data_folder(tmp_path / "data", {"a": np.ones((30, 40))})
     mask, report = folder / "masks" / "a.png", folder / "report.json"
-    mask.write_bytes(MASKS[kind])
+    Image.fromarray(np.full((30, 40), value, kind)).save(mask, "TIFF")
     assert str(mask) in refused(capsys, "evaluate", "--data", folder, "--json", report) and not report.exists()
     assert str(mask) in refused(capsys, "data", "check", folder, "--json", report)
     assert len(json.loads(report.read_text())["faults"]) == 1
 
 
-@pytest.mark.parametrize(
-    "kind", ["a pickle", "half", "one bit", "other tensors", "huge header", "a path", "huge pictures", "code"]
-)
-def test_checkpoints_of_strangers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused in a moment and in little memory, whatever sizes they name, and no path in them is opened."""
-    config = replace(EMBEDDED_CONFIG, image_size=(32, 32), prompt_tokens=1, decoder_layers=1)
-    path = save_model(build_model(config), tmp_path / "model.safetensors")
-    whole, header, tensors = path.read_bytes(), read_header(path), load_file(path)
-
-    def changed(**options: object) -> bytes:
-        return save(tensors, metadata={"sptseg": json.dumps(header | {"config": header["config"] | options})})
-
-    contents = {
-        "a pickle": pickle.dumps({"state_dict": {}}), "half": whole[: len(whole) // 2],
-        "one bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "huge header": bytes(7) + b"\x80{",
-        "other tensors": save({"a": torch.ones(3)}, metadata={"sptseg": json.dumps(header)}),
-        "a path": changed(clip="/etc/passwd"), "huge pictures": changed(image_size=[10**9, 10**9]),
-        "code": changed(templates=["{0.__class__}"]),
-    }  # fmt: skip
-    path.write_bytes(contents[kind])
+@pytest.mark.parametrize("content", [pickle.dumps({"state_dict": {}}), b""])
+def test_checkpoints_of_strangers(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "out"
+    path.write_bytes(content)
     assert str(path) in refused(capsys, "evaluate", "--model", path, "--images", "1")
-    start = ["--images", "2", "--start-from", path]
-    assert str(path) in refused(capsys, "train", "--output", tmp_path / "out", *start)
-    assert not (tmp_path / "out").exists()
+    assert str(path) in refused(capsys, "train", "--output", out, "--images", "2", "--start-from", path)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -265,3 +150,126 @@ def test_research_files_that_would_run_code(suffix: str, tmp_path: Path, capsys:
     path.write_bytes(pickle.dumps({"state_dict": Intruder(tmp_path / "intruded")}))
     refused(capsys, "import", path, "--output", tmp_path / "out")
     assert [*tmp_path.iterdir()] == [path], "nothing ran"
+
+
+# Places where nothing can be written
+
+PLACES = {  # what their names end in and what stands in the way: commands
+    (".json", "data"): "evaluate --json|data check {data} --json|pretrain --output|benchmark --json",
+    ("", "file"): "train --output|ablate --output|demo --output|segment {data}/images --classes a --out|"
+    "notebooks run --output|notebooks check --output",
+    (".png", "folder.png"): "data show {data} --out|segment {data}/images/a.png --classes a --out",
+    (".safetensors", "file"): "import {data}/classes.txt --output",
+}
+
+
+class Begun(BaseException):
+    """Raised by what would be the first work."""
+
+
+WORKS = "cli.Which.load cli.which.load_model cli.commands.import_research cli.demo.load_model cli.benchmark.machine"
+WORKS += " datasets.Data.load training.pretraining.new_tiny_clip interactive.notebooks.run_all"
+
+
+@pytest.mark.parametrize(("place", "command"), [(place, each) for place in PLACES for each in PLACES[place].split("|")])
+def test_places_are_tried_before_the_work(
+    place: tuple, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for work in WORKS.split():
+        monkeypatch.setattr(f"sptseg.{work}", Mock(side_effect=Begun))
+    data = data_folder(tmp_path / "data", dict.fromkeys("ab", np.zeros((8, 8))))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.png").mkdir()
+    words, (suffix, wrong) = command.format(data=data).split(), place
+    said = refused(capsys, *words, tmp_path / wrong)
+    assert said.startswith(f"nothing can be written to {tmp_path}") and said.endswith("another place for the results")
+    beyond = tmp_path / "file" / f"new{suffix}"
+    assert f"nothing can be written to {beyond}" in refused(capsys, *words, beyond)
+    with pytest.raises(Begun):
+        main([*words, str(tmp_path / "new" / "place" / f"result{suffix}")])
+    assert not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "kept"
+
+
+# Pictures and masks as people have them
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder as cameras, phones and browsers fill it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = Image.fromarray(scenes.draw(7, 96)[0])
+    for name in ("a.JPG", "b.jfif", "d.avif", "e.webp"):
+        image.save(folder / name)
+    image.save(folder / "c.gif", save_all=True, append_images=[image.rotate(90)])
+    Image.fromarray(np.full((96, 96), 3000, np.uint16)).save(folder / "f.png")
+    (folder / "g.heic").write_bytes(b"ftypheic")
+    (folder / "._a.JPG").write_bytes(b"macOS")
+    return folder
+
+
+def test_each_picture_is_segmented_or_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "h.png").write_bytes(b"broken")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="2"):
+        main(["segment", str(photos), "--classes", "grass；water\ntree", "--out", str(out)])
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith(("note: ", "sptseg: "))] == [
+        f"note: {photos}: left out 1 entries that are no pictures Pillow reads: g.heic",
+        f"note: {photos / 'c.gif'}: of several frames or pages the first is taken",
+        f"note: {photos / 'f.png'}: no more than 12 of its 16 bits are used: scaled as 12-bit values",
+        f"sptseg: 1 of 7 pictures cannot be read, and were left out: {photos / 'h.png'} is not an image that Pillow "
+        "can read (6 bytes); wanted JPEG, PNG or the like: convert it, or take it out of the folder",
+    ]
+    rows = list(csv.reader((out / "areas.csv").read_text().splitlines()))
+    assert rows[0] == ["picture", "grass", "water", "tree"]
+    assert [row[0] for row in rows[1:]] == ["a.JPG", "b.jfif", "c.gif", "d.avif", "e.webp", "f.png"]
+    assert {f"{name}{end}.png" for name in "abcdef" for end in ("", "-labels")} <= {file.name for file in out.iterdir()}
+
+
+def test_one_class_is_a_question_of_yes_or_no(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here of the embedded model, which knows what is drawn; Python says that every pixel gets the class."""
+    image, label = scenes.draw(7, 128)
+    Image.fromarray(image).save(photos / "a.png")
+    name = scenes.CLASSES[np.bincount(label.ravel()).argmax()]
+    main(["segment", str(photos / "a.png"), "--classes", name, "--out", str(tmp_path / "a.png")])
+    assert "none stands for sky, " in capsys.readouterr().out
+    found, true = open_mask(tmp_path / "a-labels.png"), label == scenes.INDEX[name]
+    assert np.mean((found == 0) == true) > 0.9 and ((found == 0) | (found == 255)).all()
+    assert json.loads((tmp_path / "a-names.json").read_text()) == {"0": name, "255": "none"}
+    coco = json.loads((tmp_path / "a-coco.json").read_text())
+    assert [each["area"] for each in coco["annotations"]] == [(found == 0).sum()]
+    main(["segment", str(photos / "a.png"), "--classes", name, "--background", "1", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/areas.csv").read_text().splitlines() == [f"picture,{name},none", "a.png,0.0000,1.0000"]
+    with pytest.warns(Note, match=f"every pixel gets '{name}', as no other is named"):
+        assert not segment(load_model(), image, [name]).labels.any()
+
+
+def test_large_pictures_ask_for_a_flag(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    segment = ["segment", str(photos / "a.JPG"), "--classes", "grass,water", "--out", str(tmp_path / "out")]
+    assert "--max-pixels" in refused(capsys, *segment) and not (tmp_path / "out/a.png").exists()
+    main([*segment, "--max-pixels", "9216"])
+    assert open_mask(tmp_path / "out/a-labels.png", 9216).shape == (96, 96)
+
+
+def test_masks_of_0_and_255_are_said_and_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    halves = np.zeros((96, 96))
+    halves[:, 48:] = 255
+    data = ["--data", str(data_folder(tmp_path / "data", {"a": halves, "b": halves}, ["grass", "water"], ["water"]))]
+    main(["data", "check", data[1]])
+    hint = "the masks hold 2 values, 0, 255: if these are the 2 classes, say so with --values 255=1"
+    assert hint in capsys.readouterr().out
+    steps = "--train.iterations 1 --train.batch-size 1 --train.workers 0 --train.precision no".split()
+    train = ["train", "--output", str(tmp_path / "run"), *data, *steps]
+    main([*train, "--preflight-only"])
+    assert f"warning: {hint}" in capsys.readouterr().out
+    main([*train, "--values", "255=1"])
+    assert '"values": "255=1"' in (tmp_path / "run/config.json").read_text(), "it is stored with the run"
+    shares = []
+    for options in (["--values", "255=1"], []):
+        main(["evaluate", *data, "--json", str(tmp_path / "scores.json"), *options])
+        shares.append(json.loads((tmp_path / "scores.json").read_text())["pixel_accuracy"])
+    assert shares[0] < shares[1], "ignored pixels cannot be wrong"

@@ -1,15 +1,13 @@
 """Data sets as released: read like their prepared forms, tables that meet the published lists, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from conftest import refused
 from miniatures import CONTEXT_IDS, LABELS_TXT, MINIATURES, context, listing, mask, voc
 from scipy.io import savemat
 
@@ -18,23 +16,19 @@ from sptseg.cli.commands import main
 from sptseg.datasets import layouts, splits
 from sptseg.datasets.layouts import Data
 from sptseg.datasets.splits import IGNORE
-from sptseg.inference import evaluate
-from sptseg.model import DENSE_CLIP, build_model
-from sptseg.model.clip import new_tiny_clip
+
+Roots = tuple[str, Path, Path]  # a layout, and its data as released and as prepared
 
 
 @pytest.fixture
-def roots(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Path]:
-    """A layout and its two roots."""
+def roots(request: pytest.FixtureRequest, tmp_path: Path) -> Roots:
     released, prepared = tmp_path / "raw/data", tmp_path / "converted/data"
     MINIATURES[request.param](released, prepared)
     return request.param, released, prepared
 
 
 @pytest.mark.parametrize("roots", MINIATURES, indirect=True)
-def test_released_and_prepared_give_the_same(
-    roots: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_released_and_prepared_give_the_same(roots: Roots, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Picture by picture and label by label, and in `data check`."""
     layout, *folders = roots
     other = "folder" if layout == "cityscapes" else layout
@@ -59,30 +53,18 @@ def test_released_and_prepared_give_the_same(
             assert torch.equal(mine["label"], yours["label"]) and mine["label"].min() < splits.BY_NAME[layout]().ignore
 
 
-def test_sbd_adds_what_voc_neither_trains_nor_validates_on(tmp_path: Path) -> None:
-    voc(tmp_path / "a/VOC2012", tmp_path / "b")
-    dataset = datasets.voc2012(tmp_path / "a/VOC2012", "trainaug")
-    assert dataset.names == ("2007_1", "2008_2", "2008_5")
+@pytest.mark.parametrize("form", ["released", "aug.txt", "trainaug.txt", "pairs"])
+def test_sbd_adds_what_voc_neither_trains_nor_validates_on(form: str, tmp_path: Path) -> None:
+    """In all forms of its list; VOC's own mask comes before SBD's."""
+    names = ("2007_1", "2008_2", "2008_5")
+    released, prepared = tmp_path / "a/VOC2012", tmp_path / "b"
+    voc(released, prepared)
+    if form in ("trainaug.txt", "pairs"):
+        line = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png" if form == "pairs" else "{}"
+        listing(prepared / "ImageSets/Segmentation/trainaug.txt", *map(line.format, names))
+    dataset = datasets.voc2012(released if form == "released" else prepared, "trainaug")
+    assert dataset.names == names
     assert [dataset[i]["label"][0, ::16].tolist() for i in range(2)] == [[255, 255, 0, 15], [1, 255, 19, 2]]
-
-
-def test_847_classes_are_scored_alike(tmp_path: Path) -> None:
-    folders = tmp_path / "raw", tmp_path / "converted"
-    MINIATURES["ade20k-847"](*folders)
-    split = splits.ade20k_847()
-    words = [word for text in split.texts() for word in text.split("|")]
-    assert len(words) == len(set(words)) > 1100, "no word is two classes'"
-    clip = new_tiny_clip(tuple({each for word in words for each in word.split()} | {"a", "photo", "of"}))
-    model = build_model(replace(DENSE_CLIP, image_size=(64, 64)), replace(clip, model=clip.model.eval())).eval()
-    ours, theirs = (
-        evaluate(model, datasets.ade20k_847(folder, "validation"), split, progress=False) for folder in folders
-    )
-    assert ours.as_dict() == theirs.as_dict()
-    shown = {name for name, iou in ours.as_dict()["iou"].items() if iou is not None}
-    assert shown >= {"person", "sky", "chips", "bag", "traveling bag", "handbag"}
-
-
-# Tables
 
 
 def test_tables_meet_the_published_lists() -> None:
@@ -125,62 +107,44 @@ def test_context_is_mapped_by_name(tmp_path: Path) -> None:
         datasets.context(tmp_path, "val")
 
 
-# What is refused
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
+def refusal(capsys: pytest.CaptureFixture[str], layout: str, root: Path) -> str:
+    """What `data check` says after which masks were found."""
+    subset = "trainaug" if layout == "voc2012" else "train"
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "check", str(root), "--layout", layout, "--subset", subset])
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def check_of(layout: str, root: Path) -> list[object]:
-    return ["data", "check", root, "--layout", layout, "--subset", "trainaug" if layout == "voc2012" else "train"]
-
-
 @pytest.mark.parametrize(
-    ("roots", "file", "value"),
+    ("roots", "file", "value", "part", "wanted"),
     [
-        ("voc2012", "../benchmark_RELEASE/dataset/cls/2008_2.mat", 21),
-        ("coco-stuff", "stuffthingmaps_trainval2017/train2017/000000000009.png", 11),
-        ("context-otseg", "trainval/2008_2.mat", 460),
-        ("cityscapes", "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", 34),
+        ("voc2012", "../benchmark_RELEASE/dataset/cls/2008_2.mat", 21,
+         "../benchmark_RELEASE", "../../VOCaug/dataset/ (SBD's masks; or SegmentationClassAug/ from mmseg"),
+        ("coco-stuff", "stuffthingmaps_trainval2017/train2017/000000000009.png", 11,
+         "images", "images/train2017/ or train2017/ (the photographs)"),
+        ("context-otseg", "trainval/2008_2.mat", 460,
+         "trainval", "(Context's masks; or SegmentationClassContext/ from mmseg"),
+        ("cityscapes", "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png", 34,
+         "gtFine", "gtFine/train/ (the masks)"),
     ],
     indirect=["roots"],
-)
-def test_unknown_values_and_damaged_masks_are_named(
-    roots: tuple[str, Path, Path], file: str, value: int, capsys: pytest.CaptureFixture[str]
+)  # fmt: skip
+def test_unknown_values_damaged_masks_and_missing_parts_are_named(
+    roots: Roots, file: str, value: int, part: str, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout, root, _ = roots
     path = root / file
     mask(path, 0, value, 0, 0)
-    message = fails(capsys, *check_of(layout, root))
+    message = refusal(capsys, layout, root)
     assert f"{path} has mask value {value}, which {layout}'s masks as released never have: get the" in message
     path.write_bytes(b"junk" * 64)
-    message = fails(capsys, *check_of(layout, root))
+    message = refusal(capsys, layout, root)
     assert f"{path} is damaged, or no mask of" in message or f"{path} is not an image" in message
     if path.suffix == ".mat":
         savemat(path, {"other": 1})
-        assert "no mask of Context or SBD (KeyError('GTcls'))" in fails(capsys, *check_of(layout, root))
-
-
-@pytest.mark.parametrize(
-    ("roots", "moved", "wanted"),
-    [
-        ("voc2012", "../benchmark_RELEASE", "../../VOCaug/dataset/ (SBD's masks; or SegmentationClassAug/ from mmseg"),
-        ("coco-stuff", "images", "images/train2017/ or train2017/ (the photographs)"),
-        ("context-otseg", "trainval", "(Context's masks; or SegmentationClassContext/ from mmseg"),
-        ("cityscapes", "gtFine", "gtFine/train/ (the masks)"),
-    ],
-    indirect=["roots"],
-)
-def test_missing_parts_are_named(
-    roots: tuple[str, Path, Path], moved: str, wanted: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    layout, root, _ = roots
-    (root / moved).rename(root.parent / "elsewhere")
-    message = fails(capsys, *check_of(layout, root))
+        assert "no mask of Context or SBD (KeyError('GTcls'))" in refusal(capsys, layout, root)
+    (root / part).rename(root.parent / "elsewhere")
+    message = refusal(capsys, layout, root)
     assert f"{root} has no " in message and wanted in message
     assert f", found {', '.join(sorted(x.name for x in root.iterdir()))}: check the path" in message
     assert message.endswith(f"sptseg data where {layout.removesuffix('-otseg')}")
@@ -195,5 +159,5 @@ def test_where_ends_with_the_command_that_checks(
     printed = capsys.readouterr().out
     program, *command = shlex.split(printed.splitlines()[-1])
     assert program == "sptseg" and "unpacked in data/" in printed and "B  " in printed
-    message = fails(capsys, *command)
+    message = refused(capsys, *command)
     assert f"{command[2]} does not exist" in message and message.endswith(f"sptseg data where {name}")

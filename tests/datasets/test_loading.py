@@ -1,13 +1,12 @@
 """Batches from other processes equal those read here, with room in shared memory and without; faults are named."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +15,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from toys import SPLIT, Toys, data_folder, toy_config, toy_model
+from toys import SPLIT, ActsAt, Toys, data_folder, toy_config, toy_model
 
-from sptseg.datasets import loading
-from sptseg.datasets.loading import handed_over, read_batches
-from sptseg.inference.evaluation import evaluate
-from sptseg.training.loop import fit
+from sptseg import evaluate, fit
+from sptseg.datasets import loading, read_batches
 
 Pair = namedtuple("Pair", "image names")
-
-
 READ = """
 import sys
 from sptseg.datasets import Augmentation, ImageMaskFolder, read_batches
@@ -57,15 +52,13 @@ def test_processes_hand_over_the_same_batches(room: int, monkeypatch: pytest.Mon
 
 
 def test_shared_memory_is_taken_for_what_leaves_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 MiB and two workers, each batch may take an eighth."""
+    """Of 64 MiB and two workers, each batch may take an eighth; where there is none, this process reads."""
     monkeypatch.setattr(loading, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
     monkeypatch.setattr(loading, "room", lambda: 2**26)
     for size, kind in ((2**23 - 1, torch.Tensor), (2**23, np.ndarray)):
-        found = handed_over(("name", [torch.zeros(size, dtype=torch.uint8)]))
+        found = loading.handed_over(("name", [torch.zeros(size, dtype=torch.uint8)]))
         assert type(found[1][0]) is kind and found[0] == "name" and found[1][0].nbytes == size
-
-
-def test_without_shared_memory_this_process_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     monkeypatch.setattr(loading, "SHARED_MEMORY", "/no/such/folder")
     monkeypatch.setattr(sys, "platform", "linux")
     toys = Toys()
@@ -74,53 +67,40 @@ def test_without_shared_memory_this_process_reads(monkeypatch: pytest.MonkeyPatc
     assert toys.read == [2, 0]
     monkeypatch.setattr(sys, "platform", "darwin")
     assert loading.room() == sys.maxsize, "others set no such limit"
-
-
-def test_one_core_gets_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which PyTorch would warn."""
+    monkeypatch.undo()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert len(list(read_batches(Toys(), [[2, 0]], collate, 2, False))) == 1
+    assert len(list(read_batches(toys, [[2, 0]], collate, 2, False))) == 1, "on one core PyTorch would warn of two"
 
 
-class Faulty(Toys):
-    """Raises at picture 3, or ends the process that reads it."""
+def stop(error: BaseException | None) -> None:
+    """Raises the error, or ends the process."""
+    if error is not None:
+        raise error
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, fault: BaseException | int) -> None:
-        super().__init__()
-        self.fault = fault
 
-    def __getitem__(self, index: int) -> Any:
-        if index == 3:
-            if isinstance(self.fault, int):
-                os.kill(os.getpid(), self.fault)
-            else:
-                raise self.fault
-        return super().__getitem__(index)
+def faulty(error: BaseException | None = None) -> ActsAt:
+    return ActsAt(partial(stop, error), 3)
 
 
 @pytest.mark.parametrize(("workers", "error"), [(0, OSError("3.jpg is damaged")), (1, ValueError("3.png: value 9"))])
 def test_faults_of_pictures_come_without_a_traceback(workers: int, error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
-        evaluate(toy_model(), Faulty(error), SPLIT, progress=False, workers=workers)
+        evaluate(toy_model(), faulty(error), SPLIT, progress=False, workers=workers)
     assert str(raised.value) == str(error) and not multiprocessing.active_children(), "and end with the evaluation"
 
 
-def test_a_loading_process_that_the_system_ends_is_one_sentence_with_the_remedy() -> None:
+def test_a_process_that_ends_or_cannot_start_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when memory runs out; in evaluation and in training."""
     said = r"a helping process ended before its time, as when memory runs out [^\n]*; use workers=0 .command line: --"
     with pytest.raises(OSError, match=f"^{said}workers 0.$"):
-        evaluate(toy_model(), Faulty(signal.SIGKILL), SPLIT, progress=False, workers=1)
+        evaluate(toy_model(), faulty(), SPLIT, progress=False, workers=1)
     with pytest.raises(OSError, match=f"^{said}train.workers 0.$"):
-        fit(toy_model(), Faulty(signal.SIGKILL), SPLIT, toy_config(workers=1))
+        fit(toy_model(), faulty(), SPLIT, toy_config(workers=1))
     for lost in (ConnectionResetError(104, "reset"), EOFError()):  # between a batch and its tensors
         with pytest.raises(RuntimeError, match="^DataLoader worker ended while it handed over a batch"):
             list(loading.received(map(Mock(side_effect=lost), [0])))
-
-
-def test_processes_that_cannot_be_started_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", full)
     with pytest.raises(OSError, match="no process that reads pictures can be started .*; read with 0 workers"):
         read_batches(Toys(), [[0]], collate, 1, False)

@@ -1,20 +1,13 @@
-"""Sizes worked out by hand, image and mask moving together, the crop's promise, and torch's generator only."""
+"""Sizes worked out by hand, image and mask moving together, and the crop's promise."""
 
-from __future__ import annotations
-
-import pickle
-import random
-
-import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from sptseg.datasets import transforms
-from sptseg.datasets.splits import IGNORE
-from sptseg.datasets.transforms import Augmentation, VariedCrop, fitted_size
+from sptseg.datasets import IGNORE, Augmentation, transforms
+from sptseg.datasets.transforms import VariedCrop, fitted_size
 
 
 def pair(height: int, width: int, classes: int = 5) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -28,25 +21,14 @@ def pair(height: int, width: int, classes: int = 5) -> tuple[tv_tensors.Image, t
     ("size", "base", "least_short", "expected"),
     [
         ((375, 500), (2048, 512), 1, (512, 683)),  # 512/375 = 1.3653; 500 * 1.3653 = 682.7
-        ((500, 375), (2048, 512), 1, (683, 512)),
         ((100, 1000), (2048, 512), 1, (205, 2048)),  # the long side limits: 2.048
         ((100, 1000), (2048, 512), 512, (512, 5120)),  # ... but the short side has to have 512
+        ((10, 1000), (2048, 512), 512, (164, 16384)),  # ... unless that is more than 32 squares of 512
         ((96, 64), None, 128, (192, 128)),
     ],
 )
 def test_fitted_size(size: tuple[int, int], base: tuple[int, int] | None, least_short: int, expected: tuple) -> None:
     assert fitted_size(*size, base, least_short=least_short) == expected
-
-
-@given(st.integers(1, 900), st.integers(1, 900), st.floats(0.5, 2), st.integers(1, 300))
-def test_fitted_size_keeps_the_ratio_and_the_least_short_side(h: int, w: int, factor: float, least: int) -> None:
-    height, width = fitted_size(h, w, (2048, 512), factor=factor, least_short=least)
-    if max(h, w) <= 32 * min(h, w):
-        assert min(height, width) >= least
-    else:  # a strip: not enlarged to more than 32 squares
-        assert max(height, width) <= max(32 * least, 2048 * factor) + 0.5
-        assume(min(height, width) > 1)
-    assert abs(height * w - width * h) <= 0.5 * (h + w) + 1e-6  # each side rounded to the nearest pixel
 
 
 def test_image_and_mask_move_together() -> None:
@@ -56,40 +38,24 @@ def test_image_and_mask_move_together() -> None:
     image = tv_tensors.Image((labels * 100).to(torch.uint8).expand(3, -1, -1).clone())
     unchanged = {"resize_base": None, "distortion": 0.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
     transform = transforms.train_transform(Augmentation(crop=48, **unchanged))
-    agreement = []
-    for seed in range(20):
-        torch.manual_seed(seed)
+    for _ in range(20):
         picture, mask = transform(image, tv_tensors.Mask(labels))
-        known = mask != IGNORE
         shown = torch.round(picture[0] * 255 / 100).long()
-        agreement.append((shown == mask)[known].float().mean().item())
-    assert min(agreement) > 0.9  # all but the edges, where the picture is interpolated
+        assert (shown == mask)[mask != IGNORE].float().mean() > 0.9  # all but edges, where the picture is interpolated
 
 
-def share(mask: torch.Tensor) -> float:
-    counts = torch.bincount(mask.flatten(), minlength=256)[:IGNORE]
-    return (counts.max() / counts.sum()).item()
-
-
-def test_varied_crop_avoids_crops_of_one_class() -> None:
+def test_varied_crop_avoids_crops_of_one_class_and_ignored_pixels_do_not_count() -> None:
+    """Of the second picture, ignored but for three columns of two classes, a crop has to reach both."""
     mask = torch.zeros(64, 64, dtype=torch.int64)
     mask[:, 40:] = 1
-    inputs = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8)), tv_tensors.Mask(mask)
-    torch.manual_seed(0)
-    varied = [share(VariedCrop(16, 0.75)(*inputs)[1]) for _ in range(200)]
-    rarely = [share(VariedCrop(16, 0.75, tries=0)(*inputs)[1]) for _ in range(200)]
-    assert sum(s > 0.75 for s in rarely) > 120  # 40 of 49 positions
-    assert sum(s > 0.75 for s in varied) < 40  # (40/49)^11 = 0.11 of 200
-
-
-def test_varied_crop_neither_counts_nor_keeps_ignored_pixels() -> None:
-    """Three columns of two classes in an ignored picture: a crop has to reach both of them."""
+    pictures = {tries: [VariedCrop(16, 0.75, tries)(tv_tensors.Mask(mask)) for _ in range(200)] for tries in (0, 10)}
+    uniform = {tries: sum(not 64 <= crop.sum() <= 192 for crop in crops) for tries, crops in pictures.items()}
+    assert uniform[0] > 120  # 40 of 49 positions
+    assert uniform[10] < 40  # (40/49)^11 = 0.11 of 200
     mask = torch.full((4, 12), IGNORE)
     mask[:, 5], mask[:, 6:8] = 0, 1
-    inputs = tv_tensors.Image(torch.zeros(3, 4, 12, dtype=torch.uint8)), tv_tensors.Mask(mask)
-    torch.manual_seed(0)
     crop = VariedCrop(4, 0.75, tries=100)
-    assert all({0, 1} <= set(crop(*inputs)[1].unique().tolist()) for _ in range(50))
+    assert all({0, 1} <= set(crop(tv_tensors.Mask(mask)).unique().tolist()) for _ in range(50))
 
 
 @settings(deadline=None, max_examples=30)
@@ -115,32 +81,10 @@ def test_values_by_hand_flipped_and_padded_with_the_mean_and_ignored(flip: float
     assert (got_labels[5:] == IGNORE).all() and (got_labels[:, 6:] == IGNORE).all()
 
 
-def test_only_torchs_generator_decides_in_other_processes_too() -> None:
-    transform, inputs = transforms.train_transform(Augmentation(crop=32, resize_base=(256, 64))), pair(60, 90)
-
-    def run(seed: int, other: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        random.seed(other)
-        np.random.seed(other)
-        return pickle.loads(pickle.dumps(transform))(*inputs)[0]
-
-    assert torch.equal(run(1, 1), run(1, 2)) and not torch.equal(run(1, 1), run(2, 1))
-
-
 def test_distortion_changes_colours_and_keeps_channels_in_place() -> None:
-    torch.manual_seed(0)
     red = tv_tensors.Image(torch.tensor([200, 60, 40], dtype=torch.uint8)[:, None, None].expand(3, 4, 4).clone())
     distort = transforms._photometric_distortion(0.5)
     seen = torch.stack([distort(red)[:, 0, 0] for _ in range(200)]).float()
     assert len(seen.unique(dim=0)) > 60
     assert (seen[:, 0] >= seen[:, 1:].max(dim=1).values).all()  # red stays the strongest
     assert torch.equal(transforms._photometric_distortion(0.0)(red), red)
-
-
-def test_test_transform_leaves_the_label_alone() -> None:
-    image, mask = pair(30, 45)
-    transform = pickle.loads(pickle.dumps(transforms.test_transform(Augmentation(crop=60, resize_base=(240, 60)))))
-    resized, label = transform(image, mask)
-    assert resized.shape == (3, 60, 90) and resized.dtype == torch.float32 and label is mask
-    assert torch.equal(transform(image), resized)
-    assert transforms.test_transform(Augmentation(crop=60, resize_base=(80, 20)))(image).shape == (3, 60, 90)

@@ -49,7 +49,7 @@ def test_metrics_are_written_and_shown(shown: list[Any], tmp_path: Path) -> None
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == {"hiou": 0.75, "pictures": 3.0}
     assert "| hiou | 0.75 |" in shown[0].data
     with pytest.raises(ValueError, match="the metric slope is nan"):
-        lesson.write_metrics(tmp_path, {"hiou": 0.5, "slope": float("nan")})
+        lesson.write_metrics(tmp_path, {"slope": float("nan")})
 
 
 def test_a_figure_has_its_sentence_beside_it_and_keeps_the_colours_of_a_legend(shown: list[Any]) -> None:

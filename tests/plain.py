@@ -174,6 +174,12 @@ def mask_logits(model: SptSeg, images: Tensor, text: Tensor) -> Tensor:
     return decode(model.decoder, *encode(model.encoder, images), text)
 
 
+def labels(model: SptSeg, images: Tensor, text: Tensor) -> Tensor:
+    """(B, S, S')."""
+    large = F.interpolate(mask_logits(model, images, text), size=images.shape[2:], mode="bilinear", align_corners=False)
+    return large.sigmoid().argmax(dim=1)
+
+
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Labels (B, S, S') -> targets (B, C, S, S') of 0 and 1, zeros where the label is 255."""
     return torch.stack([labels == c for c in range(classes)], dim=1).float()

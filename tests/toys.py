@@ -24,6 +24,7 @@ from sptseg.model.spt_seg import SptSeg, build_model
 from sptseg.training.loop import TrainConfig
 
 SPLIT = Split.from_names("toys", ["grass", "water", "boat", "tree", "house"], unseen=["boat", "house"])
+PARK = Split.from_names("park", ["grass", "water", "tree", "boat"], unseen=["tree"])
 COLOURS = torch.tensor([[40, 160, 40], [30, 60, 200], [200, 40, 40], [10, 80, 10], [220, 220, 90]])
 
 
@@ -81,6 +82,22 @@ class ActsAt(Toys):
 def interrupt() -> None:
     """As a machine that goes down would."""
     raise KeyboardInterrupt
+
+
+class Bands(Dataset[Sample]):
+    """Noise pictures (40, 48) whose masks are upright bands of label values."""
+
+    def __init__(self, bands: tuple[int, ...] = (0, 1, 2, 3), length: int = 5, split: Split = PARK) -> None:
+        self.bands, self.length, self.split = bands, length, split
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        pixels = np.random.default_rng(index).integers(0, 256, (3, 40, 48), dtype=np.uint8)
+        label = torch.tensor(self.bands).repeat_interleave(48 // len(self.bands)).expand(40, 48)
+        image = tv_tensors.Image(torch.from_numpy(pixels))
+        return {"image": image, "label": tv_tensors.Mask(label), "name": f"noise-{index}"}
 
 
 def toy_model(clip: Clip | None = None, **changes: Any) -> SptSeg:

@@ -182,7 +182,9 @@ def test_ade20k_and_camvid(tmp_path: Path) -> None:
         datasets.ade20k(tmp_path, "test")
     photograph(tmp_path / "camvid/images/0001TP.jpg")
     mask(tmp_path / "camvid/masks/0001TP.png", 0, 5, 10, 11)
-    named, _ = Data(str(tmp_path / "camvid"), "camvid", subset="train").load("training")  # it has no subsets
+    with pytest.raises(ValueError, match="as camvid, has no subsets"):
+        Data(str(tmp_path / "camvid"), "camvid", subset="train").load("training")
+    named, _ = Data(str(tmp_path / "camvid"), "camvid").load("training")
     assert label(named)[0][::16] == label(datasets.camvid(tmp_path / "camvid"))[0][::16] == [0, 5, 10, 255]
 
 

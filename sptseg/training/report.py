@@ -125,9 +125,9 @@ class Found:
 
 def study_record() -> dict[str, list[dict[str, Any]]]:
     """The embedded record of the study: "rows" and "pairs" as `write_report` writes them, each with the "machine" that
-    it is of. The H100's, which have more seeds, come last."""
+    it is of, "CPU" or "GPU" (one H100). The GPU's, which have more seeds, come last."""
     found: dict[str, list[dict[str, Any]]] = {"rows": [], "pairs": []}
-    for machine, name in (("CPU", "study_record_cpu.json"), ("H100", "study_record.json")):
+    for machine, name in (("CPU", "study_record_cpu.json"), ("GPU", "study_record.json")):
         for kind, values in json.loads(data_file(name).read_text()).items():
             found[kind] += [{**each, "machine": machine} for each in values]
     return found

@@ -138,7 +138,7 @@ def charts(scores: Mapping[str, Scores], history: list[dict[str, Any]], data: Sc
     below = "Loss and learning rate at every step; validation on a few other scenes, hence rough."
     curves = Picture.of(training_curves(history), falls, below)
     first, *others = scores
-    title = f"IoU per class: {len(data)} scenes, seed {data.seed}"
+    title = f"IoU per class: {len(data)} scenes, seed {data.seed[1]}"
     bars = class_iou_bars(scores[first].iou, unseen, title, first, {name: scores[name].iou for name in others})
     found = ", ".join(f"{plots.marked(name, unseen)} {percent(iou)}" for name, iou in scores[first].iou.items())
     below = f"Bars: {first}. Markers: {', '.join(others)}. With so few scenes, a class may hang on a single picture."

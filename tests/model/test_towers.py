@@ -257,8 +257,10 @@ def test_dense_clip_and_a_decoder_that_starts_as_it_read_the_same(name: Any) -> 
         assert_close(ours, expected, atol=2e-3, rtol=0)  # the encoder has a norm more
     bare = {"prompt_tokens": 0, "spectral_layers": (), "class_embedding_twice": False, "readout": name}
     start = build_model(ModelConfig(**{**TOY, **bare, "selection": False, "start": "dense_clip"}), small_clip())
-    logits = start.eval()(images, text)
-    assert torch.equal(logits.argmax(dim=1), dense(images, text).argmax(dim=1))
+    labels, expected = start.eval()(images, text).argmax(dim=1), dense(images, text)
+    best, second = expected.topk(2, dim=1).values.unbind(dim=1)
+    clear = best - second > 1e-3  # where two classes are equal to rounding, another processor decides otherwise
+    assert clear.float().mean() > 0.9 and torch.equal(labels[clear], expected.argmax(dim=1)[clear])
 
 
 def test_read_outs_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

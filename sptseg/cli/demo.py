@@ -96,8 +96,9 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
         head="".join(f'<th scope="col">{name}</th>' for name in ("model", *FIGURES.values())),
         body="".join(f"<tr>{row}</tr>\n" for row in cells),
     )  # fmt: skip
-    print(f"Open {write(folder / 'index.html', page).resolve().as_uri()} in a browser")
-    return folder / "index.html"
+    file = write(folder / "index.html", page)
+    print(f"Open {file.resolve().as_uri()} in a browser")
+    return file
 
 
 def segmented(model: SptSeg, data: Scenes) -> dict[str, Picture]:

@@ -63,8 +63,8 @@ class Train:
             model = load_model(self.start_from, own)
             if self.train.setting != "inductive":
                 model.config = replace(model.config, seen_offset=self.model.seen_offset)
-            asked, unasked, own = map(asdict, (self.model, PRESETS[self.preset].model, model.config))
-            if given := [n for n in asked if asked[n] not in (unasked[n], own[n]) and n != "clip_weights"]:
+            asked, unasked, its = map(asdict, (self.model, PRESETS[self.preset].model, model.config))
+            if given := [n for n in asked if asked[n] not in (unasked[n], its[n]) and n != "clip_weights"]:
                 raise ValueError(f"{self.start_from} has its own {', '.join(given)}; leave these options out")
         elif self.train.setting == "transductive" and self.model.start == "random":
             wanted = "give --start-from an inductive checkpoint, such as runs/voc/halfway.safetensors"
@@ -78,8 +78,11 @@ class Train:
         report.raise_on_fault()
         if self.preflight_only:
             return
-        if self.resume != (state := self.output / training.STATE).is_file():
-            print(f"{state} {'is not there: starting anew' if self.resume else 'is overwritten; --resume goes on'}")
+        state = self.output / training.STATE
+        if self.resume and not state.is_file():
+            print(f"{state} is not there: starting anew")
+        elif state.is_file() and not self.resume:
+            print(f"{state} is overwritten; --resume goes on")
         data = asdict(self.data.resolved("training"))
         about = {"preset": self.preset, "data_options": data, "start_from": self.start_from}
         training.fit(

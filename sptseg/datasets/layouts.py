@@ -251,7 +251,7 @@ class Data:
                 raise ValueError(f"{options} are for files; scenes have none: give --data their folder")
             dataset = Scenes(self.images, self.seed, stream)
         else:
-            if self.subset and self.layout in ("folder", "camvid"):
+            if self.subset and "subsets" not in FACTS.get(self.layout, {}):
                 raise ValueError(f"{self.data}, as {self.layout}, has no subsets: leave out --subset {self.subset}")
             subset = self.resolved(stream).subset
             dataset = DATA_SETS[self.layout](self.data, subset)

@@ -15,6 +15,7 @@ from sptseg.scenes import CLASSES, UNSEEN
 
 IGNORE = 255
 WIDE_IGNORE = 65535
+SEPARATORS = ",;，；、،؛"  # of names, in any script
 FACTS = tomllib.loads(Path(__file__).with_name("data_sets.toml").read_text("utf-8"))  # which says what it holds
 FACTS |= {f"context-{choice}": FACTS["context"] | FACTS["context"][choice] for choice in ("otseg", "cascade")}
 
@@ -37,9 +38,9 @@ def plain(name: str) -> str:
 def names(text: str) -> list[str]:
     """The `plain` names in a text, between commas and semicolons of any script, tabs and line ends; none may be blank
     but the first and the last."""
-    if re.search(r"[^\s,;，；、،؛]\s*[,;，；、،؛]\s*[,;，；、،؛]", text):
+    if re.search(rf"[^\s{SEPARATORS}]\s*[{SEPARATORS}]\s*[{SEPARATORS}]", text):
         raise ValueError(f"a name is blank in {text[:200]!r}: write it, or take a separator away")
-    return [name for name in map(plain, re.split(r"[,;\t\r\n，；、،؛]", text)) if name]
+    return [name for name in map(plain, re.split(rf"[{SEPARATORS}\t\r\n]", text)) if name]
 
 
 BACKGROUND = tuple(names(FACTS["background"]))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ import tyro
 from PIL import Image
 
 from sptseg.inference import table
-from sptseg.system import cores, output_place, write
+from sptseg.system import bytes_of, cores, output_place, write
 
 Notebook = dict[str, Any]  # as JSON
 Given = Annotated[
@@ -46,6 +47,10 @@ class Outcome:
     error: str = ""
     drift: tuple[str, ...] = ()
     held: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return "failed" if self.error else "drifted" if self.drift else "ok"
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
@@ -142,8 +147,11 @@ def save(executed: Path, target: Path, seconds: float) -> None:
     for figure in pictures:
         image = Image.open(io.BytesIO(figure)).convert("RGB")
         image.thumbnail((480, 300), Image.Resampling.LANCZOS)
-        image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer := io.BytesIO(), "png", optimize=True)
-        write(target.parent / "pictures" / f"{target.stem}.png", buffer.getvalue())
+        small = image.quantize(256, Image.Quantize.FASTOCTREE)
+        write(
+            target.parent / "pictures" / f"{target.stem}.png",
+            bytes_of(partial(small.save, format="png", optimize=True)),
+        )
 
 
 def execute(path: Path, folder: Path, values: Mapping[str, Any], timeout: int) -> Outcome:
@@ -200,8 +208,7 @@ def run_all(
 def tell(outcomes: Sequence[Outcome]) -> None:
     """Prints a Markdown table, and under it what went wrong; then the exit code is 1."""
     outcomes = sorted(outcomes, key=lambda o: o.name)
-    verdict = lambda o: "failed" if o.error else "drifted" if o.drift else "ok"  # noqa: E731
-    rows = ((o.name, f"{o.seconds:.0f}", o.held or len(o.figures), verdict(o)) for o in outcomes)
+    rows = ((o.name, f"{o.seconds:.0f}", o.held or len(o.figures), o.verdict) for o in outcomes)
     wrong = [f"{o.name}: {line}" for o in outcomes for line in ([o.error] if o.error else o.drift)]
     print(table(("notebook", "seconds", "figures", "verdict"), *rows), *wrong, sep="\n")
     if wrong:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import tyro
 
-from sptseg.checkpoints import import_research, save_model
+from sptseg.checkpoints import import_report, import_research_checkpoint, save_model
 from sptseg.cli.benchmark import benchmark
 from sptseg.cli.demo import demo
 from sptseg.cli.train import Ablate, Train, with_preset
@@ -238,8 +238,9 @@ def import_command(
         heads: attention heads of the image encoder.
         decoder_heads: attention heads of the decoder."""
     output_place(output, folder=output.suffix != ".safetensors")
-    imported = import_research(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
-    print(f"{imported.report()}\nwrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")
+    model = import_research_checkpoint(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
+    saved = save_model(model, output, {**model.about, "imported_from": checkpoint.name})
+    print(f"{import_report(model)}\nwrote {saved}")
 
 
 COMMANDS: dict[str, Any] = {

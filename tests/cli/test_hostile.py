@@ -167,8 +167,8 @@ class Begun(BaseException):
     """Raised by what would be the first work."""
 
 
-WORKS = "cli.Which.load cli.which.load_model cli.commands.import_research cli.demo.load_model cli.benchmark.machine"
-WORKS += " datasets.Data.load training.pretraining.new_tiny_clip interactive.notebooks.run_all"
+WORKS = "cli.Which.load cli.which.load_model cli.commands.import_research_checkpoint cli.demo.load_model"
+WORKS += " cli.benchmark.machine datasets.Data.load training.pretraining.new_tiny_clip interactive.notebooks.run_all"
 
 
 @pytest.mark.parametrize(("place", "command"), [(place, each) for place in PLACES for each in PLACES[place].split("|")])

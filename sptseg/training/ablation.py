@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,7 +26,7 @@ from sptseg.checkpoints import load_model, with_tuples
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes, Split
 from sptseg.inference import FIGURES, Scores, confusion_matrices, evaluate, metrics, new_accelerator
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
-from sptseg.system import bytes_of, claimed, is_main_process, write
+from sptseg.system import bytes_of, is_main_process, write
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import CONFIGURATIONS, in_setting
@@ -353,8 +355,8 @@ class Study:
 
     def tried(self, trial: Trial, say: Callable[[str], object]) -> bool:
         """Does a trial, if its rate is known and no other process is at it; whether it did."""
-        with claimed(self.folder / trial.place / "lock") as mine:
-            ready = mine and not self.result(trial) and self.rate(trial) is not None
-            if ready:
+        with suppress(Timeout), FileLock(self.folder / trial.place / "lock", timeout=0):
+            if not self.result(trial) and self.rate(trial) is not None:
                 say(self.do(trial))
-        return ready
+                return True
+        return False

@@ -74,15 +74,13 @@ def preflight(
 def check_names(own: Split, split: Split, report: Report) -> None:
     """Label values of the data set's own split must mean the same classes in the split of the run."""
     pairs = enumerate(zip(own.classes, split.classes, strict=False))
-    differing = listed([f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b])
-    moved = [name for i, name in enumerate(own.classes) if name in split.classes and split.classes.index(name) != i]
-    if len(own.classes) != len(split.classes) or moved:
-        report.faults.append(
-            f"the data set's split {own.name!r} ({len(own.classes)} classes) and the run's split {split.name!r} "
-            f"({len(split.classes)} classes) disagree on label values: {differing or 'their numbers differ'}; "
-            "use dataset.split, with_unseen and with_prompts"
-        )
-    elif differing:
+    differing = listed([f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b]) or "their numbers differ"
+    elsewhere = {*enumerate(own.classes)} - {*enumerate(split.classes)}
+    if len(own.classes) != len(split.classes) or any(name in split.classes for _, name in elsewhere):
+        told = f"the data set's split {own.name!r} ({len(own.classes)} classes) and the run's split {split.name!r}"
+        how = "use dataset.split, with_unseen and with_prompts"
+        report.faults.append(f"{told} ({len(split.classes)} classes) disagree on label values: {differing}; {how}")
+    elif elsewhere:
         report.warnings.append(f"the run's split renames classes of the data set: {differing}")
 
 

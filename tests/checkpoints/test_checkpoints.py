@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sptseg.checkpoints import import_report, import_research_checkpoint
-from sptseg.checkpoints.checkpoint import checksum, config_from_dict, load_model, read_header, save_model
-from sptseg.model import SPT_RELEASED, Clip, ModelConfig, SptSeg, build_model, fingerprint
+from sptseg.checkpoints.checkpoint import checksum, completed, load_model, read_header, save_model
+from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint
 
 CONFIG = ModelConfig(clip="small", image_size=(32, 32), prompt_tokens=3, templates=("a photo of a {}", "a {}"))
 
@@ -65,7 +65,8 @@ def test_save_and_load_give_the_same_bits(changes: dict, clip: Clip, tmp_path: P
     assert torch.equal(logits(loaded), logits(model))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained <= load_file(path).keys() == model.trained_state().keys(), "and nothing else is in the file"
-    assert config_from_dict({"prompt_tokens": 3}) == replace(SPT_RELEASED, prompt_tokens=3), "as an older file has it"
+    older = {"prompt_tokens": 3, "decoder": "spectral", "bicubic": False}
+    assert completed({"prompt_tokens": 3}).items() >= older.items(), "as an older file has it"
 
 
 def test_imported_models_bring_their_clip_along(tmp_path: Path) -> None:

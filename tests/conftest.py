@@ -1,7 +1,5 @@
 """Reference tensors of the released code, a CLIP small enough for tests, and what commands refuse."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """Equality with the released code, stage by stage: its tensors on small random models are in `reference/`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

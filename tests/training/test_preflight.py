@@ -1,7 +1,5 @@
 """What is found before the first iteration, which changes nothing; what a run reads, in which order."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

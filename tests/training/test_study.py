@@ -1,7 +1,5 @@
 """A study from one file, end to end and small; its intervals and rules by hand; its spoilt and gray pictures."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

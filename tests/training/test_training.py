@@ -1,7 +1,5 @@
 """Schedules by hand; a stopped run goes on with the same bits; micro-batches and processes change nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,6 @@
 """Checkpoints: trained parts in safetensors, their configuration as JSON in the header; with a card on the Hub.
 
-They may come from strangers: nothing is executed, no path opened, and a configuration must fit its tensors before
-anything of that size is made."""
+They may come from strangers: nothing is executed, no path opened, nothing made of a size that the tensors lack."""
 
 import dataclasses
 import hashlib
@@ -50,8 +49,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
     """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`), whole
-    or not at all. `about` (JSON values: data, seed, figures) is kept with them; `half` stores float16, which loads as
-    float32."""
+    or not at all. `about` (JSON values) is kept with them; `half` stores float16, which loads as float32."""
     path = Path(path).expanduser()
     if path.suffix.lower() != ".safetensors":
         path = path / WEIGHTS_FILE

@@ -332,8 +332,7 @@ class Study:
         return json.loads(json.dumps(about | {"clip": clip_and_fingerprint(trial.part.clip)[1]}))
 
     def work(self, share: tuple[int, int], until: float, say: Callable[[str], object]) -> bool:
-        """Does a share's trials that nobody has done, until `until` (time.monotonic), when SIGTERM has `fit` save its
-        state; whether all are done."""
+        """Does a share's open trials till `until` (monotonic), when SIGTERM has `fit` save; whether all are done."""
         todo = self.plan.trials(share)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)

@@ -50,8 +50,7 @@ def preflight(
 ) -> Report:
     """Looks for what would spoil a run of `fit` with the same arguments. Model and random generators stay as they are.
 
-    Under `accelerate launch` every process calls it, as every process calls `fit`. `first-batch.png` goes to `folder`.
-    """
+    Under `accelerate launch` every process calls it, as it calls `fit`. `first-batch.png` goes to `folder`."""
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
     data = survey(dataset, split, evenly(length, SAMPLE), progress=False)
     found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
@@ -99,8 +98,7 @@ def check_text(model: SptSeg, split: Split, report: Report) -> None:
 def try_out(
     model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: Path | None, report: Report
 ) -> None:
-    """The first batch, and two iterations of `fit` on a copy: loss of the first, time of the second, as the first loads
-    kernels too."""
+    """The first batch; two iterations on a copy: loss of the first, which loads kernels too, time of the second."""
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
     batches, start = Trainer(copy, dataset, split, few).batches, time.perf_counter()

@@ -117,9 +117,8 @@ def segment_command(
         folder = shlex.quote(str(out.with_suffix("")))
         raise ValueError(f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {folder}")
     folder, beside = (out.parent, f"{out.stem}-") if out.suffix else (out, "")
-    stems = [out.stem if out.suffix else file.stem for file in files]
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
-    results = [[folder / f"{stem}{end}" for end in ends] for stem in stems]
+    results = [[folder / f"{(out if out.suffix else file).stem}{end}" for end in ends] for file in files]
     coco_json, names_json, areas_csv = (folder / f"{beside}{name}" for name in ("coco.json", "names.json", "areas.csv"))
     taken = [os.path.realpath(path) for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):

@@ -8,10 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 
 def output_place(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
@@ -103,17 +101,6 @@ def one_voice() -> Iterator[None]:
             time.sleep(3 if main else 10)
             print(said.getvalue(), end="", file=sys.stderr)
         raise
-
-
-@contextmanager
-def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds a file, until the block or the process ends; `wait` until it does."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file, timeout=-1 if wait else 0)
-    with ExitStack() as held:
-        with suppress(Timeout):
-            held.enter_context(lock)
-        yield lock.is_locked
 
 
 @contextmanager

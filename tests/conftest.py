@@ -1,7 +1,5 @@
 """Reference tensors of the released code, a CLIP small enough for tests, and what commands refuse."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -17,8 +15,8 @@ from hypothesis import HealthCheck, settings
 from safetensors import safe_open
 from torch import Tensor
 
-from sptseg.checkpoints.research import Imported, import_research
-from sptseg.model.clip import Clip, WordTokenizer
+from sptseg.checkpoints import import_research_checkpoint
+from sptseg.model import Clip, SptSeg, WordTokenizer
 from sptseg.training.losses import segmentation_loss
 
 BARS = re.compile(r"(evaluating|training|checking)?(: .*)?")  # what progress bars leave on standard error
@@ -40,14 +38,14 @@ class Reference:
     tensors: dict[str, Tensor]
     config: dict
     state: dict[str, Tensor]
-    imported: Imported
+    imported: SptSeg
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def backward(self, device: str = "cpu", narrow: bool = False) -> dict[str, Tensor]:
         """Logits and loss of the training example, each trained parameter's gradient; `narrow`: bf16 by autocast."""
-        model = copy.deepcopy(self.imported.model).to(device)
+        model = copy.deepcopy(self.imported).to(device)
         weights = {name: model.get_parameter(name).requires_grad_() for name in model.trained_state()}
         image, text, labels = self["input/image"], self["input/text"][self["input/seen"]], self["train/label"]
         with torch.autocast(device, torch.bfloat16, enabled=narrow):
@@ -71,7 +69,7 @@ def load_reference(kind: str) -> Reference:
         config = json.loads(file.metadata()["config"])
     state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
     sizes = {key: config[key] for key in ("image_size", "heads", "decoder_heads")}
-    return Reference(kind, tensors, config, state, import_research(state, **sizes))
+    return Reference(kind, tensors, config, state, import_research_checkpoint(state, **sizes))
 
 
 @pytest.fixture(scope="session", params=["spt", "zegclip"])

@@ -3,8 +3,6 @@
 `python tests/machines.py NAME ...` takes some of the machines. Exit code 1 if any is red.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The model and its losses the obvious way: all maps at full size, in the logits' own type, autograd's gradients."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

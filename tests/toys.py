@@ -1,7 +1,5 @@
 """Pictures of noisy colour blocks, folders of pictures, and a model small enough to train on them in a second."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict

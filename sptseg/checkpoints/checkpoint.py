@@ -1,7 +1,6 @@
 """Checkpoints: trained parts in safetensors, their configuration as JSON in the header; with a card on the Hub.
 
-They may come from strangers: nothing is executed, no path opened, and a configuration must fit its tensors before
-anything of that size is made."""
+They may come from strangers: nothing is executed, no path opened, nothing made of a size that the tensors lack."""
 
 import dataclasses
 import hashlib
@@ -39,24 +38,18 @@ CARD = Path(__file__).with_name("card.txt")
 About = Mapping[str, Any]  # JSON values
 
 
-def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """A validated `ModelConfig` from JSON values. A field that is younger than the file takes its default."""
-    return ModelConfig(**with_tuples(values))
-
-
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's JSON values with those that are younger than its file."""
-    return json.loads(json.dumps(dataclasses.asdict(config_from_dict(values))))
+    return json.loads(json.dumps(dataclasses.asdict(ModelConfig(**with_tuples(values)))))
 
 
 def save_model(model: SptSeg, path: str | Path, about: Mapping[str, Any] | None = None, *, half: bool = False) -> Path:
     """Writes the trained parts and the configuration to one safetensors file (in a folder: `model.safetensors`), whole
-    or not at all. `about` (JSON values: data, seed, figures) is kept with them; `half` stores float16, which loads as
-    float32."""
+    or not at all. `about` (JSON values) is kept with them; `half` stores float16, which loads as float32."""
     path = Path(path).expanduser()
     if path.suffix.lower() != ".safetensors":
         path = path / WEIGHTS_FILE
@@ -109,7 +102,7 @@ from_pretrained = load_model  # by the name that Hugging Face's libraries have f
 
 def assembled(header: Mapping[str, Any], state: Mapping[str, Tensor], clip: Clip | None) -> SptSeg:
     """The model of a checkpoint's header and tensors."""
-    config = config_from_dict(header["config"])
+    config = ModelConfig(**with_tuples(header["config"]))  # a field that is younger than the file takes its default
     if config.clip == IMPORTED:
         tower = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
         state = {name: value for name, value in state.items() if not name.startswith("clip.")}

@@ -5,7 +5,6 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,39 +45,26 @@ def refuse_text(texts: object) -> Tensor:
     raise ValueError("this model was imported without a text encoder; call it with text embeddings (C, E)")
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an import read, and the parameters that it left out: no forward pass of the research code reads them."""
-
-    model: SptSeg
-    left_out: tuple[str, ...]
-
-    def report(self) -> str:
-        kind = "SPT-SEG" if self.model.config.decoder == "spectral" else "ZegCLIP"
-        text = "with" if self.model.clip.tokenizer is not refuse_text else "without"
-        head = f"{kind} checkpoint, {self.model.config.prompt_tokens} prompt tokens, {text} a text encoder"
-        return "\n  ".join([f"{head}; left out, as no forward pass reads them:", *(self.left_out or ["nothing"])])
+def import_report(model: SptSeg) -> str:
+    """What an import read, and the parameters that it left out."""
+    kind = "SPT-SEG" if model.config.decoder == "spectral" else "ZegCLIP"
+    text = "with" if model.clip.tokenizer is not refuse_text else "without"
+    head = f"{kind} checkpoint, {model.config.prompt_tokens} prompt tokens, {text} a text encoder"
+    left_out = model.about["left_out"] or ["nothing"]
+    return "\n  ".join([f"{head}; left out, as no forward pass reads them:", *left_out])
 
 
 def import_research_checkpoint(
     source: Mapping[str, Tensor] | str | Path, *, image_size: int | tuple[int, int], heads: int, decoder_heads: int = 8
 ) -> SptSeg:
-    """A model from a checkpoint of SPT-SEG's or ZegCLIP's research code; what was left out goes to the log.
+    """A model from a checkpoint of SPT-SEG's or ZegCLIP's research code. `about["left_out"]` and the log name the
+    parameters that no forward pass of that code reads.
 
     Args:
         source: a state dictionary with `backbone.` and `decode_head.` names (`text_encoder.` is read if it is there),
             or the path of a file that holds one.
         image_size: pixels of the training crop, one number or (height, width); the spectral filter belongs to it.
         heads, decoder_heads: attention heads of image encoder (12 for ViT-B/16) and decoder; no tensor tells."""
-    imported = import_research(source, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
-    logging.getLogger("sptseg").info(imported.report())
-    return imported.model
-
-
-def import_research(
-    source: Mapping[str, Tensor] | str | Path, *, image_size: int | tuple[int, int], heads: int, decoder_heads: int = 8
-) -> Imported:
-    """As `import_research_checkpoint`, with the names of what it left out."""
     state = read_weights(source)
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     spectral = any(".hlfs." in name for name in state)
@@ -109,7 +95,9 @@ def import_research(
     known = {*PROMPTS, *(theirs.get(name) for name in own), *(f"backbone.{name}" for name in clip.visual.state_dict())}
     if clip.tokenizer is not refuse_text:
         known |= {f"text_encoder.{name}" for name in clip.model.state_dict()}
-    return Imported(model.eval(), tuple(sorted(set(state) - known)))
+    model.about = {"left_out": sorted(set(state) - known)}
+    logging.getLogger("sptseg").info(import_report(model))
+    return model.eval()
 
 
 def our_name(name: str, spectral: bool) -> str | None:

@@ -4,7 +4,6 @@ Absolute times differ from machine to machine and from minute to minute; so all 
 process, and ratios are medians over the turns. Peak memory is that above what a case begins with."""
 
 import json
-import logging
 import multiprocessing
 import platform
 import re
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import psutil
 import torch
@@ -61,11 +60,10 @@ TURNS, LOSS_CLASSES, PICTURES = 3, 156, 32
 
 
 def wall_time(work: Work) -> float:
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
     start = time.perf_counter()
     work()
-    wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -73,7 +71,7 @@ def compare(cases: Mapping[str, tuple[Work, str]], pictures: int) -> Iterator[Ro
     """Median seconds of each case, half the spread between quartiles, and the ratio to the case that it names. All run
     in turns, so what disturbs one turn disturbs all alike; once before, unmeasured. Each looks at `pictures`."""
     for work, _ in cases.values():
-        work()
+        wall_time(work)
     times = [{name: wall_time(work) for name, (work, _) in cases.items()} for _ in range(TURNS)]
     for name, (_, other) in cases.items():
         low, middle, high = statistics.quantiles([turn[name] for turn in times], n=4)
@@ -136,10 +134,7 @@ def plain_twins() -> SimpleNamespace:
 def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
     """SPT-SEG with random weights (the tiny CLIP has its own), always the same."""
     torch.manual_seed(0)
-    logging.disable(logging.WARNING)  # open_clip's: weights are random, as they are meant to be
-    model = build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side)))
-    logging.disable(logging.NOTSET)
-    return model.to(device).eval()
+    return build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side))).to(device).eval()
 
 
 def new_text(model: SptSeg, classes: int, device: torch.device) -> Tensor:
@@ -291,12 +286,10 @@ def training_steps(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 SUITES = {"inference": inference, "training": training_steps, "loss": loss}
 
 
-def line(row: Row) -> str:
-    """A row of a table in Markdown: suite, case and what was measured."""
-    suite, case, *_ = row.values()
-    figures = {name.replace("_", " "): value for name, value in row.items() if name not in ("suite", "case")}
+def line(suite: str, case: str, **figures: Any) -> str:
+    """A row of a table in Markdown."""
     told = [f"{name} {value if name == 'against' else f'{value:.3g}'}" for name, value in figures.items()]
-    return f"| {suite} | {case} | {', '.join(told)} |"
+    return f"| {suite} | {case} | {', '.join(told).replace('_', ' ')} |"
 
 
 def benchmark(
@@ -325,9 +318,9 @@ def benchmark(
     torch.set_num_threads(threads or torch.get_num_threads())
     about, rows = machine(device), []
     print(", ".join(f"{name} {value}" for name, value in about.items()), "| suite | case | |\n|---|---|---|", sep="\n")
-    for suite in suites or get_args(Suite):
+    for suite in suites or SUITES:
         for row in SUITES[suite](sizes, device):
             rows.append({"suite": suite, **row})
-            print(line(rows[-1]), flush=True)
+            print(line(**rows[-1]), flush=True)
     if json_file is not None:
         write(json_file, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")

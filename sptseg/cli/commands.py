@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import tyro
 
-from sptseg.checkpoints import import_research, save_model
+from sptseg.checkpoints import import_report, import_research_checkpoint, save_model
 from sptseg.cli.benchmark import benchmark
 from sptseg.cli.demo import demo
 from sptseg.cli.train import Ablate, Train, with_preset
@@ -117,9 +117,8 @@ def segment_command(
         folder = shlex.quote(str(out.with_suffix("")))
         raise ValueError(f"{len(files)} pictures do not fit into one file {out}: give a folder, such as --out {folder}")
     folder, beside = (out.parent, f"{out.stem}-") if out.suffix else (out, "")
-    stems = [out.stem if out.suffix else file.stem for file in files]
     ends = (out.suffix or ".png", "-labels.png", "-scores.npz")
-    results = [[folder / f"{stem}{end}" for end in ends] for stem in stems]
+    results = [[folder / f"{(out if out.suffix else file).stem}{end}" for end in ends] for file in files]
     coco_json, names_json, areas_csv = (folder / f"{beside}{name}" for name in ("coco.json", "names.json", "areas.csv"))
     taken = [os.path.realpath(path) for path in (*files, *chain(*results), coco_json, names_json, areas_csv)]
     if len(set(taken)) < len(taken):
@@ -238,8 +237,9 @@ def import_command(
         heads: attention heads of the image encoder.
         decoder_heads: attention heads of the decoder."""
     output_place(output, folder=output.suffix != ".safetensors")
-    imported = import_research(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
-    print(f"{imported.report()}\nwrote {save_model(imported.model, output, {'imported_from': checkpoint.name})}")
+    model = import_research_checkpoint(checkpoint, image_size=image_size, heads=heads, decoder_heads=decoder_heads)
+    saved = save_model(model, output, {**model.about, "imported_from": checkpoint.name})
+    print(f"{import_report(model)}\nwrote {saved}")
 
 
 COMMANDS: dict[str, Any] = {

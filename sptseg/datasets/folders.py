@@ -13,6 +13,7 @@ from typing import Literal, TypedDict, get_args
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -21,7 +22,7 @@ from sptseg import scenes
 from sptseg.datasets import splits
 from sptseg.datasets.images import Note, StrPath, by_name, images_by_name, listed, open_image, open_mask
 from sptseg.datasets.splits import Split, composed
-from sptseg.system import bytes_of, claimed, write
+from sptseg.system import bytes_of, write
 
 Stream = Literal["evaluation", "training"]
 Corruption = Literal["blur", "noise", "jpeg", "contrast", "colour"]
@@ -209,7 +210,7 @@ class Pool(Dataset[Sample]):
 
     def __init__(self, dataset: Dataset[Sample], file: Path) -> None:
         self.names: tuple[str, ...] = dataset.names  # pyright: ignore
-        with claimed(file.with_suffix(".lock"), wait=True):
+        with FileLock(file.with_suffix(".lock")):
             if not file.is_file():
                 samples = (dataset[i] for i in range(len(self.names)))
                 pixels = [np.concatenate([s["image"], s["label"][None].to(torch.uint8)]) for s in samples]

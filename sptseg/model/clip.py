@@ -123,9 +123,8 @@ class Clip:
 
 
 def fingerprint(clip: Clip, like: str = "") -> str:
-    """A hash by which a checkpoint knows its CLIP, wherever that lies: of both towers' weights, their heads and
-    activations, and the tiny CLIP's words. `like`: one to be compared with; earlier versions' are short, of 4 tensors.
-    """
+    """A hash by which a checkpoint knows its CLIP, wherever that lies: of both towers' weights, heads and activations,
+    and the tiny CLIP's words. `like`: one to be compared with; earlier versions' are short, of 4 tensors."""
     state, digest, earlier = clip.model.state_dict(), hashlib.sha256(), len(like) == OLD_FINGERPRINT
     tensors = [f"visual.{name}" for name in ("conv1.weight", "positional_embedding", "ln_post.weight", "proj")]
     if not earlier:
@@ -183,8 +182,7 @@ def load_clip(name: str = TINY, weights: str | None = None) -> Clip:
 
     `name`: "tiny" or "tiny-plain" (embedded; trained to be dense, and by the contrast of picture and caption alone;
     `weights` is None or a file made by `sptseg pretrain`), or one of `usable_models`. `weights`: an open_clip tag such
-    as "openai", a file (see `read_weights`) such as OpenAI's own ViT-B-16.pt, or None for random ones (torch's seed).
-    """
+    as "openai", a file (see `read_weights`) such as OpenAI's ViT-B-16.pt, or None for random ones (torch's seed)."""
     file = None if weights is None else Path(weights).expanduser()
     if name in EMBEDDED_CLIPS:
         return load_tiny_clip(file or data_file(EMBEDDED_CLIPS[name]), name)

@@ -175,8 +175,7 @@ class Decoder(nn.Module):
     residual: a spectral layer's output is X + Y T, T starting at zero, instead of Y T (ours).
     norms: of the query updates, "layer" (paper) or "rms" (ours), which leave a query its direction.
     logit_scale: a learned scale and threshold turn logits A into scale * (A * unit - threshold), A * unit being a
-        cosine and the scale starting as `clip_scale`, CLIP's (ours). With all four, the first logits are dense CLIP's.
-    """
+        cosine and the scale starting as CLIP's, `clip_scale` (ours). With all four, first logits are dense CLIP's."""
 
     def __init__(self, width: int, config: ModelConfig, clip_scale: float) -> None:
         super().__init__()

@@ -24,8 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of query (..., N, d), key and value (..., M, d), `bias` (N, M) added to the logits
-    of all heads: (..., N, d)."""
+    """Scaled dot-product attention of query (..., N, d) to key and value (..., M, d), logits + `bias` (N, M)."""
     return attend_by([(query, key)], value, bias)
 
 

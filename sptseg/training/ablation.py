@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,7 +26,7 @@ from sptseg.checkpoints import load_model, with_tuples
 from sptseg.datasets import STRENGTHS, Corrupted, Pool, Sample, Scenes, Split
 from sptseg.inference import FIGURES, Scores, confusion_matrices, evaluate, metrics, new_accelerator
 from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint, load_clip
-from sptseg.system import bytes_of, claimed, is_main_process, write
+from sptseg.system import bytes_of, is_main_process, write
 from sptseg.training.config import EMBEDDED_TRAINING, TrainConfig
 from sptseg.training.loop import fit
 from sptseg.training.presets import CONFIGURATIONS, in_setting
@@ -330,8 +332,7 @@ class Study:
         return json.loads(json.dumps(about | {"clip": clip_and_fingerprint(trial.part.clip)[1]}))
 
     def work(self, share: tuple[int, int], until: float, say: Callable[[str], object]) -> bool:
-        """Does a share's trials that nobody has done, until `until` (time.monotonic), when SIGTERM has `fit` save its
-        state; whether all are done."""
+        """Does a share's open trials till `until` (monotonic), when SIGTERM has `fit` save; whether all are done."""
         todo = self.plan.trials(share)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         rest = min(max(0, until - time.monotonic()), threading.TIMEOUT_MAX)
@@ -353,8 +354,8 @@ class Study:
 
     def tried(self, trial: Trial, say: Callable[[str], object]) -> bool:
         """Does a trial, if its rate is known and no other process is at it; whether it did."""
-        with claimed(self.folder / trial.place / "lock") as mine:
-            ready = mine and not self.result(trial) and self.rate(trial) is not None
-            if ready:
+        with suppress(Timeout), FileLock(self.folder / trial.place / "lock", timeout=0):
+            if not self.result(trial) and self.rate(trial) is not None:
                 say(self.do(trial))
-        return ready
+                return True
+        return False

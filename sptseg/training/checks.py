@@ -50,8 +50,7 @@ def preflight(
 ) -> Report:
     """Looks for what would spoil a run of `fit` with the same arguments. Model and random generators stay as they are.
 
-    Under `accelerate launch` every process calls it, as every process calls `fit`. `first-batch.png` goes to `folder`.
-    """
+    Under `accelerate launch` every process calls it, as it calls `fit`. `first-batch.png` goes to `folder`."""
     length: int = len(dataset)  # pyright: ignore[reportArgumentType]
     data = survey(dataset, split, evenly(length, SAMPLE), progress=False)
     found = [f"{i} {name} {data.shares[i]:.1%}" for i, name in enumerate(split.classes) if data.images[i]]
@@ -74,15 +73,13 @@ def preflight(
 def check_names(own: Split, split: Split, report: Report) -> None:
     """Label values of the data set's own split must mean the same classes in the split of the run."""
     pairs = enumerate(zip(own.classes, split.classes, strict=False))
-    differing = listed([f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b])
-    moved = [name for i, name in enumerate(own.classes) if name in split.classes and split.classes.index(name) != i]
-    if len(own.classes) != len(split.classes) or moved:
-        report.faults.append(
-            f"the data set's split {own.name!r} ({len(own.classes)} classes) and the run's split {split.name!r} "
-            f"({len(split.classes)} classes) disagree on label values: {differing or 'their numbers differ'}; "
-            "use dataset.split, with_unseen and with_prompts"
-        )
-    elif differing:
+    differing = listed([f"{i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b]) or "their numbers differ"
+    elsewhere = {*enumerate(own.classes)} - {*enumerate(split.classes)}
+    if len(own.classes) != len(split.classes) or any(name in split.classes for _, name in elsewhere):
+        told = f"the data set's split {own.name!r} ({len(own.classes)} classes) and the run's split {split.name!r}"
+        how = "use dataset.split, with_unseen and with_prompts"
+        report.faults.append(f"{told} ({len(split.classes)} classes) disagree on label values: {differing}; {how}")
+    elif elsewhere:
         report.warnings.append(f"the run's split renames classes of the data set: {differing}")
 
 
@@ -101,8 +98,7 @@ def check_text(model: SptSeg, split: Split, report: Report) -> None:
 def try_out(
     model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig, folder: Path | None, report: Report
 ) -> None:
-    """The first batch, and two iterations of `fit` on a copy: loss of the first, time of the second, as the first loads
-    kernels too."""
+    """The first batch; two iterations on a copy: loss of the first, which loads kernels too, time of the second."""
     few = replace(config, iterations=2, validate_every=0, workers=0, tensorboard=False, progress=False)
     copy = SptSeg(model.config, deepcopy(model.encoder), deepcopy(model.decoder), model.clip)
     batches, start = Trainer(copy, dataset, split, few).batches, time.perf_counter()

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
-from sptseg.datasets import Augmentation, Sample, Split, read_batches
+from sptseg.datasets import Sample, Split, read_batches
 from sptseg.inference import evaluate, new_accelerator
 from sptseg.model import SptSeg, fingerprint, upsample
 from sptseg.system import ended_helpers, output_place, write
@@ -44,7 +44,6 @@ def fit(
     *,
     output: str | Path | None = None,
     validation: Dataset[Sample] | None = None,
-    augment: Augmentation | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> FitResult:
@@ -59,7 +58,6 @@ def fit(
         output: a folder for `model.safetensors`, `history.json`, `config.json` and the state that `resume` reads; in
             the inductive setting also for `halfway.safetensors`, from which transductive training goes on.
         validation: looked at every `config.validate_every` iterations.
-        augment: by default `training_augmentation`.
         resume: go on from the state in `output`, if there is one; with the same bits on a GPU only in PyTorch's
             deterministic mode: torch.use_deterministic_algorithms(True), CUBLAS_WORKSPACE_CONFIG=:4096:8 set.
         about: JSON values to keep in `config.json` and in the checkpoints, such as the preset's name."""
@@ -68,7 +66,7 @@ def fit(
         raise ValueError("resume and tensorboard need an output folder; give output=")
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
-    run = Trainer(model, dataset, split, config, output, augment, resume, about)
+    run = Trainer(model, dataset, split, config, output, resume, about)
     last = config.iterations
     noting = nullcontext([]) if run.folder is None else state.noted_signals()
     with ended_helpers("use workers=0 (command line: --train.workers 0)"), noting as noted:
@@ -100,8 +98,7 @@ class Trainer:
 
     def __init__(
         self, model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig,
-        output: str | Path | None = None, augment: Augmentation | None = None, resume: bool = False,
-        about: Mapping[str, Any] | None = None,
+        output: str | Path | None = None, resume: bool = False, about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if config.setting != "supervised" and not split.unseen:
             how = "use setting='supervised', or name some with with_unseen"
@@ -137,7 +134,7 @@ class Trainer:
             self.load(self.folder / state.STATE)
         self.write("config.json", {**self.settings, "about": about})
 
-        stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
+        stream = TrainingStream(dataset, training_augmentation(model, config), table, config.seed)
         share = config.batch_size, config.accumulation, self.rank, self.accelerator.num_processes
         positions, cuda = Positions(range(self.done, config.iterations), *share), self.accelerator.device.type == "cuda"
         self.batches = read_batches(stream, positions, collate, config.workers, pin_memory=cuda)
@@ -164,8 +161,7 @@ class Trainer:
         self.done, self.history = kept["iteration"], json.loads(kept["history"])
 
     def save(self, done: int) -> None:
-        """Writes the state from which `resume` goes on; not if a weight is no number (FloatingPointError): the last
-        state stays a good one."""
+        """Writes the state that `resume` goes on from; FloatingPointError, and the last stays, if a weight is none."""
         self.done, weights, scaler = done, self.model.trained_state(), self.accelerator.scaler
         if self.folder is None or not self.main:
             return

@@ -131,8 +131,7 @@ class Axis(NamedTuple):
     A row of `up` has at most two entries that are not zero, side by side. So the square of an upsampled map is itself a
     linear function of few numbers: the products of neighbours in the small map. `blurred` (S, h) and `blurred_squares`
     (S, 2h-1) are both after the window (S, S), so that window means need no map of full size. Of tiles, all have one
-    dimension more in front; `up` and the columns of `window` reach RADIUS further, and are zero outside of the picture.
-    """
+    dimension more in front; `up` and the columns of `window` reach RADIUS further, zero outside of the picture."""
 
     up: Tensor
     blurred: Tensor

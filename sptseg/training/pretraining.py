@@ -172,8 +172,7 @@ def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: 
 
 
 def phrase_loss(patches: Tensor, phrases: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """Each phrase picks the pictures whose captions hold it, by its soft-best patch. patches (B, N, E), phrases (P, E),
-    owner (P, B) bool."""
+    """Each phrase (P, E) picks pictures whose captions hold it, `owner` (P, B), by its soft-best patch (B, N, E)."""
     similarity = scale * torch.einsum("bne,pe->pbn", patches, phrases)
     scores = (similarity.softmax(dim=-1) * similarity).sum(dim=-1)  # (P, B)
     return -(scores.masked_fill(~owner, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)).mean()
@@ -230,8 +229,7 @@ def retrieval(clip: Clip, *, seed: int = 0, groups: int = 10, pictures: int = 10
 def pretrain(config: PretrainConfig, output: str | Path) -> Clip:
     """Pre-trains a tiny CLIP and writes it to `output` (safetensors, float16), its losses beside it (.jsonl).
 
-    Every 500 steps the state goes there too (.state); a run of the same settings that finds one goes on from it, with
-    pictures in another order."""
+    Every 500 steps the state goes there too (.state): a run of the same settings goes on from it, in another order."""
     output = output_place(output)
     state_file = output.with_suffix(".state")
     torch.set_num_threads(config.threads)

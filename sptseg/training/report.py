@@ -152,8 +152,7 @@ def write_report(study: Study) -> str:
         text += table(*lines) + "\n"
         lines = [["question", "difference", "pictures", "seeds", "mIoU(S)", "mIoU(U)", "hIoU", "gap"]]
         for pair in pairs:
-            ends = ([100 * x for x in pair[name]] for name in ("miou_seen", "miou_unseen", "hiou", "gap"))
-            cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*each) for each in ends]
+            cells = [metrics.Change(*pair[name]) for name in ("miou_seen", "miou_unseen", "hiou", "gap")]
             what = f"{pair['row']} less {pair['other']}"
             lines.append([pair["question"], what, pair["pictures"], len(pair["seeds"]), *cells])
         if pairs:

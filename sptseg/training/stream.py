@@ -83,9 +83,6 @@ class Positions:
         self.iterations, self.batch_size, self.accumulation = iterations, batch_size, accumulation
         self.rank, self.processes, self.micro = rank, processes, batch_size // parts
 
-    def __len__(self) -> int:
-        return len(self.iterations) * self.accumulation
-
     def __iter__(self) -> Iterator[list[int]]:
         for iteration in self.iterations:
             for part in range(self.accumulation):

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from sptseg.checkpoints import import_research, import_research_checkpoint
-from sptseg.checkpoints.checkpoint import checksum, config_from_dict, load_model, read_header, save_model
-from sptseg.model import SPT_RELEASED, Clip, ModelConfig, SptSeg, build_model, fingerprint
+from sptseg.checkpoints import import_report, import_research_checkpoint
+from sptseg.checkpoints.checkpoint import checksum, completed, load_model, read_header, save_model
+from sptseg.model import Clip, ModelConfig, SptSeg, build_model, fingerprint
 
 CONFIG = ModelConfig(clip="small", image_size=(32, 32), prompt_tokens=3, templates=("a photo of a {}", "a {}"))
 
@@ -65,11 +65,12 @@ def test_save_and_load_give_the_same_bits(changes: dict, clip: Clip, tmp_path: P
     assert torch.equal(logits(loaded), logits(model))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained <= load_file(path).keys() == model.trained_state().keys(), "and nothing else is in the file"
-    assert config_from_dict({"prompt_tokens": 3}) == replace(SPT_RELEASED, prompt_tokens=3), "as an older file has it"
+    older = {"prompt_tokens": 3, "decoder": "spectral", "bicubic": False}
+    assert completed({"prompt_tokens": 3}).items() >= older.items(), "as an older file has it"
 
 
 def test_imported_models_bring_their_clip_along(tmp_path: Path) -> None:
-    model = load_reference("spt").imported.model
+    model = load_reference("spt").imported
     halved = load_model(save_model(model, tmp_path / "half.safetensors", half=True)).trained_state()
     assert all(torch.equal(value, model.trained_state()[name].half().float()) for name, value in halved.items())
     loaded = load_model(save_model(model, tmp_path / "imported.safetensors"))
@@ -202,7 +203,7 @@ def test_the_sizes_of_an_imported_clip_are_held_to_its_tensors(part: str, change
         sizes = header["architecture"]
         sizes[part] = {**sizes[part], **change} if isinstance(change, dict) else change
 
-    path = rewritten(save_model(load_reference("zegclip").imported.model, tmp_path), hostile)
+    path = rewritten(save_model(load_reference("zegclip").imported, tmp_path), hostile)
     with pytest.raises(ValueError, match=rf"{path} cannot be loaded: .+"):
         load_model(path)
 
@@ -224,18 +225,18 @@ def test_a_pth_file_with_a_text_encoder(tmp_path: Path) -> None:
     state["decode_head.conv_seg.bias"] = torch.zeros(2)
     meta = {"epoch": 3, "iter": 20000, "CLASSES": ("cow", "sky"), "PALETTE": [[1, 2, 3]], "hook_msgs": {}}
     torch.save({"state_dict": state, "meta": meta, "optimizer": {"state": {}}}, tmp_path / "zegclip.pth")
-    imported = import_research(tmp_path / "zegclip.pth", **sizes(reference))
-    assert torch.equal(logits(imported.model, 128), logits(reference.imported.model, 128))
+    imported = import_research_checkpoint(tmp_path / "zegclip.pth", **sizes(reference))
+    assert torch.equal(logits(imported, 128), logits(reference.imported, 128))
     names = ["cow", "playing field"]
     tokens = open_clip.SimpleTokenizer(context_length=16)([f"a photo of a {name}" for name in names])
     expected = F.normalize(tower.encode_text(tokens), dim=-1)
-    assert_close(imported.model.class_embeddings(names), expected.detach())
-    assert set(imported.left_out) == {*reference.imported.left_out, "decode_head.conv_seg.bias"}
-    report = imported.report()
+    assert_close(imported.class_embeddings(names), expected.detach())
+    assert set(imported.about["left_out"]) == {*reference.imported.about["left_out"], "decode_head.conv_seg.bias"}
+    report = import_report(imported)
     assert report.startswith("ZegCLIP checkpoint, 3 prompt tokens, with a text encoder; left out")
-    assert all(f"  {name}" in report.splitlines() for name in imported.left_out)
-    path = save_model(imported.model, tmp_path / "ours.safetensors")
-    assert torch.equal(load_model(path).class_embeddings(names), imported.model.class_embeddings(names))
+    assert all(f"  {name}" in report.splitlines() for name in imported.about["left_out"])
+    path = save_model(imported, tmp_path / "ours.safetensors")
+    assert torch.equal(load_model(path).class_embeddings(names), imported.class_embeddings(names))
 
 
 @pytest.mark.parametrize("form", ["wrapped.pth", "flat.bin", "flat.SAFETENSORS", "a mapping"])
@@ -248,8 +249,8 @@ def test_forms_prefixes_and_half_precision(
     (save_file if form.endswith("SAFETENSORS") else torch.save)(source, tmp_path / form)
     with caplog.at_level("INFO", logger="sptseg"):
         model = import_research_checkpoint(source if form == "a mapping" else str(tmp_path / form), **sizes(reference))
-    assert torch.equal(logits(model, 128), logits(reference.imported.model, 128))
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(reference.imported.report().split("\n")[0])
+    assert torch.equal(logits(model, 128), logits(reference.imported, 128))
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(import_report(reference.imported).split("\n")[0])
     half = import_research_checkpoint({name: value.half() for name, value in state.items()}, **sizes(reference))
     assert logits(half, 128).dtype == torch.float32
 

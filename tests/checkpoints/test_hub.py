@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def model() -> SptSeg:
     """A model whose CLIP travels in its file."""
-    return load_reference("spt").imported.model
+    return load_reference("spt").imported
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from toys import data_folder, same
 
 from sptseg import evaluate, load_model, scenes, segment
+from sptseg.checkpoints import import_report
 from sptseg.cli import Which, main
 from sptseg.cli import commands as cli
 from sptseg.datasets import Data, Scenes
@@ -259,10 +260,10 @@ def test_import_names_what_it_left_out(
     torch.save({"state_dict": reference.state}, source)
     sizes = [f"--{name}={reference.config[name]}" for name in ("image_size", "heads", "decoder_heads")]
     main(["import", str(source), "--output", str(target), *sizes])
-    assert reference.imported.report() in capsys.readouterr().out
+    assert import_report(reference.imported) in capsys.readouterr().out
     imported = load_model(target)
     assert imported.about["imported_from"] == "research.pth"
-    assert same(imported.trained_state(), reference.imported.model.trained_state())
+    assert same(imported.trained_state(), reference.imported.trained_state())
 
 
 def test_pretrain_scales_and_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ WRONG = {
     "ablate --configurations spt,unicorn": "there is no configuration unicorn; there are dense-clip, ",
     "ablate --train.setting supervised": "the setting supervised goes behind a configuration's name",
     "import gone.pth --output out": "there is no checkpoint file gone.pth",
-    "demo --scenes 0": "scenes is 0; wanted at least 1",
+    "demo --scenes 0": "length is 0, seed 1; wanted at least 1",
     "benchmark loss --quick --threads 0": "threads is 0",
 }
 
@@ -167,8 +167,8 @@ class Begun(BaseException):
     """Raised by what would be the first work."""
 
 
-WORKS = "cli.Which.load cli.which.load_model cli.commands.import_research cli.demo.load_model cli.benchmark.machine"
-WORKS += " datasets.Data.load training.pretraining.new_tiny_clip interactive.notebooks.run_all"
+WORKS = "cli.Which.load cli.which.load_model cli.commands.import_research_checkpoint cli.demo.load_model"
+WORKS += " cli.benchmark.machine datasets.Data.load training.pretraining.new_tiny_clip interactive.notebooks.run_all"
 
 
 @pytest.mark.parametrize(("place", "command"), [(place, each) for place in PLACES for each in PLACES[place].split("|")])

@@ -1,7 +1,5 @@
 """A GPU held to the CPU, and its speed: `make test-gpu`. SPTSEG_TEST_DEVICE=cpu runs the same, small, on the CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

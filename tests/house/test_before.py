@@ -1,7 +1,5 @@
 """What the version before wrote and promised still holds: names, options, checkpoints, runs, the embedded models."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

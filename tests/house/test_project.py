@@ -1,7 +1,5 @@
 """What installs the package says the same everywhere; rooms import downward only; links of the book lead somewhere."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

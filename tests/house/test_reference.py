@@ -1,7 +1,5 @@
 """Equality with the released code, stage by stage: its tensors on small random models are in `reference/`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -10,6 +8,7 @@ from conftest import Reference
 from torch import Tensor
 from torch.testing import assert_close
 
+from sptseg.checkpoints import import_report
 from sptseg.checkpoints.research import our_name
 from sptseg.model.spt_seg import upsample
 from sptseg.training.loop import pseudo_labels
@@ -26,20 +25,20 @@ def named_losses(reference: Reference, stage: str) -> dict[str, Tensor]:
 
 
 def test_import_leaves_out_exactly_what_is_never_read(reference: Reference) -> None:
-    left_out = reference.imported.left_out
+    left_out = reference.imported.about["left_out"]
     never = (*NEVER_READ, "multihead_attn") if reference.kind == "spt" else NEVER_READ
     last = f"decoder_1.layers.{reference.config['decoder_layers'] - 1}."  # its query update leads nowhere
     for name in left_out:
         assert any(part in name for part in never) or last in name
     assert all(name in left_out for name in reference.state if any(part in name for part in never))
-    assert all(name in reference.imported.report() for name in left_out)
+    assert all(name in import_report(reference.imported) for name in left_out)
     used = {name.removeprefix("grad/") for name in reference.tensors if name.startswith("grad/")}
     assert not used & set(left_out)
 
 
 @torch.no_grad()
 def test_tokens_after_every_block_embeddings_and_scores(reference: Reference) -> None:
-    model, images = reference.imported.model, reference["input/image"]
+    model, images = reference.imported, reference["input/image"]
     states = list(model.encoder.states(images[:1]))
     assert len(states) == reference.config["layers"]
     for i, tokens in enumerate(states):
@@ -56,7 +55,7 @@ def test_tokens_after_every_block_embeddings_and_scores(reference: Reference) ->
 def test_queries_and_logits_of_every_decoder_layer(reference: Reference) -> None:
     """On the reference's own patch embeddings, so that an encoder's error cannot hide here. The reference's queries are
     those after the layer; the last layer's do not exist in ours, since nothing reads them."""
-    decoder = reference.imported.model.decoder
+    decoder = reference.imported.decoder
     patches, image = reference["output/patch_embedding"], reference["output/cls_embedding"][:1]
     states = list(decoder.states(patches, image, reference["input/text"]))
     assert len(states) == reference.config["decoder_layers"]
@@ -70,7 +69,7 @@ def test_queries_and_logits_of_every_decoder_layer(reference: Reference) -> None
 
 
 def test_losses_and_gradients(reference: Reference) -> None:
-    model = reference.imported.model.requires_grad_(False)
+    model = reference.imported.requires_grad_(False)
     for name in model.trained_state():
         model.get_parameter(name).requires_grad_(True)
     image = reference["input/image"].clone().requires_grad_()
@@ -117,7 +116,7 @@ def test_self_training(reference: Reference) -> None:
     unseen = tuple(i for i in range(reference.config["num_classes"]) if i not in seen)
     labels = reference["selftrain/label"].long()
     given = labels.clone()
-    logits = reference.imported.model(reference["input/image"], reference["input/text"])
+    logits = reference.imported(reference["input/image"], reference["input/text"])
     filled = pseudo_labels(logits, labels, seen, unseen)
     assert torch.equal(labels, given), "labels were changed in place"
     assert torch.equal(filled, reference["selftrain/label_with_pseudo"].to(filled.dtype))

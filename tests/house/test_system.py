@@ -1,7 +1,5 @@
 """Files whole or not at all, wherever a write breaks off; places for results tried first; ended helpers are named."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

@@ -1,7 +1,5 @@
 """Windows and labels against plain twins, at any size; none of these, several words, masks for other tools."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

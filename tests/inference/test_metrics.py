@@ -1,7 +1,5 @@
 """Ratios of confusions made by hand, and counting that adds up."""
 
-from __future__ import annotations
-
 import json
 import math
 

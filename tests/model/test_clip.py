@@ -1,7 +1,5 @@
 """CLIP's words, embeddings and files: weights in every form that people have, and nothing in them is run."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """What is trained and what is not, any size, dense CLIP as a start, and which CLIP models are refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import plain

@@ -1,7 +1,5 @@
 """Tokens and grids, windows, Fourier filters against plain twins, frequency bands, positions."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

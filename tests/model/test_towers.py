@@ -1,7 +1,5 @@
 """Image towers and their read-outs say what open_clip's code, the published tensors and plain twins say."""
 
-from __future__ import annotations
-
 import ast
 from dataclasses import replace
 from functools import partial

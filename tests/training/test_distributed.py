@@ -1,7 +1,5 @@
 """Two processes (gloo) against one: the same metrics exactly, the same weights, stops agreed on; and one voice."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

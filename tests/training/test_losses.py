@@ -1,7 +1,5 @@
 """Loss terms by hand on pictures of four pixels, and against plain twins in value and gradient."""
 
-from __future__ import annotations
-
 import math
 
 import plain

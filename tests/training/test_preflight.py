@@ -1,7 +1,5 @@
 """What is found before the first iteration, which changes nothing; what a run reads, in which order."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -180,7 +178,7 @@ def test_processes_and_micro_batches_share_every_iteration(processes: int, accum
     """Each position once, and in each iteration exactly that iteration's."""
     ranks = [Positions(range(2, 5), 24, accumulation, rank, processes) for rank in range(processes)]
     read = [list(rank) for rank in ranks]
-    assert {len(batches) for batches in read} == {len(ranks[0])} == {3 * accumulation}
+    assert {len(batches) for batches in read} == {3 * accumulation}
     assert {len(batch) for batches in read for batch in batches} == {24 // processes // accumulation}
     for i in range(3):
         there = slice(i * accumulation, (i + 1) * accumulation)

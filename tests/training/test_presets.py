@@ -1,7 +1,5 @@
 """The literature's protocols figure by figure; from data sets in the real layouts to the table."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Losses equal to plain loops, the fast encoders to open_clip's, and two steps of the real thing."""
 
-from __future__ import annotations
-
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """A run goes on from its last state, whatever stopped it; it is known by what it holds, and what is faulty is named."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """A study from one file, end to end and small; its intervals and rules by hand; its spoilt and gray pictures."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -15,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from filelock import FileLock
 from torch import Tensor
 
 from sptseg.cli import main
 from sptseg.datasets import Corrupted, Pool, Scenes, Split, corrupt
 from sptseg.model import EMBEDDED_CLIPS
 from sptseg.scenes.textures import STUFF, gray_tiles
-from sptseg.system import claimed
 from sptseg.training import Plan, Study, interval, loop
 from sptseg.training.ablation import RESULT
 from sptseg.training.report import flat
@@ -160,11 +158,11 @@ def test_an_interval_over_seeds_and_pictures_by_hand() -> None:
     assert interval(mine, other, split)["miou_seen"] == pytest.approx([0.1, 0.0, 0.2])
 
 
-def test_shares_keep_to_their_locks_and_pools_their_pictures(tmp_path: Path) -> None:
-    with claimed(tmp_path / "lock") as mine, claimed(tmp_path / "lock") as other:
-        assert mine and not other
-    with claimed(tmp_path / "lock") as again:
-        assert again
+def test_shares_keep_to_their_locks_and_pools_their_pictures(plan: Path, tmp_path: Path) -> None:
+    study = Study(Plan.read(plan), tmp_path)
+    trial = study.plan.trials()[0]
+    with FileLock(tmp_path / trial.place / "lock"):
+        assert not study.tried(trial, pytest.fail)
     scenes = Scenes(3, 7, "training")
     for pool in (Pool(scenes, tmp_path / "a.npy"), Pool(scenes, tmp_path / "a.npy")):
         assert len(pool) == 3 and pool.names == scenes.names

@@ -4,6 +4,7 @@ Absolute times differ from machine to machine and from minute to minute; so all 
 process, and ratios are medians over the turns. Peak memory is that above what a case begins with."""
 
 import json
+import logging
 import multiprocessing
 import platform
 import re
@@ -134,7 +135,10 @@ def plain_twins() -> SimpleNamespace:
 def new_model(sizes: Sizes, device: torch.device) -> SptSeg:
     """SPT-SEG with random weights (the tiny CLIP has its own), always the same."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side))).to(device).eval()
+    logging.disable(logging.WARNING)  # open_clip's: weights are random, as they are meant to be
+    model = build_model(ModelConfig(clip=sizes.clip, image_size=(sizes.side, sizes.side)))
+    logging.disable(logging.NOTSET)
+    return model.to(device).eval()
 
 
 def new_text(model: SptSeg, classes: int, device: torch.device) -> Tensor:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from sptseg.model.clip import TEMPLATES, TINY
 from sptseg.model.readouts import ReadOut
 
@@ -16,17 +14,28 @@ LossKind = Literal["spt", "zegclip"]
 PROTOCOL_STRIDE = 426 / 512  # of the window
 
 
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type: a plain one, Literal, tuple, or a union of these."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in parts
+    if kind is tuple:
+        parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
+    if parts:
+        return any(fits(value, part) for part in parts)
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+
+
 def check_values(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Refuses a dataclass with a value of another type than its field's, or a number that is not finite or in range."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        try:
-            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        except TypeCheckError as error:
+        if not fits(value, hint):
             parts = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
             choices = ", ".join(choice for part in parts for choice in get_args(part))
             wanted = f"one of {choices}" if choices else inspect.formatannotation(hint)
-            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {wanted}") from error
+            raise ValueError(f"{name} is {repr(value)[:100]}; wanted {wanted}")
         low, high = ranges.get(name, (-math.inf, math.inf))
         values = value if isinstance(value, tuple) else (value,)
         if not all(low <= x <= high and abs(x) < math.inf for x in values if type(x) in (int, float)):

@@ -62,6 +62,9 @@ def demo(output: Path | str = Path("demo"), seed: int = 1, scenes: int = 40, ite
         seed: of the scenes and of the training.
         scenes: how many scenes are scored; the first six are shown.
         iterations: training steps of 16 pictures."""
+    for name, value in {"scenes": scenes, "iterations": iterations}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; wanted at least 1")
     folder, started, data = output_place(output, folder=True), time.perf_counter(), Scenes(scenes, seed)
     models, shown = {title: load_model(name) for name, title in MODELS.items()}, min(GALLERY, scenes)
 

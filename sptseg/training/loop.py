@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sptseg.checkpoints import save_model
-from sptseg.datasets import Sample, Split, read_batches
+from sptseg.datasets import Augmentation, Sample, Split, read_batches
 from sptseg.inference import evaluate, new_accelerator
 from sptseg.model import SptSeg, fingerprint, upsample
 from sptseg.system import ended_helpers, output_place, write
@@ -44,6 +44,7 @@ def fit(
     *,
     output: str | Path | None = None,
     validation: Dataset[Sample] | None = None,
+    augment: Augmentation | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> FitResult:
@@ -58,6 +59,7 @@ def fit(
         output: a folder for `model.safetensors`, `history.json`, `config.json` and the state that `resume` reads; in
             the inductive setting also for `halfway.safetensors`, from which transductive training goes on.
         validation: looked at every `config.validate_every` iterations.
+        augment: by default `training_augmentation`.
         resume: go on from the state in `output`, if there is one; with the same bits on a GPU only in PyTorch's
             deterministic mode: torch.use_deterministic_algorithms(True), CUBLAS_WORKSPACE_CONFIG=:4096:8 set.
         about: JSON values to keep in `config.json` and in the checkpoints, such as the preset's name."""
@@ -66,7 +68,7 @@ def fit(
         raise ValueError("resume and tensorboard need an output folder; give output=")
     if config.validate_every and validation is None:
         raise ValueError("validate_every is set but there is no validation data; give validation=, or set it to 0")
-    run = Trainer(model, dataset, split, config, output, resume, about)
+    run = Trainer(model, dataset, split, config, output, augment, resume, about)
     last = config.iterations
     noting = nullcontext([]) if run.folder is None else state.noted_signals()
     with ended_helpers("use workers=0 (command line: --train.workers 0)"), noting as noted:
@@ -98,7 +100,8 @@ class Trainer:
 
     def __init__(
         self, model: SptSeg, dataset: Dataset[Sample], split: Split, config: TrainConfig,
-        output: str | Path | None = None, resume: bool = False, about: Mapping[str, Any] | None = None,
+        output: str | Path | None = None, augment: Augmentation | None = None, resume: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if config.setting != "supervised" and not split.unseen:
             how = "use setting='supervised', or name some with with_unseen"
@@ -134,7 +137,7 @@ class Trainer:
             self.load(self.folder / state.STATE)
         self.write("config.json", {**self.settings, "about": about})
 
-        stream = TrainingStream(dataset, training_augmentation(model, config), table, config.seed)
+        stream = TrainingStream(dataset, augment or training_augmentation(model, config), table, config.seed)
         share = config.batch_size, config.accumulation, self.rank, self.accelerator.num_processes
         positions, cuda = Positions(range(self.done, config.iterations), *share), self.accelerator.device.type == "cuda"
         self.batches = read_batches(stream, positions, collate, config.workers, pin_memory=cuda)

@@ -71,7 +71,7 @@ WRONG = {
     "ablate --configurations spt,unicorn": "there is no configuration unicorn; there are dense-clip, ",
     "ablate --train.setting supervised": "the setting supervised goes behind a configuration's name",
     "import gone.pth --output out": "there is no checkpoint file gone.pth",
-    "demo --scenes 0": "length is 0, seed 1; wanted at least 1",
+    "demo --scenes 0": "scenes is 0; wanted at least 1",
     "benchmark loss --quick --threads 0": "threads is 0",
 }
 

@@ -19,13 +19,15 @@ from torch.testing import assert_close
 from toys import SPLIT, ActsAt, Toys, same, toy_config, toy_model
 
 from sptseg.checkpoints.checkpoint import load_model, read_header
-from sptseg.datasets import IGNORE
+from sptseg.datasets import IGNORE, Augmentation
 from sptseg.inference import evaluate, scores, segment
 from sptseg.model import SptSeg
 from sptseg.training import TrainConfig, fit, learning_rate, parameter_groups, pseudo_labels, segmentation_loss
 from sptseg.training.config import training_augmentation
 from sptseg.training.state import read_tensors, write_tensors
 from sptseg.training.stream import TrainingStream, label_table
+
+PLAIN = Augmentation(crop=32, resize_base=(128, 32), scale=(1, 1), largest_share=1, distortion=0)
 
 
 def test_the_learning_rate_by_hand() -> None:
@@ -163,8 +165,8 @@ def test_validation_rows(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> SptSeg:
-    config = toy_config(iterations=30, setting="supervised", learning_rate=3e-3, scale=(1.0, 1.0), distortion=0.0)
-    result = fit(toy_model(start="dense_clip", selection=False), Toys(), SPLIT, config)
+    config = toy_config(iterations=30, setting="supervised", learning_rate=3e-3)
+    result = fit(toy_model(start="dense_clip", selection=False), Toys(), SPLIT, config, augment=PLAIN)
     totals = [row["total"] for row in result.history]
     assert np.mean(totals[-5:]) < 0.8 * np.mean(totals[:5]) and not result.model.training
     assert same(result.model.clip.model.state_dict(), small_clip().model.state_dict()), "no bit of CLIP changes"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,13 +24,6 @@ HUES = (BLUE, VERMILION, GREEN, ORANGE, INK)
 def look(i: int) -> dict[str, Any]:
     """How the i-th of several curves is drawn; their dashes and markers differ as well."""
     return {"ls": DASHES[i % 5], "color": HUES[i % 5], "marker": MARKERS[i % 5], "lw": 1.6}
-
-
-def describe(ax: Axes, title: str, grid: Literal["both", "x", "y"] = "both", **settings: Any) -> None:
-    """Title, grid, and what `ax.set` takes, such as `xlabel`."""
-    plots.tidy(ax, title)
-    ax.grid(axis=grid, color=plots.FAINT, linewidth=0.7)
-    ax.set(**settings)
 
 
 def band_name(band: Band) -> str:
@@ -60,7 +53,7 @@ def power_spectra(
             heights = [np.interp(middle, np.log(line.get_xdata()), np.log(line.get_ydata())) for line in ax.lines]
             y = np.exp(np.mean(heights) + law * (np.log(x) - middle))
             ax.loglog(x, y, color="#999999", lw=1, label=f"frequency$^{{{law:g}}}$")
-        describe(ax, name, xlabel=f"frequency (cycles per {unit})")
+        plots.tidy(ax, name, xlabel=f"frequency (cycles per {unit})")
         ax.set_xscale("log", base=2)
         ax.xaxis.get_major_locator().set_params(numticks=7)
         ax.xaxis.set_major_formatter(lambda frequency, _: f"1/{1 / frequency:.0f}")
@@ -80,7 +73,7 @@ def changes_by_group(rows: Sequence[str], groups: Mapping[str, Sequence[Change]]
         ends = np.maximum([y[0] - y[1], y[2] - y[0]], 0)
         filling = "white" if i else HUES[i]
         ax.errorbar(x, y[0], ends, color=HUES[i], fmt=MARKERS[i], capsize=3, ms=6, mfc=filling, label=name)
-    describe(ax, "markers: these pictures; bars: 95 % interval over pictures", "y", ylabel=ylabel)
+    plots.tidy(ax, "markers: these pictures; bars: 95 % interval over pictures", "y", ylabel=ylabel)
     ax.axhline(0, color=INK, lw=1)
     ax.set_xticks(range(len(rows)), rows)
     ax.legend(frameon=False, fontsize=9)
@@ -119,13 +112,13 @@ def filter_curves(filters: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """`filter_radial` of filters: the mean as a line, from the 10th to the 90th percentile as an area."""
     figure = plots.Plot(9.0, 3.5, title)
     left, right = figure.subplots(1, 2)
-    for ax, column in ((left, "gain"), (right, "phase")):
+    panels = ((left, "gain", "Gain", "factor", None), (right, "phase", "Phase, without sign", "degrees", 180))
+    for ax, column, what, unit, highest in panels:
         for i, (name, each) in enumerate(filters.items()):
             ax.fill_between(each.index, each[f"{column}_low"], each[f"{column}_high"], color=HUES[i], alpha=0.16, lw=0)
             ax.plot(each.index, each[column], ms=4.5, label=name, **look(i))
-    across: Any = {"xlabel": "frequency (cycles per token)"}
-    describe(left, "Gain: mean, and 10th to 90th percentile", ylabel="factor", ylim=(0, None), **across)
-    describe(right, "Phase, without sign: mean, and 10th to 90th percentile", ylabel="degrees", ylim=(0, 180), **across)
+        told = f"{what}: mean, and 10th to 90th percentile"
+        plots.tidy(ax, told, xlabel="frequency (cycles per token)", ylabel=unit, ylim=(0, highest))
     right.set_yticks([0, 45, 90, 135, 180])
     left.legend(frameon=False, fontsize=9)
     return figure
@@ -154,7 +147,7 @@ def bars(ax: Axes, values: Mapping[str, float] | pd.Series, xlabel: str, title: 
     ax.barh(range(len(names)), numbers, height=0.66, color=BLUE)
     for y, value in enumerate(numbers):
         ax.annotate(form.format(value), (max(value, 0), y), (4, 0), textcoords="offset points", va="center", size=8.5)
-    describe(ax, title, "x", xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
+    plots.tidy(ax, title, "x", xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
     ax.set_yticks(range(len(names)), names)
     ax.margins(x=0.16)
 
@@ -166,7 +159,7 @@ def intervals(ax: Axes, rows: Mapping[str, tuple[float, float, float]], xlabel: 
         ax.plot(value, y, "o", color=INK, ms=5)
         behind: Any = {"fc": "white", "ec": "none", "pad": 0.8}  # a line at 0 stops before the figure
         ax.annotate(f"{value:z.1f}", (value, y), (0, 7), textcoords="offset points", ha="center", size=8.5, bbox=behind)
-    describe(ax, title, "x", xlabel=xlabel, ylim=(len(rows) - 0.5, -0.7))
+    plots.tidy(ax, title, "x", xlabel=xlabel, ylim=(len(rows) - 0.5, -0.7))
     ax.set_yticks(range(len(rows)), list(rows))
 
 
@@ -187,7 +180,7 @@ def lines(ax: Axes, x: Sequence | pd.Index, series: Mapping[str, Any], xlabel: s
     places = range(len(x)) if named else x
     for i, (name, values) in enumerate(series.items()):
         ax.plot(places, 100 * np.asarray(values), ms=5, label=name, **look(i))
-    describe(ax, title, xlabel=xlabel, ylabel=ylabel)
+    plots.tidy(ax, title, xlabel=xlabel, ylabel=ylabel)
     if named:
         ax.set_xticks(places, x)
     if len(series) > 1:
@@ -210,7 +203,7 @@ def class_scatter(ax: Axes, classes: pd.DataFrame, share: str, xlabel: str, titl
     ax.set_xticks([t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high])
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
-    describe(ax, title, xlabel=xlabel, ylabel="IoU (%)")
+    plots.tidy(ax, title, xlabel=xlabel, ylabel="IoU (%)")
     ax.legend(frameon=False, fontsize=8.5)
 
 
@@ -257,7 +250,7 @@ def class_iou_bars(
         for other, dot in zip(others.values(), dots, strict=True):
             ax.plot([100 * other[name] for name in group], y, clip_on=False, **dot)
         mean = f"mean {np.nanmean(values):.1f} %" if np.isfinite(values).any() else "none"
-        describe(ax, f"{kind} classes, {mean}", "x", xlabel="IoU (%)", xlim=(0, 100), ylim=(len(group) - 0.4, -0.6))
+        plots.tidy(ax, f"{kind} classes, {mean}", "x", xlabel="IoU (%)", xlim=(0, 100), ylim=(len(group) - 0.4, -0.6))
         ax.set_yticks(y, group)
         keys.append(Patch(label=f"{model}: {kind} classes", **style))
     keys += [Line2D([], [], label=name, **dot) for name, dot in zip(others, dots, strict=True)]
@@ -284,19 +277,17 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
     points of a curve as their block means."""
     table = pd.DataFrame(history, columns=["iteration", *(key for curves in CURVES.values() for key in curves)])
     table = table.astype(float).dropna(axis=1, how="all")
-    panels = {title: [key for key in curves if key in table] for title, curves in CURVES.items()}
-    panels = {title: keys for title, keys in panels.items() if keys}
+    panels = {title: keys for title, curves in CURVES.items() if (keys := [key for key in curves if key in table])}
     figure = plots.Plot(0.6 + 3.4 * len(panels), 2.9)
     for ax, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         percent = "%" in title
         for key in keys:
             name, colour, line = CURVES[title][key]
-            points = table[["iteration", key]].dropna().to_numpy()
-            block = math.ceil(len(points) / 400)
-            x, y = np.array([points[i : i + block].mean(axis=0) for i in range(0, len(points), block)]).T
-            width = 1.8 if line == "-" else 1.3
-            ax.plot(x, y * (100 if percent else 1), line, color=colour, lw=width, ms=4, label=name)
-        describe(ax, title, xlabel="iteration", ylim=(0, 100 if percent else None))
+            points: Any = table[["iteration", key]].dropna()
+            points = points.groupby(np.arange(len(points)) // math.ceil(len(points) / 400)).mean()
+            style = {"color": colour, "lw": 1.8 if line == "-" else 1.3, "ms": 4, "label": name}
+            ax.plot(points.iteration, points[key] * (100 if percent else 1), line, **style)
+        plots.tidy(ax, title, xlabel="iteration", ylim=(0, 100 if percent else None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         if title == "Learning rate":
             ax.yaxis.set_major_formatter("{x:.3g}")
@@ -327,7 +318,7 @@ def seed_dots(
             ax.plot([np.mean(values)] * 2, [y - 0.36, y + 0.36], color=VERMILION, lw=2.4, zorder=1)
             for marker, value in zip(MARKERS[: len(values)], values, strict=True):
                 ax.plot(value, y, marker=marker, alpha=0.85, clip_on=False, **plots.DOT)
-        describe(ax, panel, xlabel=xlabel, ylim=(tallest - 0.4, -0.6))
+        plots.tidy(ax, panel, xlabel=xlabel, ylim=(tallest - 0.4, -0.6))
         ax.set_yticks(range(len(rows)), list(rows) if ax is axes[0] or not shared else [])
         if zero:
             ax.axvline(0, color=INK, lw=1)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from sptseg.datasets import folders, splits
 from sptseg.datasets.folders import ImageMaskFiles, ImageMaskFolder, Sample, Scenes, by_suffix, lines, paired, require
 from sptseg.datasets.images import StrPath, open_ade20k_mask, open_mask
-from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Split, ignored_label, names, plain
+from sptseg.datasets.splits import BY_NAME, FACTS, IGNORE, WIDE_IGNORE, Published, Split, ignored_label, names, plain
 from sptseg.system import is_main_process
 
 # Mask values of the classes in the order of `splits`. COCO-Stuff's PNGs hold id - 1 of the ids 1 to 182; no mask
@@ -193,10 +193,7 @@ def names_in(path: Path) -> list[str]:
     return [Path(line.split()[0]).stem for line in lines(path)]
 
 
-Layout = Literal[
-    "folder", "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes",
-    "camvid",
-]  # fmt: skip
+Layout = Literal["folder", Published]
 DATA_SETS: dict[str, Callable[..., ImageMaskFiles]] = {  # of a root and a subset
     "folder": lambda root, *_: ImageMaskFolder(root), "camvid": lambda root, *_: camvid(root),
     "voc2012": voc2012, "coco-stuff": coco_stuff, "context-otseg": context,

@@ -8,7 +8,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import font_manager, rcParams
@@ -235,9 +235,10 @@ def score_map(ax: Axes, scores: Array, title: str, highest: float = 1.0) -> None
     bar.set_ticks([0, highest / 2, highest])
 
 
-def tidy(ax: Axes, title: str) -> None:
-    """Title on the left, no frame above and on the right, small ticks, marks above the grid."""
+def tidy(ax: Axes, title: str, grid: Literal["both", "x", "y"] = "both", **settings: Any) -> None:
+    """Title on the left, no frame above and on the right, small ticks, a grid below; and what `ax.set` takes."""
     ax.set_title(title, fontsize=10, color=INK, loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8.5)
-    ax.set_axisbelow(True)
+    ax.grid(axis=grid, color=FAINT, linewidth=0.7)
+    ax.set(axisbelow=True, **settings)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from sptseg.scenes import CLASSES, UNSEEN
 
@@ -153,7 +153,8 @@ ade20k_847 = partial(published, "ade20k-847")
 cityscapes = partial(published, "cityscapes")  # the 19 classes of its benchmark, in its colours
 camvid = partial(published, "camvid")  # in the SegNet tutorial's form: 11 classes, 3 unseen (our choice)
 
-PUBLISHED = (
+Published = Literal[
     "voc2012", "coco-stuff", "context-otseg", "context-cascade", "ade20k", "ade20k-847", "cityscapes", "camvid",
-)  # fmt: skip
-BY_NAME: dict[str, Callable[[], Split]] = {"scenes": scenes} | {name: partial(published, name) for name in PUBLISHED}
+]  # fmt: skip
+BY_NAME: dict[str, Callable[[], Split]] = {name: partial(published, name) for name in get_args(Published)}
+BY_NAME["scenes"] = scenes

@@ -175,9 +175,8 @@ class MaskExplorer(parts.Explorer):
         chart.set_yticks(range(len(rows)), [name for name, *_ in rows])
         measure = "share of the picture (%)" if self.label is None else "IoU (%)"
         below = f"{measure}\n{parts.unseen_note(self.names)}"
-        chart.set(xlim=(-4, 104), ylim=(len(rows) - 0.4, -0.6), xlabel=below, anchor="C")
-        chart.grid(axis="x", color=plots.FAINT, linewidth=0.7)
-        plots.tidy(chart, "○ before  ■ after")
+        limits: Any = {"xlim": (-4, 104), "ylim": (len(rows) - 0.4, -0.6)}
+        plots.tidy(chart, "○ before  ■ after", "x", xlabel=below, anchor="C", **limits)
         return figure
 
 

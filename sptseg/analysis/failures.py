@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_cdt, maximum_filter, minimum_filter
 from torch.utils.data import Dataset
 
 from sptseg.datasets import IGNORE, Sample, Split
-from sptseg.inference import SUMMARY, Scores, WindowLogits, evaluation, metrics
+from sptseg.inference import SUMMARY, Scores, evaluation, metrics
 from sptseg.model import SptSeg
 
 Array = np.ndarray
@@ -90,19 +90,13 @@ def collect(
     for sample, logits in evaluation.predictions(model, dataset, split, seen_offset=0.0, indices=looked_at):
         label = torch.as_tensor(sample["label"])
         metrics.check_labels(label[label != IGNORE], split, f"the label of picture {sample['name']}")
-        label = label.numpy().astype(np.uint8)
+        size, truth = (label.shape[0], label.shape[1]), label.numpy().astype(np.uint8)
         image = np.ascontiguousarray(torch.as_tensor(sample["image"]).permute(1, 2, 0).numpy())
-        seen, unseen = (best_of(logits, labels, label.shape) for labels in (split.seen, split.unseen))
-        pictures.append(Picture(sample["name"], image, label, label, seen[1], unseen[1], seen[0], unseen[0]))
+        best = [logits.best(size, classes=labels) for labels in (split.seen, split.unseen)]
+        scores, classes = ([each.cpu().numpy() for each in kind] for kind in zip(*best, strict=True))
+        labels = [each.astype(np.uint8) for each in classes]
+        pictures.append(Picture(sample["name"], image, truth, truth, *labels, *scores))
     return Predictions(tuple(pictures), split, offset).at(offset)
-
-
-def best_of(logits: WindowLogits, labels: Sequence[int], size: tuple[int, ...]) -> tuple[Array, Array]:
-    """Highest score among some classes and which class has it: (H, W) float32 and uint8; -inf without classes."""
-    if not labels:
-        return np.full(size, -np.inf, np.float32), np.zeros(size, np.uint8)
-    score, label = logits.best((size[0], size[1]), classes=labels)
-    return score.cpu().numpy(), label.cpu().numpy().astype(np.uint8)
 
 
 def errors_by_direction(confusion: Array, split: Split) -> dict[str, int]:

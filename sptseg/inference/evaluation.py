@@ -4,8 +4,8 @@ import ctypes
 import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from itertools import islice
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -39,15 +39,10 @@ def new_accelerator(precision: Precision, **options: Any) -> Accelerator:
     return accelerator
 
 
-class Prepared(Dataset[tuple[Sample, Tensor]]):
-    """Pictures as they are and as a model sees them."""
-
-    def __init__(self, dataset: Dataset[Sample], prepare: v2.Transform) -> None:
-        self.dataset, self.prepare = dataset, prepare
-
-    def __getitem__(self, index: int) -> tuple[Sample, Tensor]:
-        sample = self.dataset[index]
-        return sample, self.prepare(tv_tensors.Image(sample["image"]))
+def prepared(samples: list[Sample], prepare: v2.Transform) -> tuple[Sample, Tensor]:
+    """A single picture as it is and as a model sees it."""
+    (sample,) = samples
+    return sample, prepare(tv_tensors.Image(sample["image"]))
 
 
 def first_indices(dataset: Dataset[Sample], limit: int | None) -> range:
@@ -76,10 +71,10 @@ def predictions(
     text = model.class_embeddings(words)
     lowered = model.config.seen_offset if seen_offset is None else seen_offset
     offset = torch.tensor([lowered if owner in split.seen else 0.0 for owner in owners])
-    prepared = Prepared(dataset, test_transform(augmentation(model.config)))
+    prepare = partial(prepared, prepare=test_transform(augmentation(model.config)))
     indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
     one_by_one, pin = [[i] for i in indices], model.device.type == "cuda"
-    pictures = read_batches(prepared, one_by_one, itemgetter(0), workers, pin, ahead=2 * batch_size)
+    pictures = read_batches(dataset, one_by_one, prepare, workers, pin, ahead=2 * batch_size)
     while batch := list(islice(pictures, batch_size)):
         found: dict[int, WindowLogits] = {}
         for size in {image.shape for _, image in batch}:

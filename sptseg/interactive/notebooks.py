@@ -148,10 +148,8 @@ def save(executed: Path, target: Path, seconds: float) -> None:
         image = Image.open(io.BytesIO(figure)).convert("RGB")
         image.thumbnail((480, 300), Image.Resampling.LANCZOS)
         small = image.quantize(256, Image.Quantize.FASTOCTREE)
-        write(
-            target.parent / "pictures" / f"{target.stem}.png",
-            bytes_of(partial(small.save, format="png", optimize=True)),
-        )
+        png = bytes_of(partial(small.save, format="png", optimize=True))
+        write(target.parent / "pictures" / f"{target.stem}.png", png)
 
 
 def execute(path: Path, folder: Path, values: Mapping[str, Any], timeout: int) -> Outcome:

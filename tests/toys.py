@@ -82,20 +82,16 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-class Bands(Dataset[Sample]):
-    """Noise pictures (40, 48) whose masks are upright bands of label values."""
+class Bands(Toys):
+    """Pictures (40, 48) of a park whose masks are upright bands of label values."""
 
-    def __init__(self, bands: tuple[int, ...] = (0, 1, 2, 3), length: int = 5, split: Split = PARK) -> None:
-        self.bands, self.length, self.split = bands, length, split
-
-    def __len__(self) -> int:
-        return self.length
+    def __init__(self, bands: tuple[int, ...] = (0, 1, 2, 3), length: int = 5) -> None:
+        super().__init__(length, ((40, 48),))
+        self.bands, self.split = bands, PARK
 
     def __getitem__(self, index: int) -> Sample:
-        pixels = np.random.default_rng(index).integers(0, 256, (3, 40, 48), dtype=np.uint8)
         label = torch.tensor(self.bands).repeat_interleave(48 // len(self.bands)).expand(40, 48)
-        image = tv_tensors.Image(torch.from_numpy(pixels))
-        return {"image": image, "label": tv_tensors.Mask(label), "name": f"noise-{index}"}
+        return {**super().__getitem__(index), "label": tv_tensors.Mask(label)}
 
 
 def toy_model(clip: Clip | None = None, **changes: Any) -> SptSeg:

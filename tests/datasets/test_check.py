@@ -123,7 +123,7 @@ def test_a_lonely_absent_class_0_is_suspicious_and_usual_masks_are_not(tmp_path:
 def test_samples_are_shown_with_masks_and_names_and_what_is_broken(tmp_path: Path) -> None:
     figure, again = (show_samples(Bands(), count=3, seed=1) for _ in range(2))
     titles = [ax.get_title() for ax in figure.axes]
-    assert sum(title.startswith("noise-") for title in titles) == 3 and titles == [ax.get_title() for ax in again.axes]
+    assert len({*titles} & {*"01234"}) == 3 and titles == [ax.get_title() for ax in again.axes]
     assert {"grass", "tree*"} <= {text.get_text() for ax in figure.axes for text in ax.texts}
     legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert legend == ["grass", "water", "tree*", "boat", "* unseen in training"]

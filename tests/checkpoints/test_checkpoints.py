@@ -240,9 +240,7 @@ def test_a_pth_file_with_a_text_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["wrapped.pth", "flat.bin", "flat.SAFETENSORS", "a mapping"])
-def test_forms_prefixes_and_half_precision(
-    form: str, reference: Reference, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_forms_of_research(form: str, reference: Reference, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What is left out is logged."""
     state: Any = {f"module.{name}": value for name, value in reference.state.items()}
     source: Any = {"state_dict": state} if form == "wrapped.pth" else state

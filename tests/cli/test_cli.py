@@ -253,9 +253,7 @@ def test_work_outlasts_those_who_read_what_is_printed(
     assert report.read_text() == (tmp_path / "first.json").read_text() > ""
 
 
-def test_import_names_what_it_left_out(
-    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_says_what_it_left_out(reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "research.pth", tmp_path / "model.safetensors"
     torch.save({"state_dict": reference.state}, source)
     sizes = [f"--{name}={reference.config[name]}" for name in ("image_size", "heads", "decoder_heads")]

@@ -45,9 +45,7 @@ def test_the_public_names_are_still_there() -> None:
 
 
 @pytest.mark.parametrize("command", INTERFACE["options"])
-def test_every_option_is_still_there(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_options_remain(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")  # one column of panels
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])

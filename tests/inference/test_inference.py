@@ -181,9 +181,6 @@ def test_what_does_not_go_is_refused_and_palettes_have_a_colour_for_each_class()
     assert segment(MODEL, pixels, CLASSES, palette=colours).palette == tuple(colours)
 
 
-# Background and words
-
-
 PICTURE = np.random.default_rng(3).integers(0, 256, (40, 70, 3), np.uint8)
 WORDS = ["grass", "water", "tree", "boat", "house"]
 

@@ -177,9 +177,7 @@ def test_notebooks_are_found_by_number_name_and_path(tmp_path: Path, monkeypatch
         notebooks.find(["01"])
 
 
-def test_figures_are_recorded_and_held_and_drift_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drift_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With its size; updating keeps tolerances. The notebook "runs" at once: figures follow from its parameters."""
 
     def execute(path: Path, folder: Path, values: dict[str, Any], *_: Any) -> Outcome:
@@ -291,9 +289,7 @@ def solved(path: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "scene"), [(1, 17), (2, 5195)])
-def test_notebooks_run_with_other_seeds_and_scenes_and_solutions_are_right(
-    seed: int, scene: int, tmp_path: Path
-) -> None:
+def test_notebooks_run_with_other_seeds_and_scenes_solutions_are_right(seed: int, scene: int, tmp_path: Path) -> None:
     for path in COMMITTED:
         options = {"seed": str(seed), "scene": str(scene)}
         given = [(name, value) for name, value in options.items() if name in notebooks.parameters(path)]

@@ -114,9 +114,6 @@ def test_random_weights_come_from_torchs_seed() -> None:
     assert_close(clip.class_embeddings(["a unicorn"]).norm(), torch.tensor(1.0))
 
 
-# Weights
-
-
 VISION: Any = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8}
 TEXT: Any = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 TOY: dict[str, Any] = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}

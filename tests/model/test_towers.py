@@ -151,9 +151,6 @@ def test_which_models_with_public_weights_are_usable() -> None:
         assert default_readout(name) == ("plain" if tower(visual).pool not in ("token", "mean") else "naclip")
 
 
-# Read-outs
-
-
 KEYS = {  # of the reference set
     "vanilla": ("plain", {}), "maskclip": ("maskclip", {}), "maskclip_bare": ("maskclip", {"bare": True}),
     "sclip": ("sclip", {}), "sclip_bare": ("sclip", {"bare": True}), "clearclip": ("clearclip", {}),

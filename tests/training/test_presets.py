@@ -84,7 +84,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("preset", REAL)
-def test_from_training_to_the_table(
+def test_training_to_the_table(
     preset: str, clip: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And on to transductive training."""
@@ -155,9 +155,6 @@ def test_across_data_sets(clip: list[str], tmp_path: Path, capsys: pytest.Captur
     assert {*report["shown"]} == shared == {*splits.voc2012().names(splits.voc2012().seen)} - {"dining table"}
     for figure, names in {"miou": {*found}, "miou_shown": {*found} & shared, "miou_new": {*found} - shared}.items():
         assert report[figure] == pytest.approx(np.mean([found[name] for name in names])), figure
-
-
-# Without training
 
 
 def test_the_recipe_equals_its_plain_twin() -> None:

@@ -158,9 +158,6 @@ def test_a_finished_run_of_an_ablation_is_known_again(tmp_path: Path) -> None:
         result("other.safetensors")
 
 
-# Kills
-
-
 def in_a_child(folder: Path, save_every: int) -> int:
     """Trains a tiny model on drawn scenes, with dropout, from the folder's state on, in a copy of this process, as
     everything is imported; returns its id."""

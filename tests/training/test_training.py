@@ -291,9 +291,7 @@ class Named(Toys):
         ({}, {}, "abc", "data.pictures, data.names"),
     ],
 )
-def test_other_settings_or_pictures_are_refused(
-    train: dict, model: dict, pictures: str, named: str, tmp_path: Path
-) -> None:
+def test_states_of_other_runs_are_refused(train: dict, model: dict, pictures: str, named: str, tmp_path: Path) -> None:
     fit(toy_model(), Named("a", "b"), SPLIT, toy_config(save_every=5), output=tmp_path)
     before, config = (tmp_path / "config.json").read_text(), toy_config(save_every=5, **train)
     with pytest.raises(ValueError, match=f"trained with other settings of {named}; resume with the same, or"):

@@ -197,7 +197,7 @@ def class_scatter(ax: Axes, classes: pd.DataFrame, share: str, xlabel: str, titl
         some = there.unseen == (kind == "unseen")
         ax.plot(x[some], y[some], ls="none", ms=6, mew=1.6, label=kind, **style)
     for name in y.nsmallest(named).index:
-        ax.annotate(name, (x[name], y[name]), (6, -3), textcoords="offset points", size=8)
+        ax.annotate(name, (x[name], y[name]), (0, 6), textcoords="offset points", ha="center", size=8)
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     ax.set_xticks([t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high])
@@ -290,7 +290,7 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         plots.tidy(ax, title, xlabel="iteration", ylim=(0, 100 if percent else None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         if title == "Learning rate":
-            ax.yaxis.set_major_formatter("{x:.3g}")
+            ax.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
         else:
             ax.legend(frameon=False, fontsize=9)
     return figure

@@ -197,7 +197,7 @@ def class_scatter(ax: Axes, classes: pd.DataFrame, share: str, xlabel: str, titl
         some = there.unseen == (kind == "unseen")
         ax.plot(x[some], y[some], ls="none", ms=6, mew=1.6, label=kind, **style)
     for name in y.nsmallest(named).index:
-        ax.annotate(name, (x[name], y[name]), (0, 6), textcoords="offset points", ha="center", size=8)
+        ax.annotate(name, (x[name], y[name]), (6, -7), textcoords="offset points", size=8)
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     ax.set_xticks([t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high])

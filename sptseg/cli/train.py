@@ -34,7 +34,7 @@ class Train:
         preset: what all other options start from. On scenes: "embedded" (SPT-SEG as it transfers best to the tiny
             CLIP), "spt" (as released) or "zegclip". The literature's protocol on real data: "voc", "coco-stuff" and
             "context", and the same with ZegCLIP's decoder and loss. "naclip", "voc-naclip", "coco-stuff-naclip": our
-            variant on top of NACLIP's read-out, the best on the plain tiny CLIP, and unproven on photographs.
+            variant on top of NACLIP's read-out, the best on the plain tiny CLIP in short runs, unproven on photographs.
         start_from: a checkpoint to continue from; its configuration counts. Transductive training needs one, such as
             the half-way checkpoint that inductive training leaves: runs/voc/halfway.safetensors.
         resume: go on from the state in `output`.

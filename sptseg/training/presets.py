@@ -65,7 +65,7 @@ CONTEXT = Preset(
     replace(VOC.model, templates=SEVERAL_TEMPLATES),
     replace(VOC.train, iterations=40_000),
 )
-# Best on unseen classes of the plain tiny CLIP (data/README.md, the study); unproven on photographs.
+# Best on unseen classes of the plain tiny CLIP after 500 steps, not after 1500 (the study); unproven on photographs.
 FROM_NACLIP = replace(EMBEDDED_CONFIG, readout="naclip")
 PRESETS = {
     "embedded": EMBEDDED,

@@ -24,7 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of query (..., N, d) to key and value (..., M, d), logits + `bias` (N, M)."""
+    """Scaled dot-product attention of query (..., N, d), key and value (..., M, d), `bias` (N, M) added to the logits
+    of all heads: (..., N, d)."""
     return attend_by([(query, key)], value, bias)
 
 

@@ -164,7 +164,8 @@ class Trainer:
         self.done, self.history = kept["iteration"], json.loads(kept["history"])
 
     def save(self, done: int) -> None:
-        """Writes the state that `resume` goes on from; FloatingPointError, and the last stays, if a weight is none."""
+        """Writes the state from which `resume` goes on; not if a weight is no number (FloatingPointError): the last
+        state stays a good one."""
         self.done, weights, scaler = done, self.model.trained_state(), self.accelerator.scaler
         if self.folder is None or not self.main:
             return

@@ -172,7 +172,8 @@ def local_losses(log_p: Tensor, local_log_p: Tensor, present: Tensor, coverage: 
 
 
 def phrase_loss(patches: Tensor, phrases: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """Each phrase (P, E) picks pictures whose captions hold it, `owner` (P, B), by its soft-best patch (B, N, E)."""
+    """Each phrase picks the pictures whose captions hold it, by its soft-best patch. patches (B, N, E), phrases (P, E),
+    owner (P, B) bool."""
     similarity = scale * torch.einsum("bne,pe->pbn", patches, phrases)
     scores = (similarity.softmax(dim=-1) * similarity).sum(dim=-1)  # (P, B)
     return -(scores.masked_fill(~owner, -torch.inf).logsumexp(dim=1) - scores.logsumexp(dim=1)).mean()

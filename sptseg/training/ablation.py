@@ -183,6 +183,7 @@ class Plan:
     parts: tuple[Part, ...]  # which rows are trained, in order of priority
     pairs: tuple[tuple[str, str, str], ...]  # (question, row, other row) to compare; "ROW, NAME" with a NAME of `after`
     after: dict[str, After] = field(default_factory=dict)
+    given_rates: dict[str, float] = field(default_factory=dict)  # of rows whose rate is not chosen
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -199,14 +200,15 @@ class Plan:
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             wanted = ", ".join(f.name for f in fields(cls))
             raise ValueError(f"{file} is no plan of a study ({error}); wanted an object of {wanted}") from error
-        named = {row for each in (*plan.parts, *plan.after.values()) for row in each.rows}
+        named = {row for each in (*plan.parts, *plan.after.values()) for row in each.rows} | {*plan.given_rates}
         if unknown := sorted(named - plan.rows.keys()):
             raise ValueError(f"{file} names the rows {', '.join(unknown)}, which its rows lack")
         return plan
 
     def choosing(self, part: Part, row: str) -> list[Trial]:
-        """The trials that choose a row's rate."""
-        return [Trial(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in self.rates]
+        """The trials that choose a row's rate, none if it is given."""
+        rates = () if row in self.given_rates else self.rates
+        return [Trial(part, row, self.choosing_seed, self.choosing_steps, rate) for rate in rates]
 
     def trials(self, share: tuple[int, int] = (1, 1)) -> list[Trial]:
         """All trials, each once, by priority, of each part first those that choose rates. Of share (I, N) those
@@ -257,9 +259,10 @@ class Study:
         return self.results.get(trial.place)
 
     def rate(self, trial: Trial) -> float | None:
-        """The row's rate: the trial's own, or that of the best choosing one, None while one of them is missing."""
-        if trial.rate is not None or not self.plan.rows[trial.row].trains:
-            return trial.rate or self.plan.rates[0]
+        """Of the trial, of its row, or of the best choosing trial; None while one of those is missing."""
+        given = trial.rate or self.plan.given_rates.get(trial.row)
+        if given or not self.plan.rows[trial.row].trains:
+            return given or self.plan.rates[0]
         found = [self.result(each) for each in self.plan.choosing(trial.part, trial.row)]
         if None in found:
             return None
@@ -328,7 +331,8 @@ class Study:
         plan = self.plan
         about = {"model": asdict(plan.rows[trial.row]), "train": asdict(plan.train), "scenes": plan.scenes}
         if trial.rate is None:
-            about |= {"choosing": (plan.rates, plan.choosing_steps, plan.choosing_seed)}
+            choosing = (plan.rates, plan.choosing_steps, plan.choosing_seed)
+            about |= {"choosing": plan.given_rates.get(trial.row, choosing)}
         return json.loads(json.dumps(about | {"clip": clip_and_fingerprint(trial.part.clip)[1]}))
 
     def work(self, share: tuple[int, int], until: float, say: Callable[[str], object]) -> bool:

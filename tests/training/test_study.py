@@ -28,7 +28,7 @@ SMALL = {"base": "spt", "image_size": [64, 64], "decoder_layers": 1, "prompt_tok
 PLAN: dict[str, Any] = {
     "scenes": {"train": [8, 0], "validation": [2, 500], "test": [3, 1000]},
     "train": {"precision": "no", "validate_every": 2, "validation_images": 2, "save_every": 1, "batch_size": 2},
-    "rates": [1e-3, 1e-2], "choosing_steps": 1, "choosing_seed": 100,
+    "rates": [1e-3, 1e-2], "given_rates": {"without": 2e-3}, "choosing_steps": 1, "choosing_seed": 100,
     "rows": {"read": {"base": "dense-clip"}, "with": SMALL, "without": {**SMALL, "spectral_layers": []}},
     "parts": [
         {"question": "a", "clip": "tiny", "rows": ["read", "with"], "seeds": [0, 1], "steps": 3, "corrupted": True},
@@ -70,12 +70,12 @@ def test_a_plan_is_run_by_two_shares_stopped_and_gone_on_with_to_the_same_bits(
     assert set(runs) == {
         "tiny/scenes/read/0-steps-seed-0", "tiny/one-colour/without/3-steps-seed-0",
         *(f"tiny/scenes/with/{kind}" for kind in ("rate-0.001", "rate-0.01", "3-steps-seed-0", "3-steps-seed-1")),
-        "tiny/scenes/without/rate-0.001", "tiny/scenes/without/rate-0.01",
     }  # fmt: skip
     chosen = {rate: json.loads((one / f"tiny/scenes/with/rate-{rate}" / RESULT).read_text()) for rate in (1e-3, 1e-2)}
     record = json.loads((one / "record.json").read_text())
     rows = {row["row"]: row for row in record["rows"]}
     assert rows["with"]["rate"] == max(chosen, key=lambda rate: chosen[rate]["scores"]["hiou"])
+    assert rows["without"]["rate"] == 2e-3, "given, so nothing was run to choose it"
     assert rows["with"]["seeds"] == [0, 1] and [*rows["with"]["curve"]] == ["2", "3"]
     assert len(rows["with"]["spectra"]["gain_low"]) == 2
     pair = {pair["pictures"]: pair for pair in record["pairs"] if pair["other"] == "read"}

@@ -29,14 +29,15 @@ class Group(NamedTuple):
 
 
 def flat(curve: Mapping[int, float]) -> int | None:
-    """The first step at which a curve is flat, None if it never is. Flat: the best value of the last 500 steps is less
-    than 0.5 points (0.005) above the best before them."""
+    """The step from which on a curve is flat up to its end, None if it is not flat there. Flat: the best value of the
+    last 500 steps is less than 0.5 points (0.005) above the best before them."""
+    since = None
     for step in sorted(curve):
         before = [value for at, value in curve.items() if at <= step - FLAT_STEPS]
         last = [value for at, value in curve.items() if step - FLAT_STEPS < at <= step]
-        if before and max(last) < max(before) + FLAT_GAIN:
-            return step
-    return None
+        if before:
+            since = (since or step) if max(last) < max(before) + FLAT_GAIN else None
+    return since
 
 
 def interval(mine: Tensor, other: Tensor, split: Split, draws: int = 2000) -> dict[str, list[float]]:

@@ -22,8 +22,9 @@ HUES = (BLUE, VERMILION, GREEN, ORANGE, INK)
 
 
 def look(i: int) -> dict[str, Any]:
-    """How the i-th of several curves is drawn; their dashes and markers differ as well."""
-    return {"ls": DASHES[i % 5], "color": HUES[i % 5], "marker": MARKERS[i % 5], "lw": 1.6}
+    """How the i-th of several curves is drawn; their dashes and markers differ as well, from the sixth on empty."""
+    filled = {} if i < 5 else {"mfc": "white"}
+    return {"ls": DASHES[i % 5], "color": HUES[i % 5], "marker": MARKERS[i % 5], "lw": 1.6, **filled}
 
 
 def band_name(band: Band) -> str:

@@ -195,6 +195,7 @@ class Plan:
             }
             given["train"] = replace(EMBEDDED_TRAINING, **given["train"])
             given["parts"] = tuple(Part(**part) for part in given["parts"])
+            given["given_rates"] = {row: float(rate) for row, rate in given.get("given_rates", {}).items()}
             given["after"] = {name: After(**after) for name, after in given.get("after", {}).items()}
             plan = cls(**given)
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -127,7 +127,7 @@ def test_time_limits_end_the_work_and_faulty_plans_are_refused(plan: Path, capsy
     for share in ("3/2", "0/1", "half"):
         assert "wanted I/N with I from 1 to N" in refused(capsys, *command, "--share", share)
     nobody = {"parts": [{**PLAN["parts"][0], "rows": ["nobody"]}]}
-    for change, fault in ((nobody, "names the rows nobody"), ({"rows": 3}, "is no plan of a")):
+    for change, fault in ((nobody, "names the rows nobody"), ({"given_rates": {"with": "fast"}}, "is no plan of a")):
         plan.write_text(json.dumps({**PLAN, **change}))
         assert fault in refused(capsys, *command)
 

@@ -260,7 +260,7 @@ class Study:
         return self.results.get(trial.place)
 
     def rate(self, trial: Trial) -> float | None:
-        """The trial's own rate, its row's given one, or the best choosing trial's; None while one of those is missing."""
+        """The trial's own rate, its row's given one, or that of the best choosing trial; None while one is missing."""
         given = trial.rate or self.plan.given_rates.get(trial.row)
         if given or not self.plan.rows[trial.row].trains:
             return given or self.plan.rates[0]
